@@ -1,0 +1,208 @@
+"""Every exception of rpcnb.
+
+Each has the builtin base a caller would catch anyway. Facts are attributes; the text is made from them::
+
+    RpcError
+    ├── ConnectFailed (ConnectionError)      no session came about: .address, .phase
+    │   ├── NotAnRpcServer                   the peer speaks something else
+    │   ├── KeyMismatch                      wrong key or token
+    │   ├── DuplicateKey                     a proxy already has such a peer waiting
+    │   └── VersionMismatch                  another protocol version
+    ├── ProtocolError (ConnectionError)
+    │   ├── LocalProtocolError               our side asked for something illegal
+    │   └── RemoteProtocolError              the peer sent something illegal
+    ├── SessionLost (ConnectionError)        the connection ended under a session
+    ├── SessionClosed (ConnectionError)      used after close()
+    ├── SessionTimeout (TimeoutError)        the server's session time limit is over
+    ├── DeadlineExceeded (TimeoutError)      our own ``timeout=`` is over
+    ├── RemoteError (RuntimeError)           the remote function raised
+    ├── FunctionNotFound (AttributeError)    no such remote or registered function
+    ├── ArgumentError (TypeError)            a value cannot travel as an argument
+    ├── ResultError (TypeError)              a result cannot be encoded
+    ├── InvalidHandle (LookupError)          never issued, of another session, or of the wrong kind
+    │   └── StaleHandle                      freed before
+    ├── CopyMismatch (ValueError)            sizes of a copy differ, or it leaves its memory
+    ├── LimitExceeded (ValueError)           more than a limit allows
+    ├── AccessDenied (PermissionError)       no trust was given for this
+    ├── DeviceError (RuntimeError)           no such device, scope or attribute
+    ├── LibraryError (RuntimeError)          a compiled library cannot be loaded
+    └── DeadlockError (RuntimeError)         a wait that only the waiting thread could end
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AccessDenied",
+    "ArgumentError",
+    "ConnectFailed",
+    "CopyMismatch",
+    "DeadlineExceeded",
+    "DeadlockError",
+    "DeviceError",
+    "DuplicateKey",
+    "FunctionNotFound",
+    "InvalidHandle",
+    "KeyMismatch",
+    "LibraryError",
+    "LimitExceeded",
+    "LocalProtocolError",
+    "NotAnRpcServer",
+    "ProtocolError",
+    "RemoteError",
+    "RemoteProtocolError",
+    "ResultError",
+    "RpcError",
+    "SessionClosed",
+    "SessionLost",
+    "SessionTimeout",
+    "StaleHandle",
+    "VersionMismatch",
+]
+
+TRAVELLERS = (
+    "None, bool, int, float, str, bytes, a dtype, a device, a numpy array, "
+    "or a tensor, function, module or object of the same session"
+)
+
+
+class RpcError(Exception):
+    """Anything rpcnb raises on purpose."""
+
+
+class ConnectFailed(RpcError, ConnectionError):
+    """No session came about.
+
+    Attributes:
+        address: What was dialled, ``host:port`` or a URL.
+        phase: ``resolve``, ``connect``, ``handshake`` or ``init``.
+    """
+
+    def __init__(self, address: str, phase: str, seen: str) -> None:
+        self.address = address
+        self.phase = phase
+        super().__init__(f"cannot connect to {address}: {seen} (during {phase})")
+
+
+class NotAnRpcServer(ConnectFailed):
+    """The peer answered with something that is not the RPC protocol."""
+
+
+class KeyMismatch(ConnectFailed):
+    """The server refused the key or the token; it does not say which."""
+
+
+class DuplicateKey(ConnectFailed):
+    """A proxy already has a peer of this role and key waiting."""
+
+
+class VersionMismatch(ConnectFailed):
+    """The server speaks another version of the protocol."""
+
+
+class ProtocolError(RpcError, ConnectionError):
+    """The rules of the wire were broken."""
+
+
+class LocalProtocolError(ProtocolError):
+    """Our side asked the endpoint for something illegal; nothing was sent."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent something illegal; the connection ends."""
+
+
+class SessionLost(RpcError, ConnectionError):
+    """The connection ended under a session; what was pending will not be answered."""
+
+
+class SessionClosed(RpcError, ConnectionError):
+    """The session was closed by its user before this operation."""
+
+
+class SessionTimeout(RpcError, TimeoutError):
+    """The session's time limit at the server is over (``session_timeout``)."""
+
+
+class DeadlineExceeded(RpcError, TimeoutError):
+    """An operation did not end within its ``timeout``.
+
+    Attributes:
+        operation: What was being done.
+        elapsed: Seconds it had taken.
+    """
+
+    def __init__(self, operation: str, elapsed: float, timeout: float) -> None:
+        self.operation = operation
+        self.elapsed = elapsed
+        super().__init__(f"{operation} took {elapsed:.3g} s; its timeout is {timeout:g} s")
+
+
+class RemoteError(RpcError, RuntimeError):
+    """A remote function, or the server on behalf of a request, raised.
+
+    Attributes:
+        message: The remote text, unchanged.
+        remote_type: Name of the remote exception class; empty if the peer does not tell (stock TVM).
+        remote_traceback: Remote traceback text; empty if the peer does not tell.
+    """
+
+    def __init__(self, message: str, remote_type: str = "", remote_traceback: str = "") -> None:
+        self.message = message
+        self.remote_type = remote_type
+        self.remote_traceback = remote_traceback
+        text = f"{remote_type}: {message}" if remote_type else message
+        if remote_traceback:
+            text = f"{text}\n\nremote traceback:\n{remote_traceback.rstrip()}"
+        super().__init__(text)
+
+
+class FunctionNotFound(RpcError, AttributeError):
+    """No function of this name; ``AttributeError`` is what TVM's users catch."""
+
+
+class ArgumentError(RpcError, TypeError):
+    """A value cannot travel as an argument; nothing was sent.
+
+    Attributes:
+        index: Its position, from 0.
+    """
+
+    def __init__(self, index: int, seen: str, expected: str = TRAVELLERS) -> None:
+        self.index = index
+        super().__init__(f"argument {index} is {seen}; expected {expected}")
+
+
+class ResultError(RpcError, TypeError):
+    """A function's result cannot be encoded."""
+
+
+class InvalidHandle(RpcError, LookupError):
+    """A handle that was never issued in this session, or is of another kind."""
+
+
+class StaleHandle(InvalidHandle):
+    """A handle that was valid once and has been freed, or whose session is lost."""
+
+
+class CopyMismatch(RpcError, ValueError):
+    """The two sides of a copy differ in size, or it would leave its memory."""
+
+
+class LimitExceeded(RpcError, ValueError):
+    """Something is larger than a limit allows; the text names the limit."""
+
+
+class AccessDenied(RpcError, PermissionError):
+    """The server gives no trust for this; the text names the switch that would."""
+
+
+class DeviceError(RpcError, RuntimeError):
+    """No such device, or it cannot do what was asked."""
+
+
+class LibraryError(RpcError, RuntimeError):
+    """A compiled library cannot be loaded or linked."""
+
+
+class DeadlockError(RpcError, RuntimeError):
+    """A blocking wait on the very thread whose loop would have to end it."""

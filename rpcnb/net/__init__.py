@@ -1,0 +1,1 @@
+"""Sockets and loops: links of clients, the server, hops, interruptible waiting."""

@@ -1,0 +1,183 @@
+"""An async session's link: all I/O in callbacks of the running event loop.
+
+A waiter that is cancelled abandons its ticket; no byte is ever read or written in a task of the user's, so no
+cancellation can tear the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import ConnectFailed, DeadlineExceeded, NotAnRpcServer, RpcError
+from rpcnb.net.dial import expired, greet, tune
+from rpcnb.net.wire import Ticket, Wire, stop_waiting
+
+if TYPE_CHECKING:
+    from rpcnb.net.address import Address
+    from rpcnb.net.dial import ClientKey
+    from rpcnb.net.link import Deadline
+    from rpcnb.protocol.handshake import KeyText
+    from rpcnb.protocol.messages import Request
+
+__all__ = ["AsyncLink", "dial"]
+
+_FLUSH_EVERY = 0.1
+
+
+class AsyncLink:
+    """An async session's way to its server; belongs to one event loop."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.peer = wire.peer
+        self.garbage = wire.garbage
+        self.loop = asyncio.get_running_loop()
+        self._writing = False
+        self._descriptor = wire.sock.fileno()
+        self.loop.add_reader(wire.sock, self._readable)
+        self._housekeeper: asyncio.TimerHandle | None = None
+        self.housekeeping()
+
+    def send(self, request: Request) -> Ticket:
+        """Queue ``request``, frees of finalizers in front of it, and send what the socket takes."""
+        wire = self.wire
+        with wire.lock:
+            wire.queue_garbage()
+            ticket = wire.queue(request)
+            if not self._writing:
+                self._flush()
+        return ticket
+
+    def _flush(self) -> None:
+        """Send; then watch for writability exactly while something is left."""
+        blocked = not self.wire.flush()
+        self._check_ended()
+        if blocked != self._writing and self.wire.ended is None:
+            self._writing = blocked
+            if blocked:
+                self.loop.add_writer(self.wire.sock, self._writable)
+            else:
+                self.loop.remove_writer(self.wire.sock)
+
+    def _writable(self) -> None:
+        with self.wire.lock:
+            self._flush()
+
+    def _readable(self) -> None:
+        with self.wire.lock:
+            self.wire.fill()
+            self._check_ended()
+
+    def _check_ended(self) -> None:
+        """Stop watching a socket that the wire has closed: its number may be another one's soon."""
+        if self.wire.ended is not None and self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            self.loop.remove_reader(descriptor)
+            self.loop.remove_writer(descriptor)
+
+    async def wait(self, ticket: Ticket) -> None:
+        """Return when ``ticket`` is done."""
+        if ticket.done:
+            return
+        future: asyncio.Future[None] = self.loop.create_future()
+
+        def wake() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        ticket.waker = wake
+        await future
+
+    def abandon(self, tickets: list[Any]) -> None:
+        """Give up an operation's tickets; what is owed is received and dropped as it comes."""
+        stop_waiting(self.wire, tickets)
+
+    def housekeeping(self) -> None:
+        """Send the frees that finalizers noted, every tenth of a second while there are any."""
+        if self.wire.ended is not None or self.loop.is_closed():
+            return
+        if self.garbage:
+            with self.wire.lock:
+                self.wire.queue_garbage()
+                if not self._writing:
+                    self._flush()
+        self._housekeeper = self.loop.call_later(_FLUSH_EVERY, self.housekeeping)
+
+    def close(self) -> None:
+        """Say goodbye and close; idempotent, never waits."""
+        if self._housekeeper is not None:
+            self._housekeeper.cancel()
+            self._housekeeper = None
+        with self.wire.lock:
+            self.garbage.clear()
+            if self._descriptor >= 0 and not self.loop.is_closed():
+                self.loop.remove_reader(self._descriptor)
+                self.loop.remove_writer(self._descriptor)
+                self._descriptor = -1
+            self.wire.shutdown()
+
+
+async def dial(address: Address, key: ClientKey, deadline: Deadline) -> tuple[socket.socket, KeyText]:
+    """Resolve, connect and shake hands within ``deadline``."""
+    phase = "resolve"
+    loop = asyncio.get_running_loop()
+    try:
+        found = await asyncio.wait_for(
+            loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM), deadline.left()
+        )
+        phase = "connect"
+        sock = await _connect(found, address, deadline)
+        phase = "handshake"
+        try:
+            return sock, await asyncio.wait_for(_shake_hands(sock, key, str(address)), deadline.left())
+        except BaseException:
+            sock.close()
+            raise
+    except socket.gaierror as error:
+        raise ConnectFailed(str(address), phase, f"no such host ({error.strerror})") from None
+    except (asyncio.TimeoutError, DeadlineExceeded):
+        raise expired(str(address), phase, deadline.exceeded()) from None
+
+
+async def _connect(found: list[Any], address: Address, deadline: Deadline) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    last = "no address"
+    for family, kind, protocol, _, where in found:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            tune(sock)
+            await asyncio.wait_for(loop.sock_connect(sock, where), deadline.left())
+            return sock
+        except OSError as error:
+            sock.close()
+            if isinstance(error, (TimeoutError, RpcError)):
+                raise
+            last = f"{error.strerror}; is a server running there? (`rpcnb serve`, `rpcnb servers`)"
+        except BaseException:
+            sock.close()
+            raise
+    raise ConnectFailed(str(address), "connect", last)
+
+
+async def _shake_hands(sock: socket.socket, key: ClientKey, address: str) -> KeyText:
+    loop = asyncio.get_running_loop()
+    steps = greet(key, address)
+    data = b""
+    try:
+        while True:
+            out = steps.send(data) if data else next(steps)
+            if out is not None:
+                await loop.sock_sendall(sock, out)
+                data = b""
+                continue
+            try:
+                data = await loop.sock_recv(sock, 4096)
+            except OSError as error:
+                raise NotAnRpcServer(address, "handshake", f"{error.strerror}") from None
+            if not data:
+                steps.send(b"")
+    except StopIteration as end:
+        result: KeyText = end.value
+        return result

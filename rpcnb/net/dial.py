@@ -1,0 +1,243 @@
+"""Dialling: from an address to a connection on which kInitServer may be sent.
+
+One time limit covers resolving, connecting, the handshake and init; errors name the phase and what was seen. The
+handshake is a generator over bytes, so that the blocking and the awaiting dialler share it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import select
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import (
+    ConnectFailed,
+    DeadlineExceeded,
+    DuplicateKey,
+    KeyMismatch,
+    NotAnRpcServer,
+    RemoteError,
+    RemoteProtocolError,
+    RpcError,
+    VersionMismatch,
+)
+from rpcnb.protocol.codes import MAGIC_DUPLICATE, VERSION, Role
+from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from rpcnb.net.address import Address
+    from rpcnb.net.interrupt import Guard
+    from rpcnb.net.link import Deadline
+
+__all__ = ["ClientKey", "connect_socket", "explain_init", "greet", "resolve", "tune"]
+
+log = logging.getLogger(__name__)
+
+_BUSY_HINT = (
+    "it accepted the connection but does not answer; a stock TVM server does so while it serves another session"
+)
+
+
+class ClientKey:
+    """What a client presents: key, session time limit, token, and the offer of extensions."""
+
+    def __init__(self, key: str, session_timeout: float = 0, token: str | None = None, extensions: bool = True) -> None:
+        options: dict[str, str] = {}
+        if session_timeout:
+            options["-timeout"] = str(session_timeout)
+        if token:
+            options["-token"] = token
+        if extensions:
+            options["-rpcnb"] = EXTENSION
+        self.key = key
+        self.text = key_text(Role.CLIENT, key, options)
+
+    def __repr__(self) -> str:
+        return f"ClientKey({self.key!r})"  # the text may hold a token
+
+
+def greet(key: ClientKey, address: str) -> Generator[bytes | None, bytes, KeyText]:
+    """Perform the client's handshake.
+
+    Yields bytes to send, then None for each read; is sent what arrived (empty: end of stream).
+
+    Raises:
+        KeyMismatch: Wrong key or token.
+        NotAnRpcServer: The peer is something else, or closed at once.
+    """
+    handshake = Handshake()
+    yield hello(key.text)
+    while True:
+        data = yield None
+        if not data:
+            raise NotAnRpcServer(address, "handshake", "it closed the connection without an RPC answer")
+        try:
+            found = handshake.receive_data(data)
+        except RemoteProtocolError as error:
+            raise NotAnRpcServer(address, "handshake", str(error)) from None
+        if isinstance(found, str):
+            if handshake.rest:
+                raise NotAnRpcServer(address, "handshake", "it sent more than its key before being asked")
+            return KeyText.parse(found)
+        if found == MAGIC_DUPLICATE:
+            raise DuplicateKey(address, "handshake", f"a peer with key {key.key!r} is already waiting there")
+        if found is not None:
+            raise KeyMismatch(
+                address,
+                "handshake",
+                f"it does not serve key {key.key!r}, or the token is missing or wrong (wrong key or token)",
+            )
+
+
+def explain_init(address: str, error: RpcError) -> RpcError:
+    """Turn a failed kInitServer into an error that says what to do."""
+    if isinstance(error, RemoteError) and "protocol version mismatch" in error.message:
+        return VersionMismatch(
+            address, "init", f"it speaks another protocol version than our {VERSION}: {error.message.splitlines()[0]}"
+        )
+    return error
+
+
+def expired(address: str, phase: str, error: DeadlineExceeded) -> ConnectFailed:
+    """Return the error of a time limit that ended in ``phase``."""
+    seen = f"{_BUSY_HINT} ({error})" if phase in ("handshake", "init") else f"no answer ({error})"
+    return ConnectFailed(address, phase, seen)
+
+
+def resolve(address: Address, deadline: Deadline, guard: Guard) -> list[tuple[Any, ...]]:
+    """Resolve a host name in a daemon thread, abandoned on expiry: getaddrinfo has no time limit.
+
+    Returns:
+        What ``socket.getaddrinfo`` returns.
+    """
+    answers: queue.SimpleQueue[list[tuple[Any, ...]] | OSError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            answers.put(error)
+
+    if _is_numeric(address.host):
+        ask()
+    else:
+        threading.Thread(target=ask, name="rpcnb-resolve", daemon=True).start()
+    while True:
+        try:
+            left = deadline.left()
+            found = guard.wait(lambda limit: answers.get(timeout=limit), left)
+        except queue.Empty:
+            continue
+        except DeadlineExceeded as error:
+            raise expired(str(address), "resolve", error) from None
+        if isinstance(found, OSError):
+            raise ConnectFailed(str(address), "resolve", f"no such host ({found.strerror})") from None
+        return found
+
+
+def _is_numeric(host: str) -> bool:
+    return host.replace(".", "").isdecimal() or ":" in host
+
+
+def tune(sock: socket.socket) -> None:
+    """Set what every connection of ours has: no Nagle, and keep-alive that notices a dead peer within a minute."""
+    sock.setblocking(False)
+    options = [(socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.SOL_SOCKET, "SO_KEEPALIVE", 1)]
+    options += [(socket.IPPROTO_TCP, name, value) for name, value in _KEEPALIVE]
+    for level, name, value in options:
+        number = getattr(socket, name, None)
+        if number is not None:
+            try:
+                sock.setsockopt(level, number, value)
+            except OSError:
+                log.debug("option %s is not available on this socket", name)
+
+
+# robustness.md, promises: idle 20 s, every 4 s, 10 times; unacknowledged data 60 s.
+_KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 4), ("TCP_KEEPCNT", 10), ("TCP_USER_TIMEOUT", 60_000))
+
+
+def connect_socket(address: Address, deadline: Deadline, guard: Guard) -> socket.socket:
+    """Connect to the first of the host's addresses that answers; interruptible.
+
+    Raises:
+        ConnectFailed: None did; the text has the last reason.
+    """
+    last: str = "no address"
+    for family, kind, protocol, _, where in resolve(address, deadline, guard):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            tune(sock)
+            code = sock.connect_ex(where)
+            if code == errno.EINPROGRESS:
+                code = _await_connected(sock, deadline, guard)
+            if code == 0:
+                return sock
+            last = _explain(code)
+        except DeadlineExceeded as error:
+            sock.close()
+            raise expired(str(address), "connect", error) from None
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+    raise ConnectFailed(str(address), "connect", last)
+
+
+def _await_connected(sock: socket.socket, deadline: Deadline, guard: Guard) -> int:
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
+        pass
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+def _explain(code: int) -> str:
+    if code == errno.ECONNREFUSED:
+        return "connection refused; is a server running there? (`rpcnb serve`, `rpcnb servers`)"
+    return os.strerror(code)
+
+
+def shake_hands(
+    sock: socket.socket, key: ClientKey, address: str, deadline: Deadline, guard: Guard
+) -> KeyText:
+    """Drive :func:`greet` over a connected socket."""
+    poll = select.poll()
+    steps = greet(key, address)
+    data = b""
+    try:
+        while True:
+            out = steps.send(data) if data else next(steps)
+            if out is not None:
+                _send_all(sock, out, poll, deadline, guard)
+                data = b""
+                continue
+            poll.register(sock, select.POLLIN)
+            while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
+                pass
+            try:
+                data = sock.recv(4096)
+            except OSError as error:
+                raise NotAnRpcServer(address, "handshake", f"{error.strerror}") from None
+            if not data:
+                steps.send(b"")
+    except StopIteration as end:
+        found: KeyText = end.value
+        return found
+    except DeadlineExceeded as error:
+        raise expired(address, "handshake", error) from None
+
+
+def _send_all(sock: socket.socket, data: bytes, poll: select.poll, deadline: Deadline, guard: Guard) -> None:
+    poll.register(sock, select.POLLOUT)
+    while data:
+        while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
+            pass
+        data = data[sock.send(data) :]

@@ -1,0 +1,257 @@
+"""A sync session's link: the caller that waits owns the socket.
+
+Among the threads of a session one at a time is the *pump*: it polls, sends and receives for everyone, and settles
+tickets as replies come. Others sleep until their ticket is settled or they are woken to be the pump. When the pump
+leaves (its reply came, a deadline, an interrupt), the role passes to a sleeper, or to the I/O thread while anything
+is owed. A background loop for every call would cost 2.5 to 5 times as much (performance.md 3).
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import os
+import select
+import selectors
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import DeadlineExceeded
+from rpcnb.net import iothread
+from rpcnb.net.interrupt import TICK
+from rpcnb.net.wire import Ticket, Wire, stop_waiting
+
+if TYPE_CHECKING:
+    from rpcnb.net.interrupt import Guard
+    from rpcnb.protocol.messages import Request
+
+__all__ = ["Deadline", "Link"]
+
+_FOREVER = 3600.0
+
+
+class Deadline:
+    """The time limit of one whole operation."""
+
+    __slots__ = ("at", "operation", "start", "timeout")
+
+    def __init__(self, timeout: float | None, operation: str) -> None:
+        self.start = time.monotonic()
+        self.timeout = timeout
+        self.at = self.start + timeout if timeout is not None else None
+        self.operation = operation
+
+    def left(self) -> float:
+        """Return the seconds left.
+
+        Raises:
+            DeadlineExceeded: There are none.
+        """
+        if self.at is None:
+            return _FOREVER
+        left = self.at - time.monotonic()
+        if left <= 0:
+            raise self.exceeded()
+        return left
+
+    def exceeded(self) -> DeadlineExceeded:
+        """Return the error that says the time is over."""
+        return DeadlineExceeded(self.operation, time.monotonic() - self.start, self.timeout or 0.0)
+
+
+class Link:
+    """A sync session's way to its server over one socket.
+
+    Args:
+        wire: The connection.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.peer = wire.peer
+        self.garbage = wire.garbage
+        self.dropped = False
+        self._pumping = False
+        self._adopted = False
+        self._sleepers: deque[_thread.LockType] = deque()
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
+        self._poll = select.poll()
+        self._poll.register(wire.sock, select.POLLIN)
+        self._poll.register(self._wake_reader, select.POLLIN)
+        self._polls_write = False
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def send(self, request: Request) -> Ticket:
+        """Queue ``request``, frees of finalizers in front of it, and send what the socket takes."""
+        wire = self.wire
+        with wire.lock:
+            if self.garbage:
+                wire.queue_garbage()
+            ticket = wire.queue(request)
+            if len(wire.out) == 1 or not self._pumping:
+                blocked = not wire.flush()
+            else:
+                blocked = True
+            if blocked and self._pumping:
+                self._signal()  # the pump must watch for writability
+        return ticket
+
+    def _signal(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self._wake_writer, b"\0")
+
+    # -- waiting -----------------------------------------------------------------------------------------------
+
+    def wait(self, ticket: Ticket, deadline: Deadline, guard: Guard) -> None:
+        """Return when ``ticket`` is done.
+
+        Raises:
+            DeadlineExceeded: The operation's time is over; the reply stays owed.
+            KeyboardInterrupt: The user interrupted; likewise.
+        """
+        while not ticket.done:
+            with self.wire.lock:
+                if ticket.done:
+                    return
+                gate = None
+                if self._pumping:
+                    gate = _thread.allocate_lock()
+                    gate.acquire()
+                    ticket.waker = lambda gate=gate: gate.locked() and gate.release()  # type: ignore[misc]
+                    self._sleepers.append(gate)
+                else:
+                    self._pumping = True
+            if gate is not None:
+                self._sleep(ticket, gate, deadline, guard)
+            else:
+                try:
+                    self._pump(ticket, deadline, guard)
+                finally:
+                    self._leave()
+
+    def _pump(self, ticket: Ticket, deadline: Deadline, guard: Guard) -> None:
+        wire, poll = self.wire, self._poll
+        blocked = bool(wire.out)
+        while not ticket.done:
+            if blocked != self._polls_write:
+                self._polls_write = blocked
+                poll.modify(wire.sock, select.POLLIN | select.POLLOUT if blocked else select.POLLIN)
+            seconds = deadline.left()
+            ready = guard.wait(lambda limit: poll.poll(limit * 1000), seconds)
+            for fd, events in ready:
+                if fd == self._wake_reader:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_reader, 4096)
+                    continue
+                with wire.lock:
+                    if events & ~select.POLLOUT:
+                        wire.fill()
+            with wire.lock:
+                blocked = bool(wire.out) and not wire.flush()
+                if wire.ended is not None:
+                    return
+            guard.check()
+
+    def _sleep(self, ticket: Ticket, gate: _thread.LockType, deadline: Deadline, guard: Guard) -> None:
+        """Sleep until the ticket is settled or this thread should pump."""
+        try:
+            while not guard.wait(lambda limit: gate.acquire(timeout=limit), min(deadline.left(), TICK * 4)):
+                pass
+        finally:
+            with self.wire.lock:
+                ticket.waker = None
+                if gate in self._sleepers:
+                    self._sleepers.remove(gate)
+                elif not ticket.done or gate.locked():
+                    self._wake_a_sleeper()  # woken to pump but leaving: pass it on
+
+    def _leave(self) -> None:
+        """Give up the pump's role; someone must have it while anything is owed."""
+        with self.wire.lock:
+            self._pumping = False
+            if self._wake_a_sleeper():
+                return
+            adopt = self.wire.busy and not self._adopted and self.wire.ended is None
+            if adopt:
+                self._adopted = True
+        if adopt:
+            iothread.IO_THREAD.adopt(self)
+
+    def _wake_a_sleeper(self) -> bool:
+        if self._pumping:
+            return False
+        while self._sleepers:
+            gate = self._sleepers.popleft()
+            if gate.locked():
+                gate.release()
+                return True
+        return False
+
+    def abandon(self, tickets: list[Any]) -> None:
+        """Give up an operation's tickets; what is owed is received and dropped in the background."""
+        stop_waiting(self.wire, tickets)
+        self.settle_in_background()
+
+    def settle_in_background(self) -> None:
+        """Have the I/O thread receive what is owed unless someone pumps already."""
+        with self.wire.lock:
+            adopt = self.wire.busy and not self._pumping and not self._adopted and self.wire.ended is None
+            if adopt:
+                self._adopted = True
+        if adopt:
+            iothread.IO_THREAD.adopt(self)
+
+    # -- in the I/O thread ---------------------------------------------------------------------------------------
+
+    def step_in_background(self) -> int:
+        """Move bytes if nobody pumps; returns the selector events to wait for, 0 to let the link go."""
+        with self.wire.lock:
+            if self._pumping or self.wire.ended is not None:
+                self._adopted = False
+                return 0
+            self.wire.fill()
+            blocked = self.wire.ended is None and not self.wire.flush()
+            if self.wire.ended is not None or not self.wire.busy:
+                self._adopted = False
+                return 0
+            return selectors.EVENT_READ | (selectors.EVENT_WRITE if blocked else 0)
+
+    def housekeeping(self) -> None:
+        """Send the frees that finalizers noted; close a link whose session was dropped."""
+        if self.dropped:
+            self.close()
+            return
+        if not self.garbage:
+            return
+        with self.wire.lock:
+            if self._pumping:
+                return  # they ride in front of its next request
+            self.wire.queue_garbage()
+            self.wire.flush()
+        self.settle_in_background()
+
+    # -- end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Say goodbye and close; idempotent, never waits."""
+        with self.wire.lock:
+            self.garbage.clear()
+            self.wire.shutdown()
+            if self._wake_writer >= 0:
+                self._signal()
+                if not self._pumping:
+                    self._close_pipe()
+        iothread.IO_THREAD.watched.discard(self)
+
+    def _close_pipe(self) -> None:
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
+        self._wake_writer = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_wake_writer", -1) >= 0:
+            self._close_pipe()

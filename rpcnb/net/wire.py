@@ -1,0 +1,284 @@
+"""The client's side of one connection: bytes in, bytes out, tickets for the replies that are owed.
+
+A :class:`Wire` never waits. Whoever may touch the socket (a blocked caller, the I/O thread, an event loop) calls
+:meth:`Wire.flush` and :meth:`Wire.fill` when it is ready; all under :attr:`Wire.lock`.
+
+An exchange that its caller gave up does not end the session: the rest of an upload is sent as zeros, the data of a
+download goes nowhere, and the reply is dropped when it comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections import deque
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import RemoteProtocolError, RpcError, SessionClosed, SessionLost, SessionTimeout
+from rpcnb.protocol.endpoint import State
+from rpcnb.protocol.flows import TIMEOUT_PREFIX, undo
+from rpcnb.protocol.messages import CopyFromRemote, CopyToRemote, Raised, Shutdown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rpcnb.protocol.endpoint import Endpoint
+    from rpcnb.protocol.messages import Reply, Request
+    from rpcnb.protocol.sequence import Buffer
+
+__all__ = ["PIECE", "Ticket", "Wire"]
+
+log = logging.getLogger(__name__)
+
+PIECE = 4 << 20  # bytes per system call at most: an interrupt is looked for between two of them
+_QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
+_GATHER = 64  # buffers per system call
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+class Ticket:
+    """A reply that is owed.
+
+    Attributes:
+        reply: The reply, once ``done``.
+        error: Why there will be none, once ``done``.
+        waker: Called when done, by whoever received the reply.
+        abandoned: Nobody waits; what the reply brings is released.
+    """
+
+    __slots__ = ("abandoned", "done", "error", "reply", "request", "waker")
+
+    def __init__(self, request: Request | None) -> None:
+        self.request = request
+        self.reply: Reply | None = None
+        self.error: Exception | None = None
+        self.done = False
+        self.abandoned = False
+        self.waker: Callable[[], object] | None = None
+
+    def result(self) -> Reply:
+        """Return the reply, or raise what ended the wait for it."""
+        if self.reply is None:
+            assert self.error is not None
+            raise self.error
+        return self.reply
+
+
+class Wire:
+    """One connection of a client, driven from outside.
+
+    Args:
+        sock: Connected, non-blocking.
+        endpoint: The client's side of the conversation.
+        peer: How errors name the peer.
+    """
+
+    def __init__(self, sock: socket.socket, endpoint: Endpoint, peer: str) -> None:
+        self.sock = sock
+        self.endpoint = endpoint
+        self.peer = peer
+        self.lock = threading.Lock()
+        self.tickets: deque[Ticket] = deque()
+        self.out: deque[tuple[Buffer, Ticket | None]] = deque()
+        # Requests that release things; finalizers append here, without a lock and without I/O.
+        self.garbage: deque[Request] = deque()
+        self.ended: RpcError | None = None
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        # A stock server has no TCP_NODELAY: each reply after the first waits for our delayed ACK (44 ms) without it.
+        self.quick_ack = False
+        self._send = sock.send
+        self._receive = sock.recv_into
+
+    # -- all below: with the lock held -----------------------------------------------------------------------------
+
+    def queue(self, request: Request) -> Ticket:
+        """Queue a request and return the ticket of its reply.
+
+        Raises:
+            ArgumentError: A value cannot travel; nothing is queued.
+            SessionLost: The connection has ended; or SessionClosed, SessionTimeout.
+        """
+        if self.ended is not None:
+            raise self.ended
+        ticket = Ticket(request)
+        buffers = self.endpoint.send(request)
+        self.tickets.append(ticket)
+        payload = request.payload if type(request) is CopyToRemote else None
+        for buffer in buffers:
+            self.out.append((buffer, ticket if buffer is payload else None))
+        return ticket
+
+    def queue_garbage(self) -> None:
+        """Queue the releases that were noted; their replies are dropped."""
+        while self.garbage and self.ended is None:
+            self.queue(self.garbage.popleft())
+
+    def flush(self) -> bool:
+        """Send what the socket takes, one piece at most of bulk data; returns True if nothing is left."""
+        out = self.out
+        while out:
+            try:
+                if len(out) == 1:
+                    buffer = out[0][0]
+                    sent = self._send(buffer if len(buffer) <= PIECE else memoryview(buffer)[:PIECE])
+                else:
+                    sent = self.sock.sendmsg([memoryview(buffer)[:PIECE] for buffer, _ in islice(out, _GATHER)])
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError as error:
+                self._drain_then_fail(error)
+                return True
+            self.bytes_sent += sent
+            if not self._consume(sent):
+                return False
+        return True
+
+    def _consume(self, sent: int) -> bool:
+        """Drop ``sent`` bytes from the output; returns False if they ended inside a buffer."""
+        out = self.out
+        while sent:
+            buffer, ticket = out[0]
+            if sent < len(buffer):
+                out[0] = (memoryview(buffer)[sent:], ticket)
+                return False
+            sent -= len(buffer)
+            out.popleft()
+        return True
+
+    def fill(self) -> None:
+        """Receive once, and settle the tickets whose replies are complete."""
+        endpoint = self.endpoint
+        if self.quick_ack and len(self.tickets) > 1 and _QUICKACK is not None:
+            self.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+        view = endpoint.get_buffer()
+        try:
+            count = self._receive(view if len(view) <= PIECE else view[:PIECE])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.fail(SessionLost(f"session lost: {self.peer}: {error.strerror or error}{self._during()}"))
+            return
+        if count == 0:
+            self._ended_by_peer()
+            return
+        self.bytes_received += count
+        endpoint.received(count)
+        self._settle()
+
+    def _settle(self) -> None:
+        endpoint = self.endpoint
+        try:
+            while (message := endpoint.next_message()) is not None:
+                if type(message) is Shutdown:
+                    self._ended_by_peer()
+                    return
+                if isinstance(message, Raised) and message.text.startswith(TIMEOUT_PREFIX):
+                    self.fail(SessionTimeout(message.text.removeprefix(TIMEOUT_PREFIX)))
+                    return
+                if not self.tickets:
+                    raise RemoteProtocolError(f"expected nothing, got {message}")
+                ticket = self.tickets.popleft()
+                ticket.reply = message  # type: ignore[assignment]  # the endpoint lets only replies through
+                ticket.done = True
+                if ticket.waker is not None:
+                    ticket.waker()
+                elif ticket.abandoned and ticket.request is not None:
+                    self.garbage.extend(undo(ticket.request, ticket.result()))
+        except RpcError as error:
+            self.fail(error)
+
+    def _ended_by_peer(self) -> None:
+        self.endpoint.receive_eof()
+        self.fail(SessionLost(f"session lost: {self.peer} closed the connection{self._during()}"))
+
+    def _during(self) -> str:
+        request = self.tickets[0].request if self.tickets else None
+        if request is None:
+            return ""
+        code = getattr(request, "code", None)
+        return f" during {code.name if code is not None else type(request).__name__}"
+
+    def _drain_then_fail(self, error: OSError) -> None:
+        """A send failed; what the peer said before it closed (a time limit, say) may still be readable."""
+        self.out.clear()
+        while self.ended is None:
+            view = self.endpoint.get_buffer()
+            try:
+                count = self._receive(view[:PIECE])
+            except OSError:
+                count = 0
+            if count == 0:
+                self.fail(SessionLost(f"session lost: {self.peer}: {error.strerror or error}{self._during()}"))
+                return
+            self.endpoint.received(count)
+            self._settle()
+
+    def fail(self, error: RpcError) -> None:
+        """End the connection; everything owed is settled with ``error``."""
+        if self.ended is None:
+            self.ended = error
+        self.out.clear()
+        tickets, self.tickets = self.tickets, deque()
+        for ticket in tickets:
+            ticket.error = self.ended
+            ticket.done = True
+            if ticket.waker is not None:
+                ticket.waker()
+        self.sock.close()
+
+    def abandon(self, ticket: Ticket) -> None:
+        """Give up waiting for ``ticket``: its memory is neither read nor written any more."""
+        if ticket.done:
+            if ticket.reply is not None and ticket.request is not None and not ticket.abandoned:
+                self.garbage.extend(undo(ticket.request, ticket.reply))
+            ticket.abandoned = True
+            return
+        ticket.waker = None
+        ticket.abandoned = True
+        request = ticket.request
+        if isinstance(request, CopyFromRemote):
+            self.endpoint.discard(request)
+        elif isinstance(request, CopyToRemote):
+            self._zero_rest(ticket)
+            request.payload = b""
+
+    def _zero_rest(self, ticket: Ticket) -> None:
+        """Replace what is not yet sent of an upload's data by zeros: framing stays whole, user memory is let go."""
+        kept: deque[tuple[Buffer, Ticket | None]] = deque()
+        for buffer, owner in self.out:
+            if owner is not ticket or not isinstance(buffer, memoryview):
+                kept.append((buffer, owner))
+                continue
+            left = len(buffer)
+            while left:
+                part = _ZEROS[: min(left, len(_ZEROS))]
+                kept.append((part, None))
+                left -= len(part)
+        self.out = kept
+
+    def shutdown(self) -> None:
+        """Say goodbye as far as the socket takes it at once, and close."""
+        if self.ended is not None:
+            return
+        if not self.out and self.endpoint.state is not State.CLOSED:
+            try:
+                for buffer in self.endpoint.send(Shutdown()):
+                    self._send(buffer)
+            except (OSError, RpcError):
+                pass  # the peer sees the end of the stream instead
+        self.fail(SessionClosed("this session is closed"))
+
+    @property
+    def busy(self) -> bool:
+        """Tell whether anything is to be sent or is owed."""
+        return bool(self.tickets or self.out)
+
+
+def stop_waiting(wire: Wire, tickets: list[Any]) -> None:
+    """Abandon the tickets of an operation that was given up."""
+    with wire.lock:
+        for ticket in tickets:
+            wire.abandon(ticket)

@@ -1,0 +1,312 @@
+"""Operations, each written once: generators that decide *what* is asked and never wait.
+
+A flow yields what it wants done and is sent the outcome:
+
+* a request: send it and wait for its reply (the common case);
+* ``Send(request)``: send it, get a ticket back at once;
+* ``Wait(ticket)``: wait for the reply of an earlier ``Send``.
+
+Both sessions run the same flows, one by blocking, the other by awaiting. Replies that are errors are raised inside
+the flow, so that it may clean up.
+
+Source:
+    RPCClientSession and RPCEndpoint::CopyToRemote, src/runtime/rpc/rpc_endpoint.cc, protocol 0.8.0.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, TypeVar, Union
+
+from rpcnb.errors import RemoteError, RemoteProtocolError, SessionTimeout
+from rpcnb.protocol.codes import Code
+from rpcnb.protocol.messages import (
+    CallFunc,
+    CopyAck,
+    CopyFromRemote,
+    CopyToRemote,
+    InitServer,
+    Raised,
+    Reply,
+    Request,
+    Return,
+    Syscall,
+)
+from rpcnb.values import NULL, Device, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value
+
+__all__ = [
+    "Flow",
+    "Send",
+    "TensorResult",
+    "Wait",
+    "allocate",
+    "call_function",
+    "chunk_limit",
+    "copy_among_remote",
+    "copy_from_remote",
+    "copy_to_remote",
+    "create_stream",
+    "current_stream",
+    "free_data",
+    "free_handle",
+    "get_attribute",
+    "get_function",
+    "initialize",
+    "result_of",
+    "set_device",
+    "set_stream",
+    "sync_stream",
+    "undo",
+]
+
+TIMEOUT_PREFIX = "RPCSessionTimeoutError: "
+_PACKET_LIMIT = "tvm.rpc.server.GetCRTMaxPacketSize"
+_AHEAD = 4  # chunks on the way; protocol.md 15.6: stock waits for each
+
+
+@dataclass(slots=True)
+class Send:
+    """Send ``request``; the flow gets its ticket."""
+
+    request: Request
+
+
+@dataclass(slots=True)
+class Wait:
+    """Wait for the reply to an earlier request; the flow gets it."""
+
+    ticket: Any
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """A tensor that a call returned: where it is, and the handle that keeps it alive."""
+
+    meta: TensorMeta
+    handle: int
+
+
+T = TypeVar("T")
+Result = Union[Value, TensorResult]
+Flow = Generator[Union[Request, Send, Wait], Any, T]
+
+
+def result_of(reply: Reply) -> tuple[Value, ...]:
+    """Return the values of a kReturn.
+
+    Raises:
+        SessionTimeout: The server's time limit for the session is over.
+        RemoteError: The peer answered with an exception.
+        RemoteProtocolError: The peer answered with something else.
+    """
+    if type(reply) is Return:
+        return reply.values
+    if isinstance(reply, Raised):
+        if reply.text.startswith(TIMEOUT_PREFIX):
+            raise SessionTimeout(reply.text.removeprefix(TIMEOUT_PREFIX))
+        raise RemoteError(reply.text, reply.type_name, reply.traceback)
+    raise RemoteProtocolError(f"expected a result, got {type(reply).__name__}")
+
+
+def _single(reply: Reply) -> Value:
+    values = result_of(reply)
+    if len(values) != 1:
+        raise RemoteProtocolError(f"expected one result, got {len(values)}")
+    return values[0]
+
+
+def _pointer(reply: Reply) -> int:
+    value = _single(reply)
+    if value is None:
+        return 0
+    if not isinstance(value, Pointer):
+        raise RemoteProtocolError(f"expected a handle, got {type(value).__name__}")
+    return int(value)
+
+
+def call_result(values: tuple[Value, ...]) -> Result:
+    """Interpret the sequence of a kReturn to kCallFunc; the payload's own type decides (protocol.md 4.2)."""
+    if len(values) < 2 or type(values[0]) is not int:
+        raise RemoteProtocolError(f"expected a type index and a result, got {len(values)} values")
+    index, value = values[0], values[1]
+    if index < 64:
+        if index == 7 and len(values) == 3:
+            index = 70
+        else:
+            return None if index == 0 else value
+    if isinstance(value, (str, bytes)):
+        return value
+    if index == 70:
+        if len(values) != 3 or not isinstance(value, TensorMeta) or not isinstance(values[2], Pointer):
+            raise RemoteProtocolError("expected a tensor and its handle")
+        return TensorResult(value, int(values[2]))
+    if not isinstance(value, Pointer):
+        raise RemoteProtocolError(f"expected the handle of an object of type {index}, got {type(value).__name__}")
+    kind = {68: FunctionRef, 73: ModuleRef}.get(index, ObjectRef)
+    return kind(int(value))
+
+
+def undo(request: Request, reply: Reply) -> list[Request]:
+    """Return what releases the things a reply brought that nobody waits for any more."""
+    if not isinstance(reply, Return) or not reply.values:
+        return []
+    last = reply.values[-1]
+    if not isinstance(last, Pointer) or not last:
+        return []
+    if isinstance(request, CallFunc):
+        return [Syscall(Code.FREE_HANDLE, (last,))] if isinstance(reply.values[0], int) and reply.values[0] >= 64 else []
+    if not isinstance(request, Syscall):
+        return []
+    if request.code is Code.GET_GLOBAL_FUNC:
+        return [Syscall(Code.FREE_HANDLE, (last,))]
+    if request.code is Code.DEV_ALLOC_DATA:
+        return [Syscall(Code.DEV_FREE_DATA, (request.args[0], last))]
+    if request.code is Code.DEV_ALLOC_DATA_WITH_SCOPE:
+        meta = request.args[0]
+        assert isinstance(meta, TensorMeta)
+        return [Syscall(Code.DEV_FREE_DATA, (meta.device, last))]
+    return []
+
+
+def initialize(args: tuple[Value, ...] = ()) -> Flow[None]:
+    """Open the conversation, with the default session or a constructor's name and arguments."""
+    result_of((yield InitServer(args)))
+
+
+def get_function(name: str) -> Flow[int]:
+    """Look up a global function; 0 if there is none."""
+    return _pointer((yield Syscall(Code.GET_GLOBAL_FUNC, (name,))))
+
+
+def call_function(handle: int, args: tuple[Value, ...]) -> Flow[Result]:
+    """Call a packed function by handle."""
+    reply = yield CallFunc(handle, args)
+    if type(reply) is Return:
+        values = reply.values
+        if len(values) == 2 and values[0] == 1:  # an int: the common case
+            return values[1]
+        return call_result(values)
+    return call_result(result_of(reply))
+
+
+def free_handle(handle: int) -> Flow[None]:
+    """Release one reference to a function, module, tensor result or object."""
+    result_of((yield Syscall(Code.FREE_HANDLE, (Pointer(handle),))))
+
+
+def set_device(device: Device) -> Flow[None]:
+    """Make ``device`` the server's current one of its type."""
+    result_of((yield Syscall(Code.DEV_SET_DEVICE, (device,))))
+
+
+def get_attribute(device: Device, kind: int) -> Flow[Value]:
+    """Ask for a device attribute by its number (protocol.md 4.3); None if the device has none such."""
+    return _single((yield Syscall(Code.DEV_GET_ATTR, (device, kind))))
+
+
+def allocate(meta: TensorMeta, scope: str | None) -> Flow[int]:
+    """Allocate memory for a tensor; returns its data handle."""
+    return _pointer((yield Syscall(Code.DEV_ALLOC_DATA_WITH_SCOPE, (meta, scope))))
+
+
+def allocate_bytes(device: Device, nbytes: int, alignment: int, hint: DType) -> Flow[int]:
+    """Allocate plain bytes (what C++ callers do); returns the data handle."""
+    return _pointer((yield Syscall(Code.DEV_ALLOC_DATA, (device, nbytes, alignment, hint))))
+
+
+def free_data(device: Device, handle: int) -> Flow[None]:
+    """Free memory that was allocated."""
+    result_of((yield Syscall(Code.DEV_FREE_DATA, (device, Pointer(handle)))))
+
+
+def create_stream(device: Device) -> Flow[int]:
+    """Make a stream; null where the device has only one."""
+    return _pointer((yield Syscall(Code.DEV_CREATE_STREAM, (device,))))
+
+
+def current_stream(device: Device) -> Flow[int]:
+    """Return the device's current stream; null for the default one."""
+    return _pointer((yield Syscall(Code.DEV_GET_CURRENT_STREAM, (device,))))
+
+
+def free_stream(device: Device, stream: int) -> Flow[None]:
+    """Free a stream."""
+    result_of((yield Syscall(Code.DEV_FREE_STREAM, (device, Pointer(stream)))))
+
+
+def set_stream(device: Device, stream: int) -> Flow[None]:
+    """Make ``stream`` the device's current one."""
+    result_of((yield Syscall(Code.DEV_SET_STREAM, (device, Pointer(stream)))))
+
+
+def sync_stream(device: Device, stream: int = 0) -> Flow[None]:
+    """Wait for the work of a stream."""
+    result_of((yield Syscall(Code.DEV_STREAM_SYNC, (device, Pointer(stream)))))
+
+
+def copy_among_remote(source: TensorMeta, destination: TensorMeta) -> Flow[None]:
+    """Copy between two tensors of the same server."""
+    result_of((yield Syscall(Code.COPY_AMONG_REMOTE, (source, destination, NULL))))
+
+
+def chunk_limit() -> Flow[int]:
+    """Ask how long a packet may be; 0 for no limit.
+
+    The looked-up handle is never freed: stock's own does not free it either, and it is one per session.
+    """
+    handle = yield from get_function(_PACKET_LIMIT)
+    if not handle:
+        return 0
+    limit = yield from call_function(handle, ())
+    return limit if isinstance(limit, int) and limit > 0 else 0
+
+
+def block_size(limit: int, meta: TensorMeta) -> int:
+    """Return how many bytes of data fit into a packet of at most ``limit`` bytes (protocol.md 5.3)."""
+    overhead = 44 + 8 * len(meta.shape)
+    if limit <= overhead:
+        raise RemoteProtocolError(f"expected a packet limit above {overhead} bytes, got {limit}")
+    return limit - overhead
+
+
+def copy_to_remote(meta: TensorMeta, data: memoryview, *, limit: int = 0, sync: bool = False) -> Flow[None]:
+    """Write ``data`` to ``meta``, and wait for its device's default stream if ``sync``.
+
+    Everything is on the way at once; nothing at all is sent for no bytes.
+
+    Args:
+        meta: Destination; its own byte offset counts (stock's client loses it, protocol.md 5.3).
+        data: The bytes, sent from where they are.
+        limit: Longest packet the server takes, 0 for any.
+        sync: Append a stream sync, as stock does after every copy.
+    """
+    yield from _copy(meta, data, CopyToRemote, limit, sync)
+
+
+def copy_from_remote(meta: TensorMeta, into: memoryview, *, limit: int = 0, sync: bool = False) -> Flow[None]:
+    """Read the bytes at ``meta`` straight into ``into``; arguments as :func:`copy_to_remote`."""
+    yield from _copy(meta, into, CopyFromRemote, limit, sync)
+
+
+def _copy(
+    meta: TensorMeta, data: memoryview, kind: type[CopyToRemote | CopyFromRemote], limit: int, sync: bool
+) -> Flow[None]:
+    total = len(data)
+    block = block_size(limit, meta) if limit else max(total, 1)
+    tickets: deque[Any] = deque()
+    for start in range(0, total, block):
+        part = data[start : start + block]
+        tickets.append((yield Send(kind(meta.at(start), len(part), part))))
+        if len(tickets) > _AHEAD:
+            _copied((yield Wait(tickets.popleft())))
+    if sync:
+        tickets.append((yield Send(Syscall(Code.DEV_STREAM_SYNC, (meta.device, NULL)))))
+    while tickets:
+        _copied((yield Wait(tickets.popleft())))
+
+
+def _copied(reply: Reply) -> None:
+    if type(reply) is not CopyAck:
+        result_of(reply)

@@ -1,0 +1,204 @@
+"""A session's files: a private directory that is removed with the session, and names that cannot leave it.
+
+Uploads appear under their name only when they are complete, and count against the session's quota.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rpcnb.errors import AccessDenied, LimitExceeded
+
+if TYPE_CHECKING:
+    from rpcnb.protocol.sequence import Buffer
+
+__all__ = ["SessionFiles", "StoredFile", "Upload"]
+
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
+_MAX_NAME = 255
+
+
+def check_name(name: str) -> None:
+    """Refuse a file name that could mean something outside its directory, on any system.
+
+    Raises:
+        AccessDenied: It could.
+    """
+    parts = name.split("/")
+    bad = (
+        not name
+        or "\0" in name
+        or "\\" in name
+        or ":" in name
+        or name.startswith("/")
+        or len(name) > 4096
+        or any(
+            part in ("", "..") or len(part.encode("utf-8", "replace")) > _MAX_NAME or _RESERVED.fullmatch(part)
+            or (part != "." and part[-1] in ". ")
+            for part in parts
+        )
+    )
+    if bad:
+        shown = name if len(name) <= 60 else f"{name[:57]}..."
+        raise AccessDenied(f"file name {shown!r} is refused; expected a relative name inside the session's directory")
+
+
+class StoredFile:
+    """An uploaded file that has been received to disk and waits for its name."""
+
+    __slots__ = ("nbytes", "path")
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path = path
+        self.nbytes = nbytes
+
+
+class Upload:
+    """A sink that writes a bulk upload to disk as it arrives."""
+
+    def __init__(self, files: SessionFiles, nbytes: int) -> None:
+        self._files = files
+        self._nbytes = nbytes
+        files.reserve(nbytes)
+        self._finished = False
+        self._stored = False
+        descriptor, name = tempfile.mkstemp(dir=files.root, prefix=".upload-")
+        self._path = Path(name)
+        self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115  # closed by finish or abort
+
+    def write(self, data: memoryview) -> None:
+        """Append to the file."""
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self.abort()
+            raise LimitExceeded(f"cannot store the upload: {error.strerror}") from error
+
+    def finish(self) -> StoredFile:
+        """Close the file; it gets its name when the upload function runs."""
+        self._file.close()
+        self._finished = True
+        return StoredFile(self._path, self._nbytes)
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        if not self._finished:
+            self._finished = True
+            self._path.unlink(missing_ok=True)
+            self._files.release(self._nbytes)
+
+
+class SessionFiles:
+    """The work directory of one session; made on first use.
+
+    Args:
+        quota: Bytes that uploads may hold at once.
+        trusted_paths: Accept any path, as stock TVM does.
+    """
+
+    def __init__(self, quota: int = 4 << 30, *, trusted_paths: bool = False) -> None:
+        self._root: Path | None = None
+        self._quota = quota
+        self._used = 0
+        self._sizes: dict[Path, int] = {}
+        self._trusted = trusted_paths
+        self._uploads: list[Upload] = []
+
+    @property
+    def root(self) -> Path:
+        """The directory; never the process's current one."""
+        if self._root is None:
+            self._root = Path(tempfile.mkdtemp(prefix="rpcnb-"))
+        return self._root
+
+    def path(self, name: str) -> Path:
+        """Return where ``name`` is.
+
+        Raises:
+            AccessDenied: It would be outside the directory.
+        """
+        if self._trusted:
+            return self.root / name
+        if name not in ("", "."):
+            check_name(name)
+        path = self.root / name
+        real = Path(os.path.realpath(path))
+        if not real.is_relative_to(os.path.realpath(self.root)):
+            raise AccessDenied(f"file name {name!r} leads out of the session's directory")
+        return path
+
+    def reserve(self, nbytes: int) -> None:
+        """Count ``nbytes`` against the quota.
+
+        Raises:
+            LimitExceeded: The quota is used up.
+        """
+        if self._used + nbytes > self._quota:
+            raise LimitExceeded(
+                f"upload of {nbytes} bytes exceeds upload_quota={self._quota} ({self._used} bytes are in use)"
+            )
+        self._used += nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Give back ``nbytes`` of the quota."""
+        self._used -= nbytes
+
+    def begin_upload(self, nbytes: int) -> Upload:
+        """Return a sink for a bulk upload of ``nbytes`` bytes."""
+        upload = Upload(self, nbytes)
+        self._uploads = [*(one for one in self._uploads if not one._finished), upload]
+        return upload
+
+    def write(self, name: str, data: Buffer | StoredFile) -> None:
+        """Make ``name`` hold ``data``: whole or not at all.
+
+        Raises:
+            AccessDenied: A name that is refused.
+            LimitExceeded: No room.
+        """
+        if not isinstance(data, StoredFile):
+            upload = self.begin_upload(len(data))
+            upload.write(memoryview(data))
+            data = upload.finish()
+        try:
+            path = self.path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(data.path, path)
+        except BaseException:
+            data.path.unlink(missing_ok=True)
+            self.release(data.nbytes)
+            raise
+        self.release(self._sizes.pop(path, 0))
+        self._sizes[path] = data.nbytes
+
+    def read(self, name: str) -> bytes:
+        """Return the content of ``name``."""
+        path = self.path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"Cannot open {path}: no such file in the session's directory")
+        return path.read_bytes()
+
+    def remove(self, name: str) -> None:
+        """Delete ``name``; a file that is not there is no error, as in stock."""
+        path = self.path(name)
+        path.unlink(missing_ok=True)
+        self.release(self._sizes.pop(path, 0))
+
+    def listdir(self, name: str) -> list[str]:
+        """Return the names in a directory, sorted."""
+        return sorted(entry.name for entry in self.path(name).iterdir() if not entry.name.startswith(".upload-"))
+
+    def close(self) -> None:
+        """Remove the directory and everything in it."""
+        for upload in self._uploads:
+            upload.abort()
+        if self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
+            self._root = None

@@ -1,0 +1,410 @@
+"""The servant: performs the requests of one conversation on a serving session, in order, and answers them.
+
+It is driven by whoever moves the bytes and never waits. :meth:`Servant.advance` performs what has arrived until input
+runs out, a request is *parked* (its asynchronous completion has not come), or the conversation is over. A completion
+may come from any thread: it queues the reply, then ``on_completed`` lets the driver flush and go on. Several
+completions of one request, or one after the end, do nothing.
+
+``off_loop`` is the driver's word on calls that may block: it takes the call over (to a worker thread, which calls
+:meth:`Servant.perform`) and returns True.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import LimitExceeded, LocalProtocolError, RpcError
+from rpcnb.protocol.codes import VERSION, Code
+from rpcnb.protocol.endpoint import State
+from rpcnb.protocol.messages import (
+    CallFunc,
+    CopyAck,
+    CopyFromRemote,
+    CopyToRemote,
+    InitServer,
+    Malformed,
+    PayloadEnd,
+    Raised,
+    Return,
+    Shutdown,
+    Syscall,
+)
+from rpcnb.runtime.serving import _ENVIRONMENT, Environment, LocalServingSession, ServingSession
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from rpcnb.protocol.endpoint import Endpoint
+    from rpcnb.protocol.messages import Message, Reply
+    from rpcnb.protocol.sequence import Buffer
+    from rpcnb.values import Pointer, TensorMeta
+
+__all__ = ["Completion", "Servant"]
+
+log = logging.getLogger(__name__)
+
+_NOT_INITIALIZED = (
+    "Check failed: (serving_session_ != nullptr) is false: "
+    "Need to call InitRemoteSession first before any further actions"
+)
+_VOID = Return()
+
+
+def _nothing() -> None:
+    pass
+
+
+class Completion:
+    """The ``done`` of one request in progress; exactly the first call counts.
+
+    Attributes:
+        name: What is in progress, for people.
+        since: ``time.monotonic()`` of its start.
+    """
+
+    __slots__ = ("_finish", "_servant", "cancelled", "finished", "name", "since")
+
+    def __init__(self, servant: Servant, name: str, finish: Callable[[Any], Reply]) -> None:
+        self._servant = servant
+        self._finish = finish
+        self.name = name
+        self.since = time.monotonic()
+        self.finished = False
+        self.cancelled = False
+
+    def __call__(self, result: Any = None) -> None:
+        """Complete with a result."""
+        self._servant.complete(self, self._finish, result)
+
+    def error(self, error: BaseException) -> None:
+        """Complete with an exception."""
+        self._servant.complete(self, self._servant.exception, error)
+
+
+class Servant:
+    """Performs one conversation's requests.
+
+    Args:
+        endpoint: The server's side of the conversation.
+        environment: What the server's sessions share.
+        name: Of the server, for messages (stock: ``SockServerLoop``).
+        on_completed: Called, in the completing thread, after a parked request has got its reply.
+        on_reply: Called after every completion, parked or not, when its reply has been queued.
+        off_loop: Takes over a call that may block; returns False to have it performed at once.
+        plain: Host only synchronous sessions, as a blocking server does.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        environment: Environment,
+        *,
+        name: str = "server",
+        on_completed: Callable[[], None] = _nothing,
+        on_reply: Callable[[], None] = _nothing,
+        off_loop: Callable[[Message, str], bool] | None = None,
+        plain: bool = False,
+    ) -> None:
+        self.endpoint = endpoint
+        self.environment = environment
+        self.name = name
+        self.on_completed = on_completed
+        self.on_reply = on_reply
+        self.off_loop = off_loop
+        self.plain = plain
+        self.lock = threading.RLock()
+        self.output: deque[Buffer] = deque()
+        self.session: ServingSession | None = None
+        self.parked: Completion | None = None
+        self.running: str | None = None  # what a worker is performing
+        self.extended = False  # the peer is rpcnb: exceptions carry class and traceback
+        self.over = False
+        self._copy: tuple[CopyToRemote, memoryview | None, Exception | None] | None = None
+        self._cancel_init: Callable[[], object] | None = None
+        endpoint.sink_for = self._sink_for
+
+    # -- driving -------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Perform the requests that have arrived, as far as possible now.
+
+        Raises:
+            RemoteProtocolError: The peer broke the framing; the conversation is over.
+        """
+        while not self.over and self.parked is None and self.running is None:
+            with self.lock:
+                message = self.endpoint.next_message()
+            if message is None:
+                return
+            if self.off_loop is not None:
+                place = self._placement(message)
+                if place != "loop" and self.off_loop(message, place):
+                    return
+            self.perform(message)
+
+    def _placement(self, message: Message) -> str:
+        """Tell where a request should be performed: only calls and copies within a device can take long."""
+        if type(message) is CallFunc:
+            session = self.session
+            return "loop" if session is None else session.placement(message)
+        return "thread" if type(message) is Syscall and message.code is Code.COPY_AMONG_REMOTE else "loop"
+
+    def perform(self, message: Message) -> None:
+        """Perform one request; afterwards it is answered or parked."""
+        try:
+            if type(message) is CallFunc:
+                self._call(message)
+            else:
+                self._dispatch(message)
+        except LocalProtocolError:
+            raise
+        except Exception as error:
+            self._answer(self.exception(error))
+
+    def _dispatch(self, message: Message) -> None:
+        if isinstance(message, Syscall):
+            self._syscall(message)
+        elif isinstance(message, CopyFromRemote):
+            self._copy_from(message)
+        elif isinstance(message, CopyToRemote):
+            self._copy_to_begin(message)
+        elif isinstance(message, PayloadEnd):
+            self._copy_to_end()
+        elif isinstance(message, Malformed):
+            raise message.error
+        elif isinstance(message, InitServer):
+            self._initialize(message)
+        else:
+            assert isinstance(message, Shutdown), message
+            self.over = True
+
+    def _answer(self, reply: Reply) -> None:
+        """Queue a reply; a result that cannot be encoded becomes exactly one exception."""
+        with self.lock:
+            if self.over or self.endpoint.state is not State.BUSY:
+                return
+            try:
+                self.output.extend(self.endpoint.send(reply))
+            except RpcError as error:
+                self.output.extend(self.endpoint.send(self.exception(error)))
+            session = self.session
+        if isinstance(session, LocalServingSession) and session.table.exhausted:
+            log.warning("%s: session ended after too many handles that were never issued", self.name)
+            self.over = True
+
+    def exception(self, error: BaseException) -> Raised:
+        """Return the reply that reports ``error``; a stock peer gets the text alone."""
+        session = self.session or ServingSession()
+        reply = session.send_exception(error)
+        return reply if self.extended else Raised(reply.text)
+
+    # -- asynchronous completions ----------------------------------------------------------------------------------
+
+    def _begin(self, name: str, finish: Callable[[Any], Reply], start: Callable[[Completion], object]) -> None:
+        """Start an asynchronous operation; park unless it completed before returning."""
+        completion = Completion(self, name, finish)
+        try:
+            start(completion)
+        except Exception as error:
+            completion.error(error)
+        with self.lock:
+            if not completion.finished and not self.over:
+                self.parked = completion
+
+    def complete(self, completion: Completion, make: Callable[[Any], Reply], outcome: Any) -> None:
+        """Answer the request of ``completion``, once."""
+        with self.lock:
+            if completion.finished or completion.cancelled:
+                return
+            completion.finished = True
+            try:
+                reply = make(outcome)
+            except Exception as error:
+                reply = self.exception(error)
+            self._answer(reply)
+            resumed = self.parked is completion
+            if resumed:
+                self.parked = None
+        self.on_reply()
+        if resumed:
+            self.on_completed()
+
+    def cancel(self) -> None:
+        """End the conversation: nobody waits for what is parked; the session is shut down."""
+        with self.lock:
+            if self.over and self.session is None and self._cancel_init is None:
+                return
+            self.over = True
+            parked, self.parked = self.parked, None
+            session, self.session = self.session, None
+            cancel_init, self._cancel_init = self._cancel_init, None
+        if parked is not None:
+            parked.cancelled = True
+        if cancel_init is not None:
+            cancel_init()
+        if session is not None:
+            try:
+                session.shutdown()
+            except Exception:
+                log.exception("%s: shutdown of %s failed", self.name, type(session).__name__)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> ServingSession:
+        session = self.session
+        if session is None:
+            raise LimitExceeded(_NOT_INITIALIZED)
+        if self.plain and session.is_async:
+            raise LimitExceeded("Cannot host an async session in a non-Event driven server")
+        return session
+
+    def _call(self, message: CallFunc) -> None:
+        session = self._ready()
+        self._begin("call", Return, lambda done: session.async_call(message.handle, message.args, done))
+
+    def _copy_from(self, message: CopyFromRemote) -> None:
+        session, meta, nbytes = self._ready(), message.meta, message.nbytes
+        self._check_copy(meta, nbytes)
+        view = session.direct(meta, nbytes)
+        if view is not None:
+            self._answer(CopyAck(view))
+            return
+        data = memoryview(bytearray(nbytes))
+        self._begin("copy from", lambda _: CopyAck(data), lambda done: session.async_copy_from(meta, data, nbytes, done))
+
+    def _copy_to_begin(self, message: CopyToRemote) -> None:
+        """Say where the data goes before it is received; a refused copy is skipped, then answered."""
+        view: memoryview | None = None
+        refused: Exception | None = None
+        direct = False
+        try:
+            session = self._ready()
+            self._check_copy(message.meta, message.nbytes)
+            view = session.direct(message.meta, message.nbytes)
+            direct = view is not None
+            if view is None:
+                view = memoryview(bytearray(message.nbytes))
+        except Exception as error:
+            refused = error
+        self._copy = (message, None if direct else view, refused)
+        self.endpoint.receive_payload(view)
+
+    @staticmethod
+    def _check_copy(meta: TensorMeta, nbytes: int) -> None:
+        """Bound a copy by the size it claims, before memory is made for it (protocol.md 5.2)."""
+        if nbytes > meta.nbytes:
+            raise LimitExceeded(f"copy of {nbytes} bytes is larger than its tensor of {meta.nbytes} bytes")
+
+    def _copy_to_end(self) -> None:
+        assert self._copy is not None
+        message, staged, refused = self._copy
+        self._copy = None
+        if refused is not None:
+            raise refused
+        if staged is None:
+            self._answer(_VOID)
+            return
+        session, data = self._ready(), staged
+        self._begin(
+            "copy to", lambda _: _VOID, lambda done: session.async_copy_to(data, message.meta, message.nbytes, done)
+        )
+
+    def _syscall(self, message: Syscall) -> None:
+        session = self._ready()
+        if message.code is Code.DEV_STREAM_SYNC:
+            device, stream = message.args
+            self._begin(
+                "stream wait",
+                lambda _: _VOID,
+                lambda done: session.async_stream_wait(device, int(stream or 0), done),  # type: ignore[arg-type]  # checked
+            )
+            return
+        values: tuple[Any, ...] = message.args
+        result = _SYSCALLS[message.code](session, *values)
+        self._answer(_VOID if result is None else Return((result,)))
+
+    def _sink_for(self, handle: int, args: list[Any], nbytes: int) -> Any:
+        session = self.session
+        return None if session is None else session.sink_for(handle, args, nbytes)
+
+    # -- init ----------------------------------------------------------------------------------------------------
+
+    def _initialize(self, message: InitServer) -> None:
+        if message.version != VERSION:
+            raise LimitExceeded(
+                f"Check failed: client_protocol_ver == server_protocol_ver ({message.version} vs. {VERSION}) : "
+                f"Server[{self.name}]: Client protocol version mismatch with the server  "
+                f"server protocol={VERSION}, client protocol={message.version}"
+            )
+        if self.session is not None:
+            raise LimitExceeded("Check failed: (serving_session_ == nullptr) is false: Server has already been initialized")
+        constructor, args = self._constructor(message)
+        token = _ENVIRONMENT.set(self.environment)
+        try:
+            made = constructor(*args)
+        finally:
+            _ENVIRONMENT.reset(token)
+        if hasattr(made, "__await__"):
+            self._begin("init", self._initialized, lambda done: self._await_session(made, done))
+        else:
+            self._answer(self._initialized(made))
+
+    def _await_session(self, made: Coroutine[Any, Any, Any], done: Completion) -> None:
+        self._cancel_init = self.environment.spawn(made, done, None)
+
+    def _initialized(self, made: Any) -> Reply:
+        self._cancel_init = None
+        if not isinstance(made, ServingSession):
+            raise LimitExceeded(f"session constructor returned {type(made).__name__}; expected a session")
+        if self.over:
+            made.shutdown()
+        else:
+            self.session = made
+        return _VOID
+
+    def _constructor(self, message: InitServer) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        name, *args = message.args or ("rpc.LocalSession",)
+        if not isinstance(name, str):
+            raise LimitExceeded(f"expected the name of a session constructor, got {type(name).__name__}")
+        entry = self.environment.registry.get(name)
+        if entry is not None:
+            return entry.call, tuple(args)
+        if name == "rpc.LocalSession":
+            return self.environment.local_session or LocalServingSession, tuple(args)
+        known = self.environment.constructors.get(name)
+        if known is None:
+            raise LimitExceeded(
+                f"Check failed: (fconstructor.has_value()) is false:  Cannot find session constructor {name}"
+            )
+        return known, tuple(args)
+
+
+def _free_handle(session: ServingSession, handle: Pointer | None) -> None:
+    if handle:
+        session.free_handle(handle)
+
+
+def _allocate_tensor(session: ServingSession, meta: TensorMeta, scope: str | None) -> Any:
+    return session.allocate_tensor(meta, scope)
+
+
+_SYSCALLS: dict[Code, Callable[..., Any]] = {
+    Code.GET_GLOBAL_FUNC: lambda session, name: session.get_function(name),
+    Code.FREE_HANDLE: _free_handle,
+    Code.DEV_SET_DEVICE: lambda session, device: session.set_device(device),
+    Code.DEV_GET_ATTR: lambda session, device, kind: session.get_attribute(device, kind),
+    Code.DEV_ALLOC_DATA: lambda session, *args: session.allocate(*args),
+    Code.DEV_ALLOC_DATA_WITH_SCOPE: _allocate_tensor,
+    Code.DEV_FREE_DATA: lambda session, device, handle: session.free_data(device, int(handle or 0)),
+    Code.COPY_AMONG_REMOTE: lambda session, source, target, stream: session.copy_among_remote(
+        source, target, int(stream or 0)
+    ),
+    Code.DEV_CREATE_STREAM: lambda session, device: session.create_stream(device),
+    Code.DEV_FREE_STREAM: lambda session, device, stream: session.free_stream(device, int(stream or 0)),
+    Code.DEV_SET_STREAM: lambda session, device, stream: session.set_stream(device, int(stream or 0)),
+    Code.DEV_GET_CURRENT_STREAM: lambda session, device: session.current_stream(device),
+}

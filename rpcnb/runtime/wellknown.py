@@ -1,0 +1,208 @@
+"""Functions that every server has: files, modules, time evaluation, and TVM's test functions.
+
+Names and arguments are protocol.md 11's. Each is made for the session that asks, on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import AccessDenied, InvalidHandle
+from rpcnb.runtime.serving import Module, ServedFunction, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rpcnb.runtime.files import StoredFile
+    from rpcnb.runtime.serving import LocalServingSession
+
+__all__ = ["UPLOAD", "WELL_KNOWN", "find_well_known"]
+
+UPLOAD = "tvm.rpc.server.upload"
+# Globals of apache-tvm-ffi that any client may call: they compute on their arguments and reach nothing else.
+_FFI_ALLOWED = frozenset({"ffi.Shape", "ffi.GetRegisteredTypeKeys", "testing.echo"})
+
+
+def _workpath(session: LocalServingSession, name: str) -> str:
+    return str(session.files.path(name))
+
+
+def _upload(session: LocalServingSession, name: str, data: bytes | StoredFile) -> None:
+    session.files.write(name, data)
+
+
+def _download(session: LocalServingSession, name: str) -> bytes:
+    return session.files.read(name)
+
+
+def _remove(session: LocalServingSession, name: str) -> None:
+    session.files.remove(name)
+
+
+def _listdir(session: LocalServingSession, name: str) -> str:
+    return ",".join(session.files.listdir(name))
+
+
+def need_native(session: LocalServingSession, what: str) -> None:
+    """Raise AccessDenied unless native code was trusted to this server's clients."""
+    if not session.environment.native:
+        raise AccessDenied(f"{what} needs trust: start the server with a token, or with --allow-native")
+
+
+def _load_module(session: LocalServingSession, name: str) -> Module:
+    need_native(session, "load_module")
+    from rpcnb.runtime.libraries import load_library
+
+    return load_library(session.files.path(name))
+
+
+def _download_linked_module(session: LocalServingSession, name: str) -> bytes:
+    need_native(session, "download_linked_module")
+    from rpcnb.runtime.libraries import link_library
+
+    path = session.files.path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"cannot find file {path}")
+    return link_library(path).read_bytes()
+
+
+def _import_module(session: LocalServingSession, parent: Module, child: Module) -> None:
+    _as_module(parent).import_module(_as_module(child))
+
+
+def _module_get_function(
+    session: LocalServingSession, module: Module, name: str, query_imports: bool = False
+) -> Callable[..., Any] | None:
+    return _as_module(module).get_function(name, query_imports)
+
+
+def _as_module(value: Any) -> Module:
+    if not isinstance(value, Module):
+        raise InvalidHandle(f"expected a module, got {type(value).__name__}")
+    return value
+
+
+def _system_lib(session: LocalServingSession, *prefix: str) -> Module:
+    return Module(kind="library")
+
+
+def _shape(session: LocalServingSession, *extents: int) -> Shape:
+    return Shape(extents)
+
+
+def _shape_size(session: LocalServingSession, shape: Shape) -> int:
+    return len(shape)
+
+
+def _shape_elem(session: LocalServingSession, shape: Shape, index: int) -> int:
+    return shape[index]
+
+
+def _time_evaluator(session: LocalServingSession, *args: Any) -> ServedFunction:
+    from rpcnb.runtime.timing import make_evaluator
+
+    return make_evaluator(session, *args)
+
+
+def _names(session: LocalServingSession) -> Callable[[int], int | str]:
+    """Answer TVM's question for names: ``f(-1)`` is their number, ``f(i)`` one of them."""
+    names = sorted({*session.environment.registry.names(), *WELL_KNOWN})
+    return lambda index: len(names) if index < 0 else names[index]
+
+
+def _addone(session: LocalServingSession, x: Any) -> Any:
+    return x + 1
+
+
+def _strcat(session: LocalServingSession, name: str, x: int) -> str:
+    return f"{name}:{x}"
+
+
+def _except(session: LocalServingSession, name: str) -> None:
+    raise ValueError(name)
+
+
+def _str_concat(session: LocalServingSession, x: str, y: str) -> str:
+    return x + y
+
+
+def _remote_tensor_func(session: LocalServingSession, tensor: Any) -> None:
+    import numpy as np
+
+    np.testing.assert_equal(tensor, np.ones((3, 4)))
+
+
+def _add_to_lhs(session: LocalServingSession, x: Any) -> Callable[[Any], Any]:
+    return lambda y: x + y
+
+
+def _remote_return_nd(session: LocalServingSession, what: str) -> Callable[..., Any]:
+    import numpy as np
+
+    array = np.zeros(10, np.float32)
+    replies: dict[str, Callable[..., Any]] = {
+        "get_arr": lambda: array,
+        "ref_count": lambda: 1,
+        "get_elem": lambda index: float(array[index]),
+        "get_arr_elem": lambda other, index: float(other[index]),
+    }
+    if what not in replies:
+        raise ValueError(f"expected one of {', '.join(replies)}, got {what!r}")
+    return replies[what]
+
+
+def _echo(session: LocalServingSession, *args: Any) -> Any:
+    return args[0] if args else None
+
+
+def _raise_error(session: LocalServingSession, kind: str, message: str) -> None:
+    import builtins
+
+    found = getattr(builtins, kind, None)
+    error = found if isinstance(found, type) and issubclass(found, Exception) else RuntimeError
+    raise error(message)
+
+
+# name -> (function of the session, where it runs). Only what cannot take long runs on the loop.
+WELL_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
+    "tvm.rpc.server.workpath": (_workpath, "loop"),
+    UPLOAD: (_upload, "thread"),
+    "tvm.rpc.server.download": (_download, "thread"),
+    "tvm.rpc.server.remove": (_remove, "thread"),
+    "tvm.rpc.server.listdir": (_listdir, "thread"),
+    "tvm.rpc.server.load_module": (_load_module, "thread"),
+    "tvm.rpc.server.ImportModule": (_import_module, "thread"),
+    "tvm.rpc.server.ModuleGetFunction": (_module_get_function, "thread"),
+    "tvm.rpc.server.download_linked_module": (_download_linked_module, "thread"),
+    "runtime.RPCTimeEvaluator": (_time_evaluator, "loop"),
+    "ffi.SystemLib": (_system_lib, "loop"),
+    "ffi.Shape": (_shape, "loop"),
+    "ffi.FunctionListGlobalNamesFunctor": (_names, "loop"),
+    "rpc.testing.GetShapeSize": (_shape_size, "loop"),
+    "rpc.testing.GetShapeElem": (_shape_elem, "loop"),
+    "rpc.test.addone": (_addone, "thread"),
+    "rpc.test.strcat": (_strcat, "thread"),
+    "rpc.test.except": (_except, "thread"),
+    "rpc.test.runtime_str_concat": (_str_concat, "thread"),
+    "rpc.test.remote_tensor_func": (_remote_tensor_func, "thread"),
+    "rpc.test.add_to_lhs": (_add_to_lhs, "thread"),
+    "rpc.test.remote_return_nd": (_remote_return_nd, "thread"),
+    "testing.echo": (_echo, "thread"),
+    "testing.test_raise_error": (_raise_error, "thread"),
+}
+
+
+def find_well_known(session: LocalServingSession, name: str) -> ServedFunction | None:
+    """Return a well-known function for this session, or an FFI global it may call, or None."""
+    found = WELL_KNOWN.get(name)
+    if found is not None:
+        function, run = found
+        return ServedFunction(name, functools.partial(function, session), "plain", run)
+    if name in _FFI_ALLOWED or session.environment.expose_ffi:
+        from rpcnb.runtime.libraries import find_ffi_global
+
+        function_of_ffi = find_ffi_global(name)
+        if function_of_ffi is not None:
+            return ServedFunction(name, function_of_ffi)
+    return None

@@ -1,0 +1,178 @@
+"""The awaited session: the same names as :class:`~rpcnb.session.session.Session`, all coroutines.
+
+::
+
+    async with await rpcnb.connect_async("board:9090") as session:
+        add = await session.get_function("demo.add")
+        await add(1, 2)
+        x = await session.array(np.ones(8, "float32"))
+        await x.numpy()
+
+A session belongs to the event loop in which it was opened. Cancelling a call gives up its reply, not the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.net.link import Deadline
+from rpcnb.protocol.flows import Send, Wait
+from rpcnb.session.base import SessionBase
+from rpcnb.session.remote import (
+    AsyncRemoteDevice,
+    AsyncRemoteFunction,
+    AsyncRemoteModule,
+    AsyncRemoteTensor,
+    RemoteObject,
+    TimingResult,
+    _timing_options,
+)
+from rpcnb.session.session import _named_call
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Awaitable, Callable, Sequence
+    from types import TracebackType
+
+    from rpcnb.protocol.flows import Flow
+
+__all__ = ["AsyncSession", "await_flow"]
+
+
+async def await_flow(link: Any, flow: Flow[Any]) -> Any:
+    """Run a flow by awaiting; what was asked and not answered is abandoned when it is left early."""
+    tickets: list[Any] = []
+    try:
+        step: Any = next(flow)
+        while True:
+            if type(step) is Send:
+                ticket = link.send(step.request)
+                tickets.append(ticket)
+                step = flow.send(ticket)
+                continue
+            if type(step) is Wait:
+                ticket = step.ticket
+            else:
+                ticket = link.send(step)
+                tickets.append(ticket)
+            if not ticket.done:
+                await link.wait(ticket)
+            step = flow.send(ticket.reply) if ticket.reply is not None else flow.throw(ticket.error)
+    except StopIteration as end:
+        return end.value
+    except BaseException:
+        flow.close()
+        link.abandon(tickets)
+        raise
+
+
+class AsyncSession(SessionBase):
+    """A session whose operations are awaited; made by :func:`rpcnb.connect_async`."""
+
+    _types = (AsyncRemoteFunction, AsyncRemoteModule, AsyncRemoteTensor, RemoteObject, AsyncRemoteDevice)
+
+    async def _run(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
+        if timeout is None:
+            timeout = self.timeout
+        if timeout is None:
+            return await await_flow(self._link, flow)
+        deadline = Deadline(timeout, what)
+        try:
+            return await asyncio.wait_for(await_flow(self._link, flow), timeout)
+        except asyncio.TimeoutError:
+            raise deadline.exceeded() from None
+
+    async def get_function(self, name: str, *, timeout: float | None = None) -> AsyncRemoteFunction:
+        """Return the remote function registered as ``name``; as :meth:`Session.get_function`."""
+        found: AsyncRemoteFunction = await self._run(self._ops.get_function(name), timeout, f"get_function {name}")
+        return found
+
+    async def call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
+        """Call the remote function registered as ``name``; it is looked up once per session."""
+        return await self._run(_named_call(self, name, args), timeout, name)
+
+    async def list_functions(self, *, timeout: float | None = None) -> list[str]:
+        """Return the names of the server's functions; asked once per session."""
+        names: list[str] = await self._run(self._ops.list_functions(), timeout, "list_functions")
+        return names
+
+    async def time_evaluator(
+        self, func_name: str, dev: AsyncRemoteDevice, *, module: AsyncRemoteModule | None = None, **options: Any
+    ) -> Callable[..., Awaitable[TimingResult]]:
+        """Return a function that measures ``func_name`` at the server; as :meth:`Session.time_evaluator`."""
+        timeout = options.pop("timeout", None)
+        flow = self._ops.time_evaluator(module, func_name, dev, _timing_options(options))
+        evaluator: AsyncRemoteFunction = await self._run(flow, timeout, "time_evaluator")
+
+        async def evaluate(*args: Any, timeout: float | None = None) -> TimingResult:
+            return TimingResult.decode(await evaluator(*args, timeout=timeout))
+
+        return evaluate
+
+    async def array(
+        self, source: Any, device: AsyncRemoteDevice | None = None, *, timeout: float | None = None
+    ) -> AsyncRemoteTensor:
+        """Copy a local array to a device, the server's CPU by default."""
+        made: AsyncRemoteTensor = await self._run(self._ops.tensor(source, device), timeout, "copy_to")
+        return made
+
+    async def empty(
+        self,
+        shape: Sequence[int] | int,
+        dtype: Any = "float32",
+        device: AsyncRemoteDevice | None = None,
+        mem_scope: str | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> AsyncRemoteTensor:
+        """Allocate an uninitialised tensor on a device, the server's CPU by default."""
+        made: AsyncRemoteTensor = await self._run(self._ops.empty(shape, dtype, device, mem_scope), timeout, "empty")
+        return made
+
+    async def upload(
+        self, data: str | os.PathLike[str] | bytes, target: str | None = None, *, timeout: float | None = None
+    ) -> None:
+        """Put a local file, or bytes as ``target``, into the session's directory."""
+        await self._run(self._ops.upload(data, target), timeout, "upload")
+
+    async def download(self, path: str, *, timeout: float | None = None) -> bytearray:
+        """Return the content of a file of the session's directory."""
+        data: bytearray = await self._run(self._ops.download(path), timeout, f"download {path}")
+        return data
+
+    async def remove(self, path: str, *, timeout: float | None = None) -> None:
+        """Delete a file of the session's directory."""
+        await self._run(self._ops.remove(path), timeout, f"remove {path}")
+
+    async def listdir(self, path: str = ".", *, timeout: float | None = None) -> list[str]:
+        """Return the names in a directory of the session (stock servers do not offer it)."""
+        names: list[str] = await self._run(self._ops.listdir(path), timeout, f"listdir {path}")
+        return names
+
+    async def load_module(self, path: str, *, timeout: float | None = None) -> AsyncRemoteModule:
+        """Load an uploaded library; the server must trust native code to us."""
+        module: AsyncRemoteModule = await self._run(self._ops.load_module(path), timeout, f"load_module {path}")
+        return module
+
+    async def download_linked_module(self, path: str, *, timeout: float | None = None) -> bytearray:
+        """Have an uploaded object file or archive linked at the server; returns the shared library."""
+        data: bytearray = await self._run(self._ops.download_linked_module(path), timeout, f"link {path}")
+        return data
+
+    async def system_lib(self, *, timeout: float | None = None) -> AsyncRemoteModule:
+        """Return the module of the server's statically linked functions."""
+        module: AsyncRemoteModule = await self._run(self._ops.system_lib(), timeout, "system_lib")
+        return module
+
+    async def close(self) -> None:
+        """End the session; the server releases everything it held. Idempotent; never waits."""
+        self._link.close()
+
+    async def __aenter__(self) -> AsyncSession:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

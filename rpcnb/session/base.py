@@ -1,0 +1,138 @@
+"""What :class:`Session` and :class:`AsyncSession` share: identity, devices, releasing, display."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import SessionClosed, SessionTimeout
+from rpcnb.protocol.endpoint import State
+from rpcnb.session.operations import Operations
+from rpcnb.session.remote import FunctionNames
+from rpcnb.values import device as as_device
+
+if TYPE_CHECKING:
+    from rpcnb.protocol.handshake import KeyText
+    from rpcnb.protocol.messages import Request
+
+__all__ = ["SessionBase"]
+
+_numbers = itertools.count(1)
+
+
+class SessionBase:
+    """A session's identity and everything that needs no exchange.
+
+    Attributes:
+        name: ``session-1``; in messages and panels.
+        peer: Address of the server.
+        timeout: Seconds that every operation may take unless it names its own; None for ever.
+    """
+
+    _types: tuple[Any, Any, Any, Any, Any]
+
+    def __init__(self, link: Any, key: str, answer: KeyText, timeout: float | None = None) -> None:
+        self.name = f"session-{next(_numbers)}"
+        self.peer: str = link.peer
+        self.timeout = timeout
+        self._link = link
+        self._key = key
+        self._ops = Operations(self, self._types, link.peer, answer, link.garbage)
+
+    @property
+    def key(self) -> str:
+        """The match key with which it was opened."""
+        return self._key
+
+    @property
+    def server_key(self) -> str:
+        """The key that the server says it serves."""
+        return self._ops.key.key
+
+    @property
+    def is_rpcnb(self) -> bool:
+        """Tell whether the server is rpcnb; else it is stock TVM."""
+        return self._ops.is_rpcnb
+
+    @property
+    def state(self) -> str:
+        """``ready``, ``busy``, ``draining`` (replies to abandoned requests are owed), ``lost`` or ``closed``."""
+        wire = self._link.wire
+        if wire.ended is not None:
+            return "closed" if isinstance(wire.ended, SessionClosed) else "lost"
+        tickets = list(wire.tickets)
+        if not tickets:
+            return "ready" if wire.endpoint.state is not State.CLOSED else "lost"
+        return "draining" if all(ticket.abandoned for ticket in tickets) else "busy"
+
+    @property
+    def ended_by(self) -> BaseException | None:
+        """What ended the session, if it was not ``close()``."""
+        error = self._link.wire.ended
+        return None if isinstance(error, SessionClosed) else error
+
+    @property
+    def timed_out(self) -> bool:
+        """Tell whether the server's time limit ended the session."""
+        return isinstance(self._link.wire.ended, SessionTimeout)
+
+    @property
+    def fn(self) -> Any:
+        """Remote functions as attributes: ``session.fn.demo.add(1, 2)``."""
+        return FunctionNames(self)
+
+    def _note(self, request: Request) -> None:
+        """Note a release; no lock, no I/O, so that a finalizer may call it anywhere."""
+        self._link.garbage.append(request)
+
+    # -- devices -------------------------------------------------------------------------------------------------
+
+    def device(self, kind: str | int, index: int = 0) -> Any:
+        """Return a device of the server: ``session.device("cuda", 1)``, ``"cuda:1"`` or DLPack's number.
+
+        Raises:
+            ValueError: No such device name.
+        """
+        found = as_device(kind, index)
+        return self._ops.device_type(self, found.type, found.index)
+
+    def cpu(self, index: int = 0) -> Any:
+        """Return the server's CPU."""
+        return self.device("cpu", index)
+
+    def cuda(self, index: int = 0) -> Any:
+        """Return a CUDA GPU of the server."""
+        return self.device("cuda", index)
+
+    def cl(self, index: int = 0) -> Any:
+        """Return an OpenCL device of the server."""
+        return self.device("opencl", index)
+
+    def vulkan(self, index: int = 0) -> Any:
+        """Return a Vulkan device of the server."""
+        return self.device("vulkan", index)
+
+    def metal(self, index: int = 0) -> Any:
+        """Return a Metal device of the server."""
+        return self.device("metal", index)
+
+    def rocm(self, index: int = 0) -> Any:
+        """Return a ROCm GPU of the server."""
+        return self.device("rocm", index)
+
+    def ext_dev(self, index: int = 0) -> Any:
+        """Return an extension device of the server."""
+        return self.device("ext_dev", index)
+
+    def hexagon(self, index: int = 0) -> Any:
+        """Return a Hexagon device of the server."""
+        return self.device("hexagon", index)
+
+    def webgpu(self, index: int = 0) -> Any:
+        """Return a WebGPU device of the server."""
+        return self.device("webgpu", index)
+
+    def __repr__(self) -> str:
+        kind = "rpcnb" if self.is_rpcnb else "stock TVM"
+        key = f", key {self.server_key!r}" if self.server_key else ""
+        return f"<{type(self).__name__} {self.name}: {self.peer}{key}, {kind}, {self.state}>"

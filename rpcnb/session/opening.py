@@ -1,0 +1,139 @@
+"""Opening sessions: :func:`connect`, :func:`connect_async` and :class:`LocalSession`."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import DeadlineExceeded, RpcError
+from rpcnb.net.address import Address, is_loopback, parse_address
+from rpcnb.net.dial import ClientKey, connect_socket, expired, explain_init, shake_hands
+from rpcnb.net.interrupt import Guard
+from rpcnb.net.link import Deadline, Link
+from rpcnb.net.wire import Wire
+from rpcnb.protocol import flows
+from rpcnb.protocol.codes import Role
+from rpcnb.protocol.endpoint import Endpoint
+from rpcnb.session.session import Session, run_flow
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rpcnb.protocol.handshake import KeyText
+    from rpcnb.session.aio import AsyncSession
+
+__all__ = ["connect", "connect_async"]
+
+log = logging.getLogger(__name__)
+
+
+def _prepare(
+    url: str, port: int, key: str, session_timeout: float, token: str | None, extensions: bool
+) -> tuple[Address, ClientKey]:
+    address = parse_address(url, port, key)
+    if token is None and is_loopback(address.host):
+        from rpcnb.net.runfiles import find_token
+
+        token = find_token(address.port)
+    return address, ClientKey(address.key, session_timeout, token, extensions)
+
+
+def _wire(sock: Any, answer: KeyText, address: Address) -> Wire:
+    wire = Wire(sock, Endpoint(Role.CLIENT), str(address))
+    wire.quick_ack = answer.features is None
+    return wire
+
+
+def connect(
+    url: str,
+    port: int = 9090,
+    key: str = "",
+    session_timeout: float = 0,
+    session_constructor_args: Sequence[Any] | None = None,
+    enable_logging: bool = False,
+    *,
+    token: str | None = None,
+    timeout: float | None = 10.0,
+    extensions: bool = True,
+) -> Session:
+    """Open a session with an RPC server, rpcnb's or stock TVM's.
+
+    Args:
+        url: Host, ``host:port``, or ``rpc://host:port/key``.
+        port: Port, if the URL names none.
+        key: Key that the server must serve, if the URL names none.
+        session_timeout: Seconds after which the server ends the session; 0 for never.
+        session_constructor_args: Name and arguments of a session constructor of the server, for example
+            ``["rpc.Connect", "inner-host", 9090, "key"]`` to go on to another server through this one.
+        enable_logging: Log every operation at level DEBUG.
+        token: The server's token; one of a server of this user on this machine is found without it.
+        timeout: Seconds for resolving, connecting, handshake and init together; None for no limit.
+        extensions: Offer rpcnb's extensions; False makes us stock to the byte.
+
+    Raises:
+        ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are
+            NotAnRpcServer, KeyMismatch (wrong key or token), DuplicateKey and VersionMismatch.
+        RemoteError: The session constructor failed.
+        ValueError: ``url`` is not an address.
+    """
+    address, client_key = _prepare(url, port, key, session_timeout, token, extensions)
+    deadline = Deadline(timeout, f"connect to {address}")
+    with Guard() as guard:
+        sock = connect_socket(address, deadline, guard)
+        try:
+            answer = shake_hands(sock, client_key, str(address), deadline, guard)
+            link = Link(_wire(sock, answer, address))
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            run_flow(link, flows.initialize(tuple(session_constructor_args or ())), deadline, guard)
+        except DeadlineExceeded as error:
+            link.close()
+            raise expired(str(address), "init", error) from None
+        except BaseException as error:
+            link.close()
+            if isinstance(error, RpcError):
+                raise explain_init(str(address), error) from None
+            raise
+    if enable_logging:
+        log.debug("session with %s opened, key %r", address, address.key)
+    return Session(link, address.key, answer)
+
+
+async def connect_async(
+    url: str,
+    port: int = 9090,
+    key: str = "",
+    session_timeout: float = 0,
+    session_constructor_args: Sequence[Any] | None = None,
+    enable_logging: bool = False,
+    *,
+    token: str | None = None,
+    timeout: float | None = 10.0,
+    extensions: bool = True,
+) -> AsyncSession:
+    """Open an awaited session in the running event loop; arguments and errors as :func:`connect`."""
+    import asyncio
+
+    from rpcnb.net.aiolink import AsyncLink, dial
+    from rpcnb.session.aio import AsyncSession, await_flow
+
+    address, client_key = _prepare(url, port, key, session_timeout, token, extensions)
+    deadline = Deadline(timeout, f"connect to {address}")
+    sock, answer = await dial(address, client_key, deadline)
+    link = AsyncLink(_wire(sock, answer, address))
+    try:
+        flow = flows.initialize(tuple(session_constructor_args or ()))
+        await asyncio.wait_for(await_flow(link, flow), None if timeout is None else deadline.left())
+    except (asyncio.TimeoutError, DeadlineExceeded):
+        link.close()
+        raise expired(str(address), "init", deadline.exceeded()) from None
+    except BaseException as error:
+        link.close()
+        if isinstance(error, RpcError):
+            raise explain_init(str(address), error) from None
+        raise
+    if enable_logging:
+        log.debug("session with %s opened, key %r", address, address.key)
+    return AsyncSession(link, address.key, answer)

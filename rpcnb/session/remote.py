@@ -1,0 +1,523 @@
+"""What a session gives its user: remote functions, tensors, modules, objects and devices.
+
+Each exists twice with the same names: the plain one blocks, the ``Async`` one is awaited. They are released at the
+server when they are garbage collected; a finalizer only notes that, and the next request carries it.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.protocol import flows
+from rpcnb.session.operations import release_data, release_handle
+from rpcnb.values import DEVICE_NAMES, Device
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from rpcnb.protocol.flows import Flow
+    from rpcnb.values import DType, TensorMeta
+
+__all__ = [
+    "AsyncRemoteDevice",
+    "AsyncRemoteFunction",
+    "AsyncRemoteModule",
+    "AsyncRemoteTensor",
+    "RemoteDevice",
+    "RemoteFunction",
+    "RemoteModule",
+    "RemoteObject",
+    "RemoteTensor",
+    "TimingResult",
+]
+
+
+class RemoteHandle:
+    """Something at the server that this process holds one reference to."""
+
+    __slots__ = ("__weakref__", "handle", "session")
+
+    def __init__(self, session: Any, handle: int) -> None:
+        self.session = session
+        self.handle = handle
+
+    def free(self) -> None:
+        """Release it at the server now (with the next request) instead of at garbage collection."""
+        handle, self.handle = self.handle, 0
+        if handle:
+            self.session._note(release_handle(handle))
+
+    def __del__(self) -> None:
+        self.free()
+
+
+class RemoteObject(RemoteHandle):
+    """An object of the server without a form of its own here; pass it to remote functions."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"RemoteObject({self.session.name})"
+
+
+class _Function(RemoteHandle):
+    __slots__ = ("name",)
+
+    def __init__(self, session: Any, handle: int, name: str = "") -> None:
+        self.session = session
+        self.handle = handle
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name or 'unnamed'!r}, {self.session.name})"
+
+
+class RemoteFunction(_Function):
+    """A function of the server: call it like a local one.
+
+    Arguments are None, bool, int, float, str, bytes, dtypes, devices, numpy arrays (uploaded for the call and freed
+    after it), and tensors, functions, modules and objects of the same session.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, timeout: float | None = None) -> Any:
+        """Call the function and wait for its result.
+
+        Args:
+            args: What may travel, see the class.
+            timeout: Seconds for the whole call.
+
+        Raises:
+            ArgumentError: A value cannot travel; nothing was sent.
+            RemoteError: The function raised.
+            DeadlineExceeded: It took longer than ``timeout``.
+        """
+        return self.session._run(self.session._ops.call(self, args), timeout, self.name)
+
+
+class AsyncRemoteFunction(_Function):
+    """A function of the server: await its call."""
+
+    __slots__ = ()
+
+    async def __call__(self, *args: Any, timeout: float | None = None) -> Any:
+        """Call the function and await its result; arguments and errors as :class:`RemoteFunction`."""
+        return await self.session._run(self.session._ops.call(self, args), timeout, self.name)
+
+
+class _Device:
+    """A device of a session's server."""
+
+    __slots__ = ("index", "session", "type")
+
+    def __init__(self, session: Any, type: int, index: int = 0) -> None:
+        self.session = session
+        self.type = type
+        self.index = index
+
+    @property
+    def name(self) -> str:
+        """The type's name, ``cpu`` or ``cuda``."""
+        return DEVICE_NAMES.get(self.type, f"device{self.type}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Device) and (self.session, self.type, self.index) == (
+            other.session,
+            other.type,
+            other.index,
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.session), self.type, self.index))
+
+    def __repr__(self) -> str:
+        return f"{self.name}:{self.index} of {self.session.name}"
+
+    def _wire(self) -> Device:
+        return Device(self.type, self.index)
+
+
+class RemoteDevice(_Device):
+    """A device of a session's server."""
+
+    __slots__ = ()
+
+    def sync(self, stream: int = 0, *, timeout: float | None = None) -> None:
+        """Wait for the work of a stream, the default one if none is named."""
+        self.session._run(flows.sync_stream(self._wire(), stream), timeout, "sync")
+
+    def attribute(self, name: str, *, timeout: float | None = None) -> Any:
+        """Return an attribute such as ``exist``, ``device_name`` or ``total_global_memory``; None if it has none."""
+        return self.session._run(self.session._ops.attribute(self, name), timeout, f"attribute {name}")
+
+    def create_stream(self, *, timeout: float | None = None) -> int:
+        """Make a stream; 0 where the device has only one."""
+        stream: int = self.session._run(flows.create_stream(self._wire()), timeout, "create_stream")
+        return stream
+
+    def set_stream(self, stream: int, *, timeout: float | None = None) -> None:
+        """Make ``stream`` the current one."""
+        self.session._run(flows.set_stream(self._wire(), stream), timeout, "set_stream")
+
+    def free_stream(self, stream: int, *, timeout: float | None = None) -> None:
+        """Free a stream."""
+        self.session._run(flows.free_stream(self._wire(), stream), timeout, "free_stream")
+
+
+class AsyncRemoteDevice(_Device):
+    """A device of an async session's server; the same methods, awaited."""
+
+    __slots__ = ()
+
+    async def sync(self, stream: int = 0, *, timeout: float | None = None) -> None:
+        """Wait for the work of a stream, the default one if none is named."""
+        await self.session._run(flows.sync_stream(self._wire(), stream), timeout, "sync")
+
+    async def attribute(self, name: str, *, timeout: float | None = None) -> Any:
+        """Return an attribute such as ``exist``, ``device_name`` or ``total_global_memory``; None if it has none."""
+        return await self.session._run(self.session._ops.attribute(self, name), timeout, f"attribute {name}")
+
+    async def create_stream(self, *, timeout: float | None = None) -> int:
+        """Make a stream; 0 where the device has only one."""
+        stream: int = await self.session._run(flows.create_stream(self._wire()), timeout, "create_stream")
+        return stream
+
+    async def set_stream(self, stream: int, *, timeout: float | None = None) -> None:
+        """Make ``stream`` the current one."""
+        await self.session._run(flows.set_stream(self._wire(), stream), timeout, "set_stream")
+
+    async def free_stream(self, stream: int, *, timeout: float | None = None) -> None:
+        """Free a stream."""
+        await self.session._run(flows.free_stream(self._wire(), stream), timeout, "free_stream")
+
+
+class _Tensor:
+    """A tensor in the server's memory; what sync and async tensors share.
+
+    Attributes:
+        meta: Handle, shape, type and offset.
+        defined: False after a copy into it was given up half-way.
+    """
+
+    __slots__ = ("__weakref__", "_handle", "_owner", "defined", "freed", "meta", "session")
+
+    def __init__(self, session: Any, meta: TensorMeta, handle: int = 0, owner: _Tensor | None = None) -> None:
+        self.session = session
+        self.meta = meta
+        self._handle = handle  # of a tensor that a call returned; 0 for memory of our own
+        self._owner = owner  # the tensor that a view keeps alive
+        self.freed = False
+        self.defined = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extents."""
+        return self.meta.shape
+
+    @property
+    def dtype(self) -> DType:
+        """Element type; its text is TVM's name."""
+        return self.meta.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.meta.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.meta.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.meta.nbytes
+
+    @property
+    def device(self) -> Any:
+        """Where it is."""
+        return self.session._ops.device_type(self.session, self.meta.device.type, self.meta.device.index)
+
+    def view(self, shape: Sequence[int], dtype: str | DType | None = None, byte_offset: int = 0) -> Any:
+        """Return a view of the same memory; nothing is sent.
+
+        Args:
+            shape: Extents of the view.
+            dtype: Its element type, the tensor's by default.
+            byte_offset: Where it begins, in bytes from the start of this tensor.
+
+        Raises:
+            CopyMismatch: It would leave this tensor.
+        """
+        from rpcnb.errors import CopyMismatch
+        from rpcnb.values import dtype as as_dtype
+
+        meta = self.meta._replace(
+            shape=tuple(shape),
+            dtype=self.meta.dtype if dtype is None else as_dtype(dtype),
+            byte_offset=self.meta.byte_offset + byte_offset,
+        )
+        if byte_offset < 0 or byte_offset + meta.nbytes > self.nbytes or (meta.shape and min(meta.shape) < 0):
+            raise CopyMismatch(
+                f"a view of {meta.nbytes} bytes at {byte_offset} leaves a tensor of {self.nbytes} bytes"
+            )
+        return type(self)(self.session, meta, 0, self)
+
+    def free(self) -> None:
+        """Free it at the server now (with the next request) instead of at garbage collection."""
+        if self.freed:
+            return
+        self.freed = True
+        if self._owner is None:
+            self.session._note(release_handle(self._handle) if self._handle else release_data(self.meta))
+
+    def __del__(self) -> None:
+        if hasattr(self, "freed"):
+            self.free()
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("a tensor without dimensions has no len()")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        state = ", freed" if self.freed else "" if self.defined else ", undefined: a copy into it was given up"
+        return f"{type(self).__name__}(shape={self.shape}, {self.dtype}, {self.meta.device} of {self.session.name}{state})"
+
+
+class RemoteTensor(_Tensor):
+    """A tensor in the server's memory."""
+
+    __slots__ = ()
+
+    def numpy(self, out: np.ndarray[Any, Any] | None = None, *, timeout: float | None = None) -> np.ndarray[Any, Any]:
+        """Copy it into a new local array, or into ``out`` (same shape and type), which is returned.
+
+        Raises:
+            CopyMismatch: ``out`` has another shape or type, or is read-only.
+            StaleHandle: The tensor was freed.
+            DeadlineExceeded: The copy took longer than ``timeout``; ``out`` is not written any more.
+        """
+        result: np.ndarray[Any, Any] = self.session._run(self.session._ops.copy_from(self, out), timeout, "copy_from")
+        return result
+
+    def copyfrom(self, source: Any, *, timeout: float | None = None) -> RemoteTensor:
+        """Copy a local array, or another tensor, into this one; returns this one."""
+        _run_copy(self.session, source, self, timeout)
+        return self
+
+    def copyto(self, target: Any, *, timeout: float | None = None) -> Any:
+        """Copy to a tensor (same session: within the server; else through here), or a device; returns the target."""
+        if isinstance(target, RemoteDevice):
+            made = target.session.empty(self.shape, self.dtype, target, timeout=timeout)
+            return made.copyfrom(self, timeout=timeout)
+        if isinstance(target, RemoteTensor):
+            return target.copyfrom(self, timeout=timeout)
+        return self.numpy(target, timeout=timeout)
+
+
+def _run_copy(session: Any, source: Any, target: RemoteTensor, timeout: float | None) -> None:
+    if isinstance(source, RemoteTensor):
+        if source.session is session:
+            session._run(session._ops.copy_tensor(source, target), timeout, "copy")
+            return
+        source = source.numpy(timeout=timeout)
+    session._run(session._ops.copy_to(target, source), timeout, "copy_to")
+
+
+class AsyncRemoteTensor(_Tensor):
+    """A tensor in the server's memory; its copies are awaited."""
+
+    __slots__ = ()
+
+    async def numpy(
+        self, out: np.ndarray[Any, Any] | None = None, *, timeout: float | None = None
+    ) -> np.ndarray[Any, Any]:
+        """Copy it into a new local array, or into ``out``; as :meth:`RemoteTensor.numpy`."""
+        result: np.ndarray[Any, Any] = await self.session._run(
+            self.session._ops.copy_from(self, out), timeout, "copy_from"
+        )
+        return result
+
+    async def copyfrom(self, source: Any, *, timeout: float | None = None) -> AsyncRemoteTensor:
+        """Copy a local array, or another tensor, into this one; returns this one."""
+        session = self.session
+        if isinstance(source, AsyncRemoteTensor):
+            if source.session is session:
+                await session._run(session._ops.copy_tensor(source, self), timeout, "copy")
+                return self
+            source = await source.numpy(timeout=timeout)
+        await session._run(session._ops.copy_to(self, source), timeout, "copy_to")
+        return self
+
+    async def copyto(self, target: Any, *, timeout: float | None = None) -> Any:
+        """Copy to a tensor, a device or an array; returns the target."""
+        if isinstance(target, AsyncRemoteDevice):
+            made = await target.session.empty(self.shape, self.dtype, target, timeout=timeout)
+            return await made.copyfrom(self, timeout=timeout)
+        if isinstance(target, AsyncRemoteTensor):
+            return await target.copyfrom(self, timeout=timeout)
+        return await self.numpy(target, timeout=timeout)
+
+
+class TimingResult:
+    """What a time evaluator measured, in seconds per call, as in TVM.
+
+    Attributes:
+        results: One mean per repeat.
+    """
+
+    __slots__ = ("max", "mean", "median", "min", "results", "std")
+
+    def __init__(self, results: tuple[float, ...]) -> None:
+        ordered = sorted(results)
+        middle = len(ordered) // 2
+        self.results = results
+        self.mean = sum(results) / len(results)
+        self.median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+        self.min = ordered[0]
+        self.max = ordered[-1]
+        self.std = (sum((value - self.mean) ** 2 for value in results) / len(results)) ** 0.5
+
+    @classmethod
+    def decode(cls, data: bytes) -> TimingResult:
+        """Read the evaluator's bytes: ``repeat`` f64, little-endian (every TVM host is)."""
+        return cls(struct.unpack(f"<{len(data) // 8}d", data))
+
+    def __repr__(self) -> str:
+        return (
+            f"TimingResult(mean={self.mean:.4g} s, median={self.median:.4g} s, min={self.min:.4g} s, "
+            f"max={self.max:.4g} s, std={self.std:.3g} s, {len(self.results)} repeats)"
+        )
+
+
+def _timing_options(options: dict[str, Any]) -> dict[str, Any]:
+    known = {
+        "number": 10,
+        "repeat": 1,
+        "min_repeat_ms": 0,
+        "limit_zero_time_iterations": 100,
+        "cooldown_interval_ms": 0,
+        "repeats_to_cooldown": 1,
+        "cache_flush_bytes": 0,
+        "f_preproc": "",
+    }
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"time_evaluator() got unknown options {', '.join(unknown)}; expected {', '.join(known)}")
+    return {**known, **options}
+
+
+class _Module(RemoteHandle):
+    __slots__ = ("_functions",)
+
+    entry_name = "main"  # TVM's name of a module's main function
+
+    def __init__(self, session: Any, handle: int) -> None:
+        super().__init__(session, handle)
+        self._functions: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.session.name})"
+
+    def _lookup(self, name: str, query_imports: bool) -> Flow[Any]:
+        found = self._functions.get(name)
+        if found is None:
+            found = yield from self.session._ops.module_function(self, name, query_imports)
+            self._functions[name] = found
+        return found
+
+
+class RemoteModule(_Module):
+    """A module of the server: ``module["f"]`` is one of its functions, ``module(...)`` calls its main one."""
+
+    __slots__ = ()
+
+    def get_function(self, name: str, query_imports: bool = True, *, timeout: float | None = None) -> RemoteFunction:
+        """Return a function of the module.
+
+        Raises:
+            FunctionNotFound: It has none of this name.
+        """
+        found: RemoteFunction = self.session._run(self._lookup(name, query_imports), timeout, f"get_function {name}")
+        return found
+
+    def __getitem__(self, name: str) -> RemoteFunction:
+        return self.get_function(name)
+
+    def __call__(self, *args: Any, timeout: float | None = None) -> Any:
+        """Call the module's main function."""
+        return self.get_function(self.entry_name, timeout=timeout)(*args, timeout=timeout)
+
+    def import_module(self, child: RemoteModule, *, timeout: float | None = None) -> None:
+        """Make the functions of ``child`` reachable through this module."""
+        self.session._run(self.session._ops.import_module(self, child), timeout, "import_module")
+
+    def time_evaluator(self, func_name: str, dev: RemoteDevice, **options: Any) -> Any:
+        """Return a function that measures ``func_name`` at the server; see :meth:`Session.time_evaluator`."""
+        return self.session.time_evaluator(func_name, dev, module=self, **options)
+
+
+class AsyncRemoteModule(_Module):
+    """A module of the server; ``await module.get_function("f")``."""
+
+    __slots__ = ()
+
+    async def get_function(
+        self, name: str, query_imports: bool = True, *, timeout: float | None = None
+    ) -> AsyncRemoteFunction:
+        """Return a function of the module; as :meth:`RemoteModule.get_function`."""
+        found: AsyncRemoteFunction = await self.session._run(
+            self._lookup(name, query_imports), timeout, f"get_function {name}"
+        )
+        return found
+
+    async def __call__(self, *args: Any, timeout: float | None = None) -> Any:
+        """Call the module's main function."""
+        function = await self.get_function(self.entry_name, timeout=timeout)
+        return await function(*args, timeout=timeout)
+
+    async def import_module(self, child: AsyncRemoteModule, *, timeout: float | None = None) -> None:
+        """Make the functions of ``child`` reachable through this module."""
+        await self.session._run(self.session._ops.import_module(self, child), timeout, "import_module")
+
+    async def time_evaluator(self, func_name: str, dev: RemoteDevice, **options: Any) -> Any:
+        """Return a function that measures ``func_name`` at the server; await its calls."""
+        return await self.session.time_evaluator(func_name, dev, module=self, **options)
+
+
+class FunctionNames:
+    """``session.fn``: remote functions as attributes, ``session.fn.demo.add(1, 2)``; names are looked up on use."""
+
+    __slots__ = ("_prefix", "_session")
+
+    def __init__(self, session: Any, prefix: str = "") -> None:
+        self._session = session
+        self._prefix = prefix
+
+    def __getattr__(self, name: str) -> FunctionNames:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return FunctionNames(self._session, f"{self._prefix}{name}.")
+
+    def __call__(self, *args: Any, timeout: float | None = None) -> Any:
+        """Look the function up (once per session) and call it."""
+        return self._session._run(self._call(args), timeout, self._prefix[:-1])
+
+    def _call(self, args: tuple[Any, ...]) -> Flow[Any]:
+        ops = self._session._ops
+        function = yield from ops.named(self._prefix[:-1])
+        return (yield from ops.call(function, args))
+
+    def __dir__(self) -> list[str]:
+        names = self._session._ops.known_names()
+        return sorted({name[len(self._prefix) :].partition(".")[0] for name in names if name.startswith(self._prefix)})
+
+    def __repr__(self) -> str:
+        return f"<functions {self._prefix}* of {self._session.name}>"
+

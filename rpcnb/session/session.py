@@ -1,0 +1,230 @@
+"""The blocking session.
+
+::
+
+    import numpy as np, rpcnb
+
+    with rpcnb.connect("board:9090", key="rpi") as session:
+        add = session.get_function("demo.add")
+        add(1, 2)                                    # 3
+        x = session.array(np.ones((512, 512), "float32"))
+        session.upload("conv.so")
+        conv = session.load_module("conv.so")
+        y = session.empty((512, 512), "float32")
+        conv["conv"](x, y)
+        y.numpy()
+        conv.time_evaluator("conv", session.cpu(), number=10)(x, y).mean
+
+Every method that talks to the server takes ``timeout=``, seconds for the whole operation. Ctrl-C ends any wait
+within half a second; the session and its device memory survive, and the next call is right.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.net import iothread
+from rpcnb.net.interrupt import Guard
+from rpcnb.net.link import Deadline
+from rpcnb.protocol.flows import Send, Wait
+from rpcnb.session.base import SessionBase
+from rpcnb.session.remote import (
+    RemoteDevice,
+    RemoteFunction,
+    RemoteModule,
+    RemoteObject,
+    RemoteTensor,
+    TimingResult,
+    _timing_options,
+)
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from rpcnb.protocol.flows import Flow
+    from rpcnb.protocol.handshake import KeyText
+
+__all__ = ["Session", "run_flow"]
+
+_NO_LIMIT = Deadline(None, "")
+
+
+def run_flow(link: Any, flow: Flow[Any], deadline: Deadline, guard: Guard) -> Any:
+    """Run a flow by blocking; what was asked and not answered is abandoned when it is left early."""
+    tickets: list[Any] = []
+    try:
+        step: Any = next(flow)
+        while True:
+            if type(step) is Send:
+                ticket = link.send(step.request)
+                tickets.append(ticket)
+                step = flow.send(ticket)
+                continue
+            if type(step) is Wait:
+                ticket = step.ticket
+            else:
+                ticket = link.send(step)
+                tickets.append(ticket)
+            if not ticket.done:
+                link.wait(ticket, deadline, guard)
+            step = flow.send(ticket.reply) if ticket.reply is not None else flow.throw(ticket.error)
+    except StopIteration as end:
+        return end.value
+    except BaseException:
+        flow.close()
+        link.abandon(tickets)
+        raise
+
+
+class Session(SessionBase):
+    """A session that blocks its caller; made by :func:`rpcnb.connect`. Safe to use from many threads."""
+
+    _types = (RemoteFunction, RemoteModule, RemoteTensor, RemoteObject, RemoteDevice)
+
+    def __init__(self, link: Any, key: str, answer: KeyText, timeout: float | None = None) -> None:
+        super().__init__(link, key, answer, timeout)
+        iothread.IO_THREAD.watch(link)
+        self._finalizer = weakref.finalize(self, _drop, link)
+
+    def _run(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
+        if timeout is None:
+            timeout = self.timeout
+        deadline = _NO_LIMIT if timeout is None else Deadline(timeout, what)
+        with Guard() as guard:
+            return run_flow(self._link, flow, deadline, guard)
+
+    # -- functions -----------------------------------------------------------------------------------------------
+
+    def get_function(self, name: str, *, timeout: float | None = None) -> RemoteFunction:
+        """Return the remote function registered as ``name``.
+
+        Raises:
+            FunctionNotFound: There is none (an ``AttributeError``, as in TVM); close matches are named.
+        """
+        found: RemoteFunction = self._run(self._ops.get_function(name), timeout, f"get_function {name}")
+        return found
+
+    def call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
+        """Call the remote function registered as ``name``; it is looked up once per session."""
+        return self._run(_named_call(self, name, args), timeout, name)
+
+    def list_functions(self, *, timeout: float | None = None) -> list[str]:
+        """Return the names of the server's functions; asked once per session."""
+        names: list[str] = self._run(self._ops.list_functions(), timeout, "list_functions")
+        return names
+
+    def time_evaluator(
+        self, func_name: str, dev: RemoteDevice, *, module: RemoteModule | None = None, **options: Any
+    ) -> Callable[..., TimingResult]:
+        """Return a function that measures ``func_name`` at the server, without the network.
+
+        Args:
+            func_name: A global function, or one of ``module``.
+            dev: Where it runs.
+            module: The module that has it.
+            options: TVM's: ``number`` calls per measurement, ``repeat`` measurements, ``min_repeat_ms``,
+                ``cooldown_interval_ms``, ``repeats_to_cooldown``, ``cache_flush_bytes``, ``f_preproc``; and
+                ``timeout`` for making the evaluator.
+
+        Returns:
+            ``evaluate(*args, timeout=None)`` → :class:`TimingResult`.
+        """
+        timeout = options.pop("timeout", None)
+        flow = self._ops.time_evaluator(module, func_name, dev, _timing_options(options))
+        evaluator: RemoteFunction = self._run(flow, timeout, "time_evaluator")
+
+        def evaluate(*args: Any, timeout: float | None = None) -> TimingResult:
+            return TimingResult.decode(evaluator(*args, timeout=timeout))
+
+        return evaluate
+
+    # -- arrays --------------------------------------------------------------------------------------------------
+
+    def array(self, source: Any, device: RemoteDevice | None = None, *, timeout: float | None = None) -> RemoteTensor:
+        """Copy a local array (numpy, anything with DLPack, a sequence) to a device, the server's CPU by default."""
+        made: RemoteTensor = self._run(self._ops.tensor(source, device), timeout, "copy_to")
+        return made
+
+    def empty(
+        self,
+        shape: Sequence[int] | int,
+        dtype: Any = "float32",
+        device: RemoteDevice | None = None,
+        mem_scope: str | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> RemoteTensor:
+        """Allocate an uninitialised tensor on a device, the server's CPU by default."""
+        made: RemoteTensor = self._run(self._ops.empty(shape, dtype, device, mem_scope), timeout, "empty")
+        return made
+
+    # -- files and modules ---------------------------------------------------------------------------------------
+
+    def upload(
+        self, data: str | os.PathLike[str] | bytes, target: str | None = None, *, timeout: float | None = None
+    ) -> None:
+        """Put a local file into the session's directory, under its own name or ``target``.
+
+        Args:
+            data: Path of a local file, or bytes (then ``target`` is required).
+            target: Name at the server.
+            timeout: Seconds for the whole upload.
+        """
+        self._run(self._ops.upload(data, target), timeout, "upload")
+
+    def download(self, path: str, *, timeout: float | None = None) -> bytearray:
+        """Return the content of a file of the session's directory."""
+        data: bytearray = self._run(self._ops.download(path), timeout, f"download {path}")
+        return data
+
+    def remove(self, path: str, *, timeout: float | None = None) -> None:
+        """Delete a file of the session's directory."""
+        self._run(self._ops.remove(path), timeout, f"remove {path}")
+
+    def listdir(self, path: str = ".", *, timeout: float | None = None) -> list[str]:
+        """Return the names in a directory of the session (stock servers do not offer it)."""
+        names: list[str] = self._run(self._ops.listdir(path), timeout, f"listdir {path}")
+        return names
+
+    def load_module(self, path: str, *, timeout: float | None = None) -> RemoteModule:
+        """Load an uploaded library; the server must trust native code to us."""
+        module: RemoteModule = self._run(self._ops.load_module(path), timeout, f"load_module {path}")
+        return module
+
+    def download_linked_module(self, path: str, *, timeout: float | None = None) -> bytearray:
+        """Have an uploaded object file or archive linked at the server; returns the shared library."""
+        data: bytearray = self._run(self._ops.download_linked_module(path), timeout, f"link {path}")
+        return data
+
+    def system_lib(self, *, timeout: float | None = None) -> RemoteModule:
+        """Return the module of the server's statically linked functions."""
+        module: RemoteModule = self._run(self._ops.system_lib(), timeout, "system_lib")
+        return module
+
+    # -- end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the session; the server releases everything it held. Idempotent; never waits."""
+        self._finalizer.detach()
+        self._link.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _named_call(session: SessionBase, name: str, args: tuple[Any, ...]) -> Flow[Any]:
+    function = yield from session._ops.named(name)
+    return (yield from session._ops.call(function, args))
+
+
+def _drop(link: Any) -> None:
+    """Have the link of a session that was dropped closed by the I/O thread; a finalizer takes no lock."""
+    link.dropped = True

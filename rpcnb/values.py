@@ -1,0 +1,214 @@
+"""What can be an argument or a result, besides Python's own scalars, ``str`` and ``bytes``.
+
+These are the wire's own nouns: small, hashable, without any socket or numpy. A tensor on the wire is a
+:class:`TensorMeta` (TVM's ``DLTensor`` without strides); functions, modules and objects are handles.
+
+Source:
+    RPCReference, src/runtime/rpc/rpc_reference.h, protocol 0.8.0; DLPack's ``DLDataType`` and ``DLDevice``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple, Union
+
+__all__ = [
+    "CPU",
+    "DEVICE_NAMES",
+    "NULL",
+    "DType",
+    "Device",
+    "FunctionRef",
+    "ModuleRef",
+    "ObjectRef",
+    "Pointer",
+    "TensorMeta",
+    "Value",
+    "device",
+    "dtype",
+]
+
+# DLDataTypeCode. "bool" has been a code of its own since DLPack 1.1 (numpy's bool is code 6, 8 bits).
+_CODE_NAMES = {
+    0: "int",
+    1: "uint",
+    2: "float",
+    3: "handle",
+    4: "bfloat",
+    5: "complex",
+    6: "bool",
+    7: "float8_e3m4",
+    8: "float8_e4m3",
+    9: "float8_e4m3b11fnuz",
+    10: "float8_e4m3fn",
+    11: "float8_e4m3fnuz",
+    12: "float8_e5m2",
+    13: "float8_e5m2fnuz",
+    14: "float8_e8m0fnu",
+    15: "float6_e2m3fn",
+    16: "float6_e3m2fn",
+    17: "float4_e2m1fn",
+}
+_SMALL_FLOAT_BITS = {code: int(name[5]) for code, name in _CODE_NAMES.items() if code >= 7}
+_CODES = {name: code for code, name in _CODE_NAMES.items()}
+_DTYPE_TEXT = re.compile(r"(float[468]_e\w+?|[a-z]+)(\d*)(?:x(\d+))?")
+
+# DLDeviceType, with the names TVM's sessions use.
+DEVICE_NAMES = {
+    1: "cpu",
+    2: "cuda",
+    3: "cuda_host",
+    4: "opencl",
+    7: "vulkan",
+    8: "metal",
+    9: "vpi",
+    10: "rocm",
+    11: "rocm_host",
+    12: "ext_dev",
+    13: "cuda_managed",
+    14: "oneapi",
+    15: "webgpu",
+    16: "hexagon",
+}
+_DEVICE_TYPES = {name: number for number, name in DEVICE_NAMES.items()} | {"cl": 4, "llvm": 1}
+
+
+class DType(NamedTuple):
+    """An element type: kind code, bits of one lane, lanes (``float32x4`` has four)."""
+
+    code: int
+    bits: int
+    lanes: int = 1
+
+    def __str__(self) -> str:
+        name = _CODE_NAMES.get(self.code, f"code{self.code}_")
+        text = name if self.code >= 7 or (self.code, self.bits) == (6, 8) else f"{name}{self.bits}"
+        return text if self.lanes == 1 else f"{text}x{self.lanes}"
+
+    def nbytes(self, elements: int) -> int:
+        """Return the bytes that ``elements`` of this type take, sub-byte types packed."""
+        return (elements * self.bits * self.lanes + 7) // 8
+
+
+def dtype(text: str | DType) -> DType:
+    """Read a type's name: ``"float32"``, ``"bfloat16"``, ``"int4"``, ``"bool"``, ``"float32x4"``.
+
+    Raises:
+        ValueError: The text names no type of the wire.
+    """
+    if isinstance(text, DType):
+        return text
+    found = _DTYPE_TEXT.fullmatch(text)
+    if found:
+        name, bits, lanes = found[1], found[2], int(found[3] or 1)
+        if name == "bool":
+            return DType(6, int(bits or 8), lanes)
+        code = _CODES.get(name)
+        if code is not None:
+            size = _SMALL_FLOAT_BITS.get(code, 0) or int(bits or 0)
+            if 0 < size < 256 and 0 < lanes < 65536:
+                return DType(code, size, lanes)
+    raise ValueError(f"{text!r} names no data type; expected for example 'float32', 'int8', 'bfloat16', 'bool'")
+
+
+class Device(NamedTuple):
+    """A device of a server: DLPack's type number and an index."""
+
+    type: int
+    index: int = 0
+
+    @property
+    def name(self) -> str:
+        """The type's name, ``cpu`` or ``cuda``."""
+        return DEVICE_NAMES.get(self.type, f"device{self.type}")
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.index}"
+
+
+CPU = Device(1, 0)
+
+
+def device(kind: str | int, index: int = 0) -> Device:
+    """Make a device from a name (``"cuda"``, ``"cuda:1"``) or DLPack's number.
+
+    Raises:
+        ValueError: No such device name.
+    """
+    if isinstance(kind, int):
+        return Device(kind, index)
+    name, _, suffix = kind.partition(":")
+    if name in _DEVICE_TYPES and (not suffix or suffix.isdecimal()):
+        return Device(_DEVICE_TYPES[name], int(suffix) if suffix else index)
+    raise ValueError(f"{kind!r} names no device; expected one of {', '.join(DEVICE_NAMES.values())}")
+
+
+class Pointer(int):
+    """An opaque 64-bit number of the wire (type index 4): a handle, a stream, or null."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Pointer({int(self):#x})"
+
+
+NULL = Pointer(0)
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionRef:
+    """A packed function of the server, by handle."""
+
+    handle: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRef:
+    """A module of the server, by handle."""
+
+    handle: int
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRef:
+    """Any other object of the server, by handle."""
+
+    handle: int
+
+
+class TensorMeta(NamedTuple):
+    """A contiguous tensor in a server's memory: TVM's ``DLTensor`` without strides.
+
+    Attributes:
+        data: Handle of the memory, 0 for none.
+        byte_offset: Where the first element is, in bytes from the start of that memory.
+    """
+
+    data: int
+    device: Device
+    shape: tuple[int, ...]
+    dtype: DType
+    byte_offset: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.dtype.nbytes(self.size)
+
+    def at(self, start: int) -> TensorMeta:
+        """Return the same tensor, ``start`` bytes further into its memory (one chunk of a copy)."""
+        return self._replace(byte_offset=self.byte_offset + start)
+
+
+Value = Union[
+    None, bool, int, float, str, bytes, DType, Device, Pointer, TensorMeta, FunctionRef, ModuleRef, ObjectRef
+]
