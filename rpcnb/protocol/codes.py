@@ -93,6 +93,8 @@ class Limits:
         half_open_per_address: The same per remote address (loopback is exempt).
         handshake_timeout: Seconds for a handshake.
         input_buffered: Bytes of requests kept behind one that is parked.
+        auth_failures: Wrong tokens per minute and remote address; then its attempts are refused unseen.
+        exempt_loopback: Do not count connections and failures of this machine per address.
     """
 
     key: int = 4096
@@ -108,3 +110,5 @@ class Limits:
     half_open_per_address: int = 64
     handshake_timeout: float = 5.0
     input_buffered: int = 8 << 20
+    auth_failures: int = 10
+    exempt_loopback: bool = True

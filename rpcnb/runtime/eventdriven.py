@@ -27,6 +27,7 @@ __all__ = ["EventHandler", "create_event_driven_server"]
 
 READABLE, WRITABLE = 1, 2
 SHUTDOWN, WAIT, WRITE = 0, 1, 2
+_GATHER = 64  # buffers joined for one fsend
 
 
 class EventHandler:
@@ -71,6 +72,7 @@ class EventHandler:
             self._feed(in_bytes)
         if event_flag & WRITABLE and servant.output:
             self._send_once()
+            servant.advance()  # what waited for the output to drain
         if servant.output:
             return WRITE
         if servant.over:
@@ -99,13 +101,13 @@ class EventHandler:
         with servant.lock:
             if not servant.output:
                 return False
-            data = b"".join(servant.output)
-            servant.output.clear()
+            data = b"".join(servant.output.first(_GATHER))
             accepted = self._fsend(data)
             if accepted < 0:
                 servant.over = True
-            elif accepted < len(data):
-                servant.output.append(memoryview(data)[accepted:])
+                servant.output.clear()
+            else:
+                servant.output.consume(accepted)
             return accepted > 0
 
     def _flush_all(self) -> None:

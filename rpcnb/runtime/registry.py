@@ -66,7 +66,7 @@ class Registered:
     @property
     def call(self) -> Callable[..., Any]:
         """The function, bound to the context in which it was registered."""
-        if self.context is None:
+        if self.context is None or self.kind == "coroutine":  # a task gets its context when it is made
             return self.func
         context, func = self.context, self.func
         # A context cannot be entered twice at once, so each call gets a copy (a few hundred ns).

@@ -5,8 +5,8 @@ runs out, a request is *parked* (its asynchronous completion has not come), or t
 may come from any thread: it queues the reply, then ``on_completed`` lets the driver flush and go on. Several
 completions of one request, or one after the end, do nothing.
 
-``off_loop`` is the driver's word on calls that may block: it takes the call over (to a worker thread, which calls
-:meth:`Servant.perform`) and returns True.
+``route`` is the driver's word on where a call runs: it may take it over (to a worker thread, which calls
+:meth:`Servant.perform`) and return True.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import LimitExceeded, LocalProtocolError, RpcError
@@ -33,6 +32,7 @@ from rpcnb.protocol.messages import (
     Shutdown,
     Syscall,
 )
+from rpcnb.runtime.output import Output, staging
 from rpcnb.runtime.serving import _ENVIRONMENT, Environment, LocalServingSession, ServingSession
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 
     from rpcnb.protocol.endpoint import Endpoint
     from rpcnb.protocol.messages import Message, Reply
-    from rpcnb.protocol.sequence import Buffer
-    from rpcnb.values import Pointer, TensorMeta
+    from rpcnb.values import TensorMeta
 
 __all__ = ["Completion", "Servant"]
 
@@ -52,6 +51,7 @@ _NOT_INITIALIZED = (
     "Need to call InitRemoteSession first before any further actions"
 )
 _VOID = Return()
+_CONGESTED = 4 << 20  # bytes of unread replies beyond which no further request is performed
 
 
 def _nothing() -> None:
@@ -94,7 +94,8 @@ class Servant:
         name: Of the server, for messages (stock: ``SockServerLoop``).
         on_completed: Called, in the completing thread, after a parked request has got its reply.
         on_reply: Called after every completion, parked or not, when its reply has been queued.
-        off_loop: Takes over a call that may block; returns False to have it performed at once.
+        route: Called with a request and its place (``thread``, ``loop`` or ``kernel``); takes it over and returns True,
+            or returns False to have it performed here and now.
         plain: Host only synchronous sessions, as a blocking server does.
     """
 
@@ -106,7 +107,7 @@ class Servant:
         name: str = "server",
         on_completed: Callable[[], None] = _nothing,
         on_reply: Callable[[], None] = _nothing,
-        off_loop: Callable[[Message, str], bool] | None = None,
+        route: Callable[[Message, str], bool] | None = None,
         plain: bool = False,
     ) -> None:
         self.endpoint = endpoint
@@ -114,10 +115,10 @@ class Servant:
         self.name = name
         self.on_completed = on_completed
         self.on_reply = on_reply
-        self.off_loop = off_loop
+        self.route = route
         self.plain = plain
         self.lock = threading.RLock()
-        self.output: deque[Buffer] = deque()
+        self.output = Output()
         self.session: ServingSession | None = None
         self.parked: Completion | None = None
         self.running: str | None = None  # what a worker is performing
@@ -136,13 +137,15 @@ class Servant:
             RemoteProtocolError: The peer broke the framing; the conversation is over.
         """
         while not self.over and self.parked is None and self.running is None:
+            if self.output.size > _CONGESTED:
+                return  # the client does not read its replies; go on when it does
             with self.lock:
                 message = self.endpoint.next_message()
             if message is None:
                 return
-            if self.off_loop is not None:
+            if self.route is not None:
                 place = self._placement(message)
-                if place != "loop" and self.off_loop(message, place):
+                if place != "any" and self.route(message, place):
                     return
             self.perform(message)
 
@@ -150,8 +153,15 @@ class Servant:
         """Tell where a request should be performed: only calls and copies within a device can take long."""
         if type(message) is CallFunc:
             session = self.session
-            return "loop" if session is None else session.placement(message)
-        return "thread" if type(message) is Syscall and message.code is Code.COPY_AMONG_REMOTE else "loop"
+            return "any" if session is None else session.placement(message)
+        return "thread" if type(message) is Syscall and message.code is Code.COPY_AMONG_REMOTE else "any"
+
+    def describe(self, message: Message) -> str:
+        """Name what a request does, for people."""
+        if isinstance(message, CallFunc) and isinstance(self.session, LocalServingSession):
+            entry = self.session.table.entry(message.handle)
+            return getattr(entry.thing, "name", "call") if entry is not None else "call"
+        return message.code.name if isinstance(message, Syscall) else type(message).__name__
 
     def perform(self, message: Message) -> None:
         """Perform one request; afterwards it is answered or parked."""
@@ -188,9 +198,9 @@ class Servant:
             if self.over or self.endpoint.state is not State.BUSY:
                 return
             try:
-                self.output.extend(self.endpoint.send(reply))
+                self.output.add(self.endpoint.send(reply))
             except RpcError as error:
-                self.output.extend(self.endpoint.send(self.exception(error)))
+                self.output.add(self.endpoint.send(self.exception(error)))
             session = self.session
         if isinstance(session, LocalServingSession) and session.table.exhausted:
             log.warning("%s: session ended after too many handles that were never issued", self.name)
@@ -273,7 +283,7 @@ class Servant:
         if view is not None:
             self._answer(CopyAck(view))
             return
-        data = memoryview(bytearray(nbytes))
+        data = staging(nbytes)
         self._begin("copy from", lambda _: CopyAck(data), lambda done: session.async_copy_from(meta, data, nbytes, done))
 
     def _copy_to_begin(self, message: CopyToRemote) -> None:
@@ -287,7 +297,7 @@ class Servant:
             view = session.direct(message.meta, message.nbytes)
             direct = view is not None
             if view is None:
-                view = memoryview(bytearray(message.nbytes))
+                view = staging(message.nbytes)
         except Exception as error:
             refused = error
         self._copy = (message, None if direct else view, refused)
@@ -323,9 +333,7 @@ class Servant:
                 lambda done: session.async_stream_wait(device, int(stream or 0), done),  # type: ignore[arg-type]  # checked
             )
             return
-        values: tuple[Any, ...] = message.args
-        result = _SYSCALLS[message.code](session, *values)
-        self._answer(_VOID if result is None else Return((result,)))
+        self._begin(message.code.name, _single, lambda done: session.async_syscall(message, done))
 
     def _sink_for(self, handle: int, args: list[Any], nbytes: int) -> Any:
         session = self.session
@@ -354,7 +362,7 @@ class Servant:
             self._answer(self._initialized(made))
 
     def _await_session(self, made: Coroutine[Any, Any, Any], done: Completion) -> None:
-        self._cancel_init = self.environment.spawn(made, done, None)
+        self._cancel_init = self.environment.spawn(made, done)
 
     def _initialized(self, made: Any) -> Reply:
         self._cancel_init = None
@@ -383,28 +391,5 @@ class Servant:
         return known, tuple(args)
 
 
-def _free_handle(session: ServingSession, handle: Pointer | None) -> None:
-    if handle:
-        session.free_handle(handle)
-
-
-def _allocate_tensor(session: ServingSession, meta: TensorMeta, scope: str | None) -> Any:
-    return session.allocate_tensor(meta, scope)
-
-
-_SYSCALLS: dict[Code, Callable[..., Any]] = {
-    Code.GET_GLOBAL_FUNC: lambda session, name: session.get_function(name),
-    Code.FREE_HANDLE: _free_handle,
-    Code.DEV_SET_DEVICE: lambda session, device: session.set_device(device),
-    Code.DEV_GET_ATTR: lambda session, device, kind: session.get_attribute(device, kind),
-    Code.DEV_ALLOC_DATA: lambda session, *args: session.allocate(*args),
-    Code.DEV_ALLOC_DATA_WITH_SCOPE: _allocate_tensor,
-    Code.DEV_FREE_DATA: lambda session, device, handle: session.free_data(device, int(handle or 0)),
-    Code.COPY_AMONG_REMOTE: lambda session, source, target, stream: session.copy_among_remote(
-        source, target, int(stream or 0)
-    ),
-    Code.DEV_CREATE_STREAM: lambda session, device: session.create_stream(device),
-    Code.DEV_FREE_STREAM: lambda session, device, stream: session.free_stream(device, int(stream or 0)),
-    Code.DEV_SET_STREAM: lambda session, device, stream: session.set_stream(device, int(stream or 0)),
-    Code.DEV_GET_CURRENT_STREAM: lambda session, device: session.current_stream(device),
-}
+def _single(result: Any) -> Reply:
+    return _VOID if result is None else Return((result,))

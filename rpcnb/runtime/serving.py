@@ -25,13 +25,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rpcnb.errors import ArgumentError, InvalidHandle, ResultError
-from rpcnb.protocol.codes import Limits
+from rpcnb.protocol.codes import Code, Limits
 from rpcnb.protocol.messages import Raised
 from rpcnb.protocol.sequence import encode_call_result
 from rpcnb.runtime.devices import ATTRIBUTES, DeviceTensor, Memory, find_device
 from rpcnb.runtime.files import SessionFiles
 from rpcnb.runtime.handles import HandleKind, HandleTable
 from rpcnb.runtime.registry import REGISTRY, Registered, Registry
+from rpcnb.runtime.tasks import spawn_anywhere
 from rpcnb.values import (
     NULL,
     Device,
@@ -45,10 +46,10 @@ from rpcnb.values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Sequence
 
     from rpcnb.protocol.endpoint import Sink
-    from rpcnb.protocol.messages import CallFunc
+    from rpcnb.protocol.messages import CallFunc, Syscall
 
 __all__ = [
     "Callback",
@@ -78,20 +79,6 @@ class Done(Protocol):
         """Complete with an exception."""
 
 
-Spawn = "Callable[[Coroutine[Any, Any, Any], Done, LocalServingSession], Callable[[], object]]"
-
-
-def _spawn_nowhere(coroutine: Coroutine[Any, Any, Any], done: Done, session: LocalServingSession) -> Callable[[], object]:
-    """Run a coroutine to its end in a loop of its own, in this thread (sessions without a server loop)."""
-    import asyncio
-
-    try:
-        done(asyncio.run(coroutine))
-    except BaseException as error:
-        done.error(error)
-    return lambda: None
-
-
 @dataclass
 class Environment:
     """What the sessions of one server share.
@@ -102,7 +89,7 @@ class Environment:
         expose_ffi: All globals of apache-tvm-ffi may be called, not only the allow-list.
         trusted_paths: File names may leave the session's directory, as in stock TVM.
         default_run: Where plain functions run unless their registration says otherwise.
-        spawn: Starts a coroutine and completes ``done`` with its outcome; returns what cancels it.
+        spawn: Starts an awaitable and completes ``done`` with its outcome; returns what cancels it.
         local_session: Default session constructor of this server; None for the registry's ``rpc.LocalSession``.
         constructors: Further session constructors of this server, by name (``rpc.Connect``).
     """
@@ -113,7 +100,7 @@ class Environment:
     expose_ffi: bool = False
     trusted_paths: bool = False
     default_run: str = "thread"
-    spawn: Any = _spawn_nowhere
+    spawn: Callable[[Any, Done], Callable[[], object]] = spawn_anywhere
     local_session: Callable[..., Any] | None = None
     constructors: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
@@ -179,14 +166,22 @@ class Shape(tuple[int, ...]):
 class ServedFunction:
     """A function that a client holds: how to call it, and where it runs."""
 
-    __slots__ = ("call", "kind", "name", "run", "source")
+    __slots__ = ("call", "context", "kind", "name", "run", "source")
 
-    def __init__(self, name: str, call: Callable[..., Any], kind: str = "plain", run: str = "thread", source: Any = None):
+    def __init__(
+        self,
+        name: str,
+        call: Callable[..., Any],
+        kind: str = "plain",
+        run: str = "thread",
+        source: Registered | None = None,
+    ) -> None:
         self.name = name
         self.call = call
         self.kind = kind
         self.run = run if kind == "plain" else "loop"
         self.source = source
+        self.context = source.context if source is not None else None
 
 
 class Callback:
@@ -242,8 +237,8 @@ class ServingSession:
         """Release one reference."""
 
     def placement(self, request: CallFunc) -> str:
-        """Tell where a call runs: ``loop``, ``thread`` or ``kernel``."""
-        return "loop"
+        """Tell where a call runs: ``loop``, ``thread``, ``kernel``, or ``any`` where the driver happens to be."""
+        return "any"
 
     def direct(self, meta: TensorMeta, nbytes: int) -> memoryview | None:
         """Return the memory at ``meta`` if the socket may use it directly, so that no copy method is called."""
@@ -319,6 +314,10 @@ class ServingSession:
         self.stream_sync(device, stream)
         done()
 
+    def async_syscall(self, request: Syscall, done: Done) -> None:
+        """Perform any other request; ``done`` gets its single result."""
+        done(_SYSCALLS[request.code](self, *request.args))
+
     def send_exception(self, error: BaseException) -> Raised:
         """Turn an exception into the reply that reports it: its text, and for rpcnb peers class and traceback."""
         frames = traceback.extract_tb(error.__traceback__)
@@ -329,6 +328,28 @@ class ServingSession:
     def shutdown(self) -> None:
         """Release everything; called once, when the conversation is over."""
 
+
+def _free_handle(session: ServingSession, handle: Pointer | None) -> None:
+    if handle:
+        session.free_handle(handle)
+
+
+_SYSCALLS: dict[Code, Callable[..., Any]] = {
+    Code.GET_GLOBAL_FUNC: lambda session, name: session.get_function(name),
+    Code.FREE_HANDLE: _free_handle,
+    Code.DEV_SET_DEVICE: lambda session, device: session.set_device(device),
+    Code.DEV_GET_ATTR: lambda session, device, kind: session.get_attribute(device, kind),
+    Code.DEV_ALLOC_DATA: lambda session, *args: session.allocate(*args),
+    Code.DEV_ALLOC_DATA_WITH_SCOPE: lambda session, meta, scope: session.allocate_tensor(meta, scope),
+    Code.DEV_FREE_DATA: lambda session, device, handle: session.free_data(device, int(handle or 0)),
+    Code.COPY_AMONG_REMOTE: lambda session, source, target, stream: session.copy_among_remote(
+        source, target, int(stream or 0)
+    ),
+    Code.DEV_CREATE_STREAM: lambda session, device: session.create_stream(device),
+    Code.DEV_FREE_STREAM: lambda session, device, stream: session.free_stream(device, int(stream or 0)),
+    Code.DEV_SET_STREAM: lambda session, device, stream: session.set_stream(device, int(stream or 0)),
+    Code.DEV_GET_CURRENT_STREAM: lambda session, device: session.current_stream(device),
+}
 
 # Values that a registered function gets as they are; everything else is a handle to be looked up.
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None), DType, Device, Pointer})
@@ -389,7 +410,7 @@ class LocalServingSession(ServingSession):
         """Plain functions run where their registration says; everything else on the loop."""
         entry = self.table.entry(request.handle)
         if entry is None or entry.kind is not HandleKind.FUNCTION:
-            return "loop"
+            return "any"
         run: str = entry.thing.run
         return run
 
@@ -438,18 +459,21 @@ class LocalServingSession(ServingSession):
         """Call a function; a coroutine or callback function completes later."""
         function = self._function(handle)
         values = self.decode_args(args)
-        if function.kind == "plain":
-            done(self.encode_return(function.call(*values)))
-        elif function.kind == "callback":
-            token = _SESSION.set(self)
-            try:
+        if function.kind == "coroutine":
+            self._start(function, values, done)
+            return
+        token = _SESSION.set(self)
+        try:
+            if function.kind == "plain":
+                result = function.call(*values)
+            else:
                 function.call(Callback(done, self.encode_return), *values)
-            finally:
-                _SESSION.reset(token)
-        else:
-            self._start(function.call(*values), done)
+                return
+        finally:
+            _SESSION.reset(token)
+        done(self.encode_return(result))
 
-    def _start(self, coroutine: Coroutine[Any, Any, Any], done: Done) -> None:
+    def _start(self, function: ServedFunction, values: Sequence[Any], done: Done) -> None:
         cancel: Callable[[], object] | None = None
         finished = False
 
@@ -463,12 +487,14 @@ class LocalServingSession(ServingSession):
             else:
                 Callback(done, self.encode_return)(result)
 
-        ended = _Ended(end, done)
-        token = _SESSION.set(self)
-        try:
-            cancel = self.environment.spawn(coroutine, ended, self)
-        finally:
-            _SESSION.reset(token)
+        def launch() -> Callable[[], object]:
+            _SESSION.set(self)
+            cancel: Callable[[], object] = self.environment.spawn(function.call(*values), _Ended(end, done))
+            return cancel
+
+        # The task inherits the context in which the function was registered, so its output goes to that cell.
+        context = function.context.copy() if function.context is not None else contextvars.copy_context()
+        cancel = context.run(launch)
         with self._lock:
             if not finished:
                 self._running.add(cancel)

@@ -164,9 +164,9 @@ def _raise_error(session: LocalServingSession, kind: str, message: str) -> None:
     raise error(message)
 
 
-# name -> (function of the session, where it runs). Only what cannot take long runs on the loop.
+# name -> (function of the session, where it runs). ``any``: it cannot take long, wherever that is.
 WELL_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
-    "tvm.rpc.server.workpath": (_workpath, "loop"),
+    "tvm.rpc.server.workpath": (_workpath, "any"),
     UPLOAD: (_upload, "thread"),
     "tvm.rpc.server.download": (_download, "thread"),
     "tvm.rpc.server.remove": (_remove, "thread"),
@@ -175,12 +175,12 @@ WELL_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
     "tvm.rpc.server.ImportModule": (_import_module, "thread"),
     "tvm.rpc.server.ModuleGetFunction": (_module_get_function, "thread"),
     "tvm.rpc.server.download_linked_module": (_download_linked_module, "thread"),
-    "runtime.RPCTimeEvaluator": (_time_evaluator, "loop"),
-    "ffi.SystemLib": (_system_lib, "loop"),
-    "ffi.Shape": (_shape, "loop"),
-    "ffi.FunctionListGlobalNamesFunctor": (_names, "loop"),
-    "rpc.testing.GetShapeSize": (_shape_size, "loop"),
-    "rpc.testing.GetShapeElem": (_shape_elem, "loop"),
+    "runtime.RPCTimeEvaluator": (_time_evaluator, "any"),
+    "ffi.SystemLib": (_system_lib, "any"),
+    "ffi.Shape": (_shape, "any"),
+    "ffi.FunctionListGlobalNamesFunctor": (_names, "any"),
+    "rpc.testing.GetShapeSize": (_shape_size, "any"),
+    "rpc.testing.GetShapeElem": (_shape_elem, "any"),
     "rpc.test.addone": (_addone, "thread"),
     "rpc.test.strcat": (_strcat, "thread"),
     "rpc.test.except": (_except, "thread"),

@@ -1,0 +1,373 @@
+"""One client of a server: the handshake, then a conversation that the loop or a worker drives.
+
+Exactly one owner touches the socket at a time. The *loop* owns a connection while it shakes hands, serves quick
+requests, receives bulk data, and while a request is parked (so that the client's end is noticed). A *worker* owns it
+from a plain call until the session has been quiet for the hot time. Ownership passes by a job to the pool in one
+direction, and by re-arming the watcher (or a call to the loop) in the other; before either, the parser has been run,
+as whole packets may lie in the buffer that no poll reports.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import RemoteProtocolError, RpcError
+from rpcnb.net.dial import tune
+from rpcnb.net.watcher import READ, WRITE
+from rpcnb.protocol.codes import Role
+from rpcnb.protocol.endpoint import Endpoint
+from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text, refusal
+from rpcnb.protocol.messages import Raised, encode_packet
+from rpcnb.runtime.servant import Servant
+
+if TYPE_CHECKING:
+    from rpcnb.net.server import Server
+    from rpcnb.protocol.messages import Message
+
+__all__ = ["Connection"]
+
+log = logging.getLogger(__name__)
+
+_PIECE = 1 << 20  # bytes per system call on the loop: a bulk copy must not keep other sessions waiting
+_TURNS = 4  # system calls per turn on the loop
+_GATHER = 64
+_HOT_MS = 1  # how long a worker waits for the next call of its session
+_LINGER = 5.0  # seconds for the last replies of a session that ends
+
+
+class Connection:
+    """One client; made by the server for every accepted socket. Methods run on the loop unless they say otherwise."""
+
+    def __init__(self, server: Server, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        self.server = server
+        self.sock = sock
+        self.address = address
+        self.peer = f"{address[0]}:{address[1]}" if address else "local"
+        self.fd = sock.fileno()
+        self.since = time.monotonic()
+        self.key = KeyText("", "")
+        self.servant: Servant | None = None
+        self.in_worker = False
+        self.closed = False
+        self.ended = False  # the client's stream has ended, or the server wants the end
+        self.deadline: Any = None  # the handshake's, then the session's timer
+        self._handshake = Handshake(server.limits.key)
+        self._poll: Any = None
+        tune(sock)
+
+    # -- handshake -----------------------------------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """Take the loop's word that the socket is ready."""
+        if self.closed or self.in_worker:
+            return
+        try:
+            if self.servant is None:
+                self._shake_hands()
+            else:
+                self._serve()
+        except RemoteProtocolError as error:
+            log.warning("%s: %s: %s", self.server.name, self.peer, error)
+            self.close()
+        except Exception:
+            log.exception("%s: connection of %s failed", self.server.name, self.peer)
+            self.close()
+
+    def _shake_hands(self) -> None:
+        try:
+            data = self.sock.recv(4096)
+        except (BlockingIOError, InterruptedError):
+            self.server.watcher.arm(self.fd, READ)
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        found = self._handshake.receive_data(data)
+        if isinstance(found, str):
+            self._accept(found)
+        elif found is not None:
+            raise RemoteProtocolError(f"expected a client, got the word {found:#x}")
+        else:
+            self.server.watcher.arm(self.fd, READ)
+
+    def _accept(self, text: str) -> None:
+        server = self.server
+        key = KeyText.parse(text)
+        if not server.admits(text, self.address):
+            log.warning("%s: refused %s: wrong key or token", server.name, self.peer)
+            self._send_last(refusal())
+            return
+        if server.full:
+            log.warning("%s: refused %s: %d sessions are open", server.name, self.peer, server.max_sessions)
+            self._send_last(refusal())
+            return
+        self.key = key
+        options = {"-rpcnb": EXTENSION} if key.features is not None else {}
+        answer = hello(key_text(Role.SERVER, server.key, options))
+        if self.sock.send(answer) != len(answer):  # pragma: no cover  # an empty send buffer takes so few bytes
+            raise RemoteProtocolError("expected room for the handshake")
+        servant = Servant(
+            Endpoint(Role.SERVER, server.limits),
+            server.environment,
+            name=server.name,
+            on_completed=self._completed,
+            route=self._route,
+        )
+        servant.extended = key.features is not None
+        self.servant = servant
+        server.opened(self)
+        if key.timeout is not None:
+            self.deadline = server.io_loop.call_later(key.timeout, self._expire, key.options["-timeout"])
+        rest = self._handshake.rest
+        if rest:
+            servant.endpoint.receive_data(rest)
+        self._serve()
+
+    def _send_last(self, data: bytes) -> None:
+        try:
+            self.sock.send(data)
+        except OSError:
+            pass
+        self.close()
+
+    # -- serving -------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """Serve on the loop for a turn, then wait for the socket again."""
+        servant = self.servant
+        assert servant is not None
+        self._advance(servant)
+        for _ in range(_TURNS):
+            if self.in_worker or self.closed or not self._wants_input(servant):
+                break
+            count = self._receive(servant, _PIECE)
+            if count <= 0:
+                break
+            self._advance(servant)
+        if not self.in_worker and not self.closed:
+            self._flush()
+            self._wait_or_close()
+
+    def _advance(self, servant: Servant) -> None:
+        """Perform what has arrived, and again what waited for room in the output."""
+        servant.advance()
+        while servant.output and not self.in_worker and self._flush() and servant.endpoint.buffered:
+            before = servant.endpoint.buffered
+            servant.advance()
+            if servant.endpoint.buffered == before:
+                break
+
+    def _receive(self, servant: Servant, limit: int) -> int:
+        """Receive once; returns the bytes, 0 at the end of the stream, -1 if there are none now."""
+        with servant.lock:
+            view = servant.endpoint.get_buffer()
+            try:
+                count = self.sock.recv_into(view if len(view) <= limit else view[:limit])
+            except (BlockingIOError, InterruptedError):
+                return -1
+            except OSError:
+                count = 0
+            if count == 0:
+                self.ended = True
+                return 0
+            servant.endpoint.received(count)
+            return count
+
+    def _flush(self) -> bool:
+        """Send what the socket takes; any owner, and completing threads. Returns True if nothing is left."""
+        servant = self.servant
+        assert servant is not None
+        output = servant.output
+        with servant.lock:
+            while output:
+                buffers = output.first(_GATHER)
+                try:
+                    sent = self.sock.send(buffers[0]) if len(buffers) == 1 else self.sock.sendmsg(buffers)
+                except (BlockingIOError, InterruptedError):
+                    return False
+                except OSError:
+                    output.clear()
+                    self.ended = True
+                    return True
+                output.consume(sent)
+        return True
+
+    def _wants_input(self, servant: Servant) -> bool:
+        """Read on while requests can be performed, or little is buffered behind the one in progress."""
+        if self.ended or servant.over:
+            return False
+        waits = servant.parked is not None or bool(servant.output)
+        return not waits or servant.endpoint.buffered < self.server.limits.input_buffered
+
+    def _wait_or_close(self) -> None:
+        """Wait for the socket again, or end the connection if it is over; any owner that has nothing left to do."""
+        servant = self.servant
+        assert servant is not None
+        if self.ended or servant.over:
+            self._finish(servant)
+            return
+        if servant.parked is not None and not self._wants_input(servant):
+            # A full buffer is not read, but the client's end must still be noticed.
+            self.server.io_loop.asyncio_loop.call_soon_threadsafe(self._check_later)  # type: ignore[attr-defined]  # tornado 6
+        events = (READ if self._wants_input(servant) else 0) | (WRITE if servant.output else 0)
+        self.server.watcher.arm(self.fd, events)
+
+    def _check_later(self) -> None:
+        self.server.io_loop.call_later(1.0, self.ready)
+
+    def _finish(self, servant: Servant) -> None:
+        """End the session; its last replies get a moment to leave."""
+        if servant.output and not self.ended:
+            self.server.io_loop.call_later(_LINGER, self.close)
+            self.server.watcher.arm(self.fd, WRITE)
+            return
+        self.close()
+
+    # -- workers -------------------------------------------------------------------------------------------------
+
+    def _route(self, message: Message, place: str) -> bool:
+        """Pass a call to where it runs; False: here and now."""
+        servant = self.servant
+        assert servant is not None
+        if place == "kernel":
+            place = "kernel" if self.server.kernel is not None else "thread"
+        if self.in_worker == (place == "thread") and place != "kernel":
+            return False
+        servant.running = servant.describe(message)
+        self._flush()  # finished replies must not wait for a call that may be slow
+        self.in_worker = True
+        if place == "thread":
+            self.server.workers.submit(lambda: self._work(message))
+        elif place == "kernel":
+            self.server.kernel(lambda: self._perform_elsewhere(message))  # type: ignore[misc]  # checked above
+        else:
+            self._to_loop(lambda: self._perform_on_loop(message))
+        return True
+
+    def _to_loop(self, function: Any) -> None:
+        """Call ``function`` on the loop; from any thread."""
+        try:
+            self.server.io_loop.asyncio_loop.call_soon_threadsafe(function)  # type: ignore[attr-defined]  # tornado 6
+        except RuntimeError:
+            pass  # the loop has been closed: so are all connections
+
+    def _perform_on_loop(self, message: Message) -> None:
+        servant = self.servant
+        assert servant is not None
+        self.in_worker = False
+        servant.running = None
+        servant.perform(message)
+        self.ready()
+
+    def _perform_elsewhere(self, message: Message) -> None:
+        """Perform a call on the kernel's loop, then give the connection back."""
+        servant = self.servant
+        assert servant is not None
+        servant.perform(message)
+        self._flush()
+        self._give_back(servant)
+
+    def _give_back(self, servant: Servant) -> None:
+        """Let the loop own the connection again; from a worker."""
+        servant.running = None
+        waits = not (self.ended or servant.over or servant.output or servant.parked is not None)
+        self.in_worker = False
+        if waits and not servant.endpoint.buffered:
+            try:
+                self.server.watcher.arm(self.fd, READ)
+                return
+            except OSError:
+                pass  # closed meanwhile
+        self._to_loop(self.ready)
+
+    def _work(self, message: Message) -> None:
+        """Own the connection in a worker: run the call, then whatever plain calls follow at once."""
+        servant = self.servant
+        assert servant is not None
+        hot = self.server.workers.may_wait()
+        try:
+            try:
+                servant.perform(message)
+                servant.running = None
+                self._keep_hot(servant, hot)
+            finally:
+                if hot:
+                    self.server.workers.waited()
+        except RemoteProtocolError as error:
+            log.warning("%s: %s: %s", self.server.name, self.peer, error)
+            self.ended = True
+        except Exception:
+            log.exception("%s: connection of %s failed", self.server.name, self.peer)
+            self.ended = True
+        if servant.running is None:
+            self._give_back(servant)
+
+    def _keep_hot(self, servant: Servant, hot: bool) -> None:
+        poll = self._poll
+        if poll is None:
+            poll = self._poll = select.poll()
+            poll.register(self.fd, select.POLLIN)
+        endpoint, output = servant.endpoint, servant.output
+        while True:
+            servant.advance()
+            if servant.running is not None:
+                return  # passed on
+            if output and not self._flush():
+                return
+            if servant.parked is not None or servant.over or self.ended or not hot:
+                return
+            if endpoint.payload_left > _PIECE or not poll.poll(_HOT_MS):
+                return
+            if self._receive(servant, _PIECE) == 0:
+                return
+
+    def _completed(self) -> None:
+        """A parked request got its reply, in any thread: send it at once, then let the loop go on."""
+        self._flush()
+        self._to_loop(self.ready)
+
+    # -- end -----------------------------------------------------------------------------------------------------
+
+    def _expire(self, seconds: str) -> None:
+        """The session's time is over: say so at a packet boundary, then end."""
+        servant = self.servant
+        if self.closed or servant is None:
+            return
+        with servant.lock:
+            if servant.output and servant.output.first(1) and not self._flush() and not self.ended:
+                self.deadline = self.server.io_loop.call_later(0.05, self._expire, seconds)
+                return
+            text = (
+                f"RPCSessionTimeoutError: Your {float(seconds)}s session has expired, "
+                'try to increase the "session_timeout" value.'
+            )
+            servant.output.add(encode_packet(Raised(text)))
+            servant.over = True
+        log.info("%s: session of %s ended after its time of %s s", self.server.name, self.peer, seconds)
+        self._flush()
+        self.close()
+
+    def close(self) -> None:
+        """End the connection and release everything; a running plain function ends by itself, unheard."""
+        if self.closed:
+            return
+        self.closed = True
+        self.ended = True
+        if self.deadline is not None:
+            self.server.io_loop.remove_timeout(self.deadline)
+        self.server.watcher.remove(self.fd)
+        if self.servant is not None:
+            self.servant.cancel()
+        # A worker may be in poll or recv on this socket: wake it; it finds the connection closed.
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self.sock.close()
+        self.server.closed_connection(self)

@@ -1,0 +1,375 @@
+"""The event-driven server on a tornado loop.
+
+::
+
+    @rpcnb.register_func("demo.add")
+    def add(a, b):
+        return a + b
+
+    with rpcnb.Server(port=0) as server:
+        rpcnb.connect(server.address).get_function("demo.add")(1, 2)
+
+Any number of clients at once; silent, slow, broken or hostile ones leave the others untouched. ``async def`` and
+callback functions run on the server's loop and may answer later; plain functions run in workers. A long C call that
+holds the GIL stalls every server in its process; only a helper process would not.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import AccessDenied
+from rpcnb.net.address import is_loopback, show_address
+from rpcnb.net.connection import Connection
+from rpcnb.net.loopthread import LoopThread, call_in_loop
+from rpcnb.net.watcher import make_watcher
+from rpcnb.net.workers import WorkerPool
+from rpcnb.protocol.codes import Limits
+from rpcnb.runtime.access import Gate, check_token, new_token
+from rpcnb.runtime.serving import Environment
+from rpcnb.runtime.tasks import spawn_on
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from tornado.ioloop import IOLoop
+
+    from rpcnb.runtime.registry import Registry
+
+__all__ = ["Server"]
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """An RPC server; it listens when the constructor returns.
+
+    Args:
+        host: Address to listen on. Beyond loopback a token is always needed; one is made if none is given.
+        port: First port to try; 0 for any free one.
+        port_end: Ports up to this one, exclusive, are tried when ``port`` is taken.
+        is_proxy: TVM's keyword; not available in this version.
+        tracker_addr: TVM's keyword; not available in this version.
+        key: Key that clients must name.
+        load_library: Libraries to load at start: paths, or TVM's text with ``:`` between them.
+        custom_addr: Address that others should use to reach this server; shown in what is to be pasted.
+        silent: Log at level DEBUG instead of INFO.
+        no_fork: TVM's keyword; there is never a fork.
+        server_init_callback: Called once before the server listens.
+        reuse_addr: TVM's keyword; the address is always reusable after an earlier server's end.
+        token: Text that clients must present; None: none on loopback, a fresh one beyond; False: none at all.
+        session: Makes the session that serves a client, instead of ``LocalServingSession``.
+        max_sessions: Sessions at once; None for any number.
+        limits: What clients may ask for.
+        allow_native: Let clients load and link compiled libraries although there is no token.
+        expose_ffi: Let clients call every global function of apache-tvm-ffi.
+        trusted_paths: Let file names leave a session's directory, as in stock TVM.
+        insecure: Allow to listen beyond loopback without a token.
+        run: Where plain functions run unless their registration says otherwise: ``thread``, ``loop``, ``kernel``.
+        registry: Functions to serve; the global registry by default.
+        loop: A running tornado IOLoop to live on; by default one in a daemon thread of its own.
+
+    Attributes:
+        host: Where it listens.
+        port: Likewise; the real one.
+        token: What clients must present, or None.
+
+    Raises:
+        OSError: No port of the range is free.
+        AccessDenied: Beyond loopback without a token and without ``insecure``.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 9090,
+        port_end: int = 9199,
+        is_proxy: bool = False,
+        tracker_addr: tuple[str, int] | None = None,
+        key: str = "",
+        load_library: str | Sequence[str] | None = None,
+        custom_addr: str | None = None,
+        silent: bool = False,
+        no_fork: bool = True,
+        server_init_callback: Callable[[], object] | None = None,
+        reuse_addr: bool = True,
+        *,
+        token: str | bool | None = None,
+        session: Callable[..., Any] | None = None,
+        max_sessions: int | None = None,
+        limits: Limits | None = None,
+        allow_native: bool = False,
+        expose_ffi: bool = False,
+        trusted_paths: bool = False,
+        insecure: bool = False,
+        run: str = "thread",
+        registry: Registry | None = None,
+        loop: IOLoop | None = None,
+    ) -> None:
+        if is_proxy or tracker_addr:
+            raise ValueError("is_proxy and tracker_addr are not available in this version of rpcnb")
+        if not key.isprintable() or any(letter.isspace() for letter in key):
+            raise ValueError(f"expected a key without white space, got {key!r}")
+        self.name = f"server:{key}" if key else "server"
+        self.key = key
+        self.custom_addr = custom_addr
+        self.token = self._choose_token(host, token, insecure)
+        self.limits = limits or Limits()
+        self.max_sessions = max_sessions
+        self.kernel: Callable[[Callable[[], None]], object] | None = None
+        self._level = logging.DEBUG if silent else logging.INFO
+        self._gate = Gate(key, self.token, time.monotonic, self.limits.auth_failures)
+        self._own_loop = LoopThread("rpcnb-server") if loop is None else None
+        self.io_loop: IOLoop = loop if loop is not None else self._own_loop.io_loop  # type: ignore[union-attr]  # one is set
+        asyncio_loop = self.io_loop.asyncio_loop  # type: ignore[attr-defined]  # every IOLoop of tornado 6 has it
+        self.environment = Environment(
+            limits=self.limits,
+            native=bool(self.token) or allow_native,
+            expose_ffi=expose_ffi,
+            trusted_paths=trusted_paths,
+            default_run=run,
+            spawn=lambda awaitable, done: spawn_on(asyncio_loop, awaitable, done),
+            local_session=session,
+        )
+        if registry is not None:
+            self.environment.registry = registry
+        self._install_constructors()
+        self.workers = WorkerPool("rpcnb")
+        self._connections: dict[Connection, None] = {}  # in order of arrival
+        self._half_open: Counter[str] = Counter()
+        self._sessions = 0
+        self._closed = False
+        self._listeners: list[socket.socket] = []
+        try:
+            self._prepare(load_library, server_init_callback)
+            self._listeners = _listen(host, port, port_end)
+            self.host, self.port = host, int(self._listeners[0].getsockname()[1])
+            call_in_loop(self.io_loop, self._start)
+        except BaseException:
+            for listener in self._listeners:
+                listener.close()
+            if self._own_loop is not None:
+                self._own_loop.stop()
+            raise
+        log.log(self._level, "%s listens on %s", self.name, self.address)
+
+    @staticmethod
+    def _choose_token(host: str, token: str | bool | None, insecure: bool) -> str | None:
+        if isinstance(token, str):
+            return check_token(token)
+        if is_loopback(host):
+            return new_token() if token else None
+        if token is False:
+            if not insecure:
+                raise AccessDenied(f"a server on {host} without a token is open to everybody; pass insecure=True to allow it")
+            return None
+        return new_token()
+
+    def _install_constructors(self) -> None:
+        from rpcnb.net.hop import connect_constructor
+
+        self.environment.constructors["rpc.Connect"] = connect_constructor
+
+    @staticmethod
+    def _prepare(load_library: str | Sequence[str] | None, callback: Callable[[], object] | None) -> None:
+        if load_library:
+            from pathlib import Path
+
+            from rpcnb.runtime.libraries import load_library as load
+
+            for path in load_library.split(":") if isinstance(load_library, str) else load_library:
+                load(Path(path))
+        if callback is not None:
+            callback()
+
+    # -- on the loop ---------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self.watcher = make_watcher(self.io_loop)
+        for listener in self._listeners:
+            self.io_loop.add_handler(listener, self._on_accept, self.io_loop.READ)
+
+    def _on_accept(self, listener: Any, events: int) -> None:
+        for _ in range(64):
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._pause_accepting(listener, error)
+                return
+            self._admit(sock, address)
+
+    def _pause_accepting(self, listener: Any, error: OSError) -> None:
+        """Stop accepting for a moment when the process has no descriptors left, instead of spinning."""
+        log.warning("%s: cannot accept: %s; trying again in a moment", self.name, error.strerror)
+        self._drop_oldest_half_open()
+        self.io_loop.remove_handler(listener)
+        self.io_loop.call_later(0.2, self._resume_accepting, listener)
+
+    def _resume_accepting(self, listener: Any) -> None:
+        if not self._closed:
+            self.io_loop.add_handler(listener, self._on_accept, self.io_loop.READ)
+
+    def _admit(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        try:
+            connection = Connection(self, sock, address)
+        except OSError:
+            sock.close()
+            return
+        host = str(address[0])
+        exempt = self.limits.exempt_loopback and is_loopback(host)
+        if not exempt and self._half_open[host] >= self.limits.half_open_per_address:
+            log.warning("%s: refused %s: too many unfinished handshakes", self.name, connection.peer)
+            connection.closed = True
+            sock.close()
+            return
+        if self._half_open.total() >= self.limits.half_open:
+            self._drop_oldest_half_open()
+        self._half_open[host] += 1
+        self._connections[connection] = None
+        self.watcher.add(connection.fd, connection.ready)
+        connection.deadline = self.io_loop.call_later(self.limits.handshake_timeout, self._handshake_over, connection)
+
+    def _handshake_over(self, connection: Connection) -> None:
+        if connection.servant is None:
+            log.debug("%s: %s did not finish its handshake in time", self.name, connection.peer)
+            connection.close()
+
+    def _drop_oldest_half_open(self) -> None:
+        for connection in self._connections:
+            if connection.servant is None:
+                connection.close()
+                return
+
+    def admits(self, text: str, address: tuple[Any, ...]) -> bool:
+        """Tell whether a client with this key text may enter."""
+        host = str(address[0]) if address else ""
+        counted = self.token is not None and not (self.limits.exempt_loopback and is_loopback(host))
+        return self._gate.admits(text, host if counted else None)
+
+    @property
+    def full(self) -> bool:
+        """Tell whether ``max_sessions`` are open."""
+        return self.max_sessions is not None and self._sessions >= self.max_sessions
+
+    def opened(self, connection: Connection) -> None:
+        """Note that a handshake has succeeded."""
+        self._sessions += 1
+        self._forget_half_open(connection)
+        self.io_loop.remove_timeout(connection.deadline)
+        connection.deadline = None
+        log.log(self._level, "%s: session of %s opened", self.name, connection.peer)
+        self._hook("tvm.rpc.server.start")
+
+    def _forget_half_open(self, connection: Connection) -> None:
+        host = str(connection.address[0])
+        self._half_open[host] -= 1
+        if not self._half_open[host]:
+            del self._half_open[host]
+
+    def closed_connection(self, connection: Connection) -> None:
+        """Note that a connection is gone."""
+        if self._connections.pop(connection, connection) is connection:
+            return
+        if connection.servant is None:
+            self._forget_half_open(connection)
+        else:
+            self._sessions -= 1
+            log.log(self._level, "%s: session of %s ended", self.name, connection.peer)
+            self._hook("tvm.rpc.server.shutdown")
+
+    def _hook(self, name: str) -> None:
+        entry = self.environment.registry.get(name)
+        if entry is not None:
+            try:
+                entry.call()
+            except Exception:
+                log.exception("%s: hook %s failed", self.name, name)
+
+    # -- for users -----------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """``host:port`` to connect to."""
+        return show_address(self.host, self.port)
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that are open."""
+        return self._sessions
+
+    @property
+    def closed(self) -> bool:
+        """Tell whether it has been closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """Stop listening, end all sessions, and return when everything is released. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        call_in_loop(self.io_loop, self._stop)
+        self.workers.close(1.0)
+        if self._own_loop is not None:
+            self._own_loop.stop()
+        log.log(self._level, "%s on %s closed", self.name, self.address)
+
+    terminate = close  # TVM's word
+
+    def _stop(self) -> None:
+        for listener in self._listeners:
+            self.io_loop.remove_handler(listener)
+            listener.close()
+        for connection in list(self._connections):
+            connection.close()
+        self.watcher.close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self._sessions} sessions"
+        key = f", key {self.key!r}" if self.key else ""
+        return f"<Server {self.address}{key}, token {'set' if self.token else 'none'}, {state}>"
+
+
+def _listen(host: str, port: int, port_end: int) -> list[socket.socket]:
+    """Bind the first free port of the range; ``localhost`` on all its addresses."""
+    last: OSError | None = None
+    for number in range(port, max(port_end, port + 1)) if port else (0,):
+        try:
+            return [_bind(host, number)]
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            last = error
+    raise OSError(errno.EADDRINUSE, f"no free port on {host} from {port} to {port_end - 1}") from last
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        if os.name != "nt":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(1024)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
