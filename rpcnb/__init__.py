@@ -41,7 +41,7 @@ _PUBLIC = {
     "workpath": "rpcnb.runtime.serving",
 }
 
-__all__ = ["__version__", "errors", "load_ipython_extension", *_PUBLIC]  # noqa: PLE0604  # names of strings
+__all__ = ["__version__", "errors", "load_ipython_extension", *_PUBLIC]  # names of strings
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 __all__ = [
     "CPU",
@@ -116,7 +116,7 @@ class Device(NamedTuple):
     """A device of a server: DLPack's type number and an index."""
 
     type: int
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # a tuple's method, which nobody calls on a device
 
     @property
     def name(self) -> str:
@@ -209,6 +209,18 @@ class TensorMeta(NamedTuple):
         return self._replace(byte_offset=self.byte_offset + start)
 
 
-Value = Union[
-    None, bool, int, float, str, bytes, DType, Device, Pointer, TensorMeta, FunctionRef, ModuleRef, ObjectRef
-]
+Value = (
+    bool
+    | int
+    | float
+    | str
+    | bytes
+    | DType
+    | Device
+    | Pointer
+    | TensorMeta
+    | FunctionRef
+    | ModuleRef
+    | ObjectRef
+    | None
+)

@@ -9,13 +9,14 @@ as whole packets may lie in the buffer that no poll reports.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import select
 import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import RemoteProtocolError, RpcError
+from rpcnb.errors import RemoteProtocolError
 from rpcnb.net.dial import tune
 from rpcnb.net.watcher import READ, WRITE
 from rpcnb.protocol.codes import Role
@@ -130,10 +131,8 @@ class Connection:
         self._serve()
 
     def _send_last(self, data: bytes) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self.sock.send(data)
-        except OSError:
-            pass
         self.close()
 
     # -- serving -------------------------------------------------------------------------------------------------
@@ -214,7 +213,7 @@ class Connection:
             return
         if servant.parked is not None and not self._wants_input(servant):
             # A full buffer is not read, but the client's end must still be noticed.
-            self.server.io_loop.asyncio_loop.call_soon_threadsafe(self._check_later)  # type: ignore[attr-defined]  # tornado 6
+            self.server.io_loop.asyncio_loop.call_soon_threadsafe(self._check_later)
         events = (READ if self._wants_input(servant) else 0) | (WRITE if servant.output else 0)
         self.server.watcher.arm(self.fd, events)
 
@@ -253,7 +252,7 @@ class Connection:
     def _to_loop(self, function: Any) -> None:
         """Call ``function`` on the loop; from any thread."""
         try:
-            self.server.io_loop.asyncio_loop.call_soon_threadsafe(function)  # type: ignore[attr-defined]  # tornado 6
+            self.server.io_loop.asyncio_loop.call_soon_threadsafe(function)
         except RuntimeError:
             pass  # the loop has been closed: so are all connections
 
@@ -365,9 +364,7 @@ class Connection:
         if self.servant is not None:
             self.servant.cancel()
         # A worker may be in poll or recv on this socket: wake it; it finds the connection closed.
-        try:
+        with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self.sock.close()
         self.server.closed_connection(self)

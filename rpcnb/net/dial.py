@@ -205,9 +205,7 @@ def _explain(code: int) -> str:
     return os.strerror(code)
 
 
-def shake_hands(
-    sock: socket.socket, key: ClientKey, address: str, deadline: Deadline, guard: Guard
-) -> KeyText:
+def shake_hands(sock: socket.socket, key: ClientKey, address: str, deadline: Deadline, guard: Guard) -> KeyText:
     """Drive :func:`greet` over a connected socket."""
     poll = select.poll()
     steps = greet(key, address)

@@ -7,6 +7,7 @@ one prefix per hop, and nothing blocks the loop: each request parks until the on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import RpcError
@@ -91,7 +92,5 @@ async def _initialize(link: AsyncLink, args: tuple[Any, ...]) -> None:
     request = next(flow)
     ticket = link.send(request)  # type: ignore[arg-type]  # its only step is a request
     await link.wait(ticket)
-    try:
+    with contextlib.suppress(StopIteration):
         flow.send(ticket.result())
-    except StopIteration:
-        pass

@@ -80,7 +80,7 @@ class IOThread:
                 for link in list(self.watched):
                     try:
                         link.housekeeping()
-                    except Exception:
+                    except Exception:  # noqa: PERF203  # one link's trouble is not another's
                         log.exception("housekeeping of %s failed", link.peer)
 
     def _drive(self, selector: selectors.BaseSelector, link: Link) -> None:

@@ -92,10 +92,7 @@ class Link:
             if self.garbage:
                 wire.queue_garbage()
             ticket = wire.queue(request)
-            if len(wire.out) == 1 or not self._pumping:
-                blocked = not wire.flush()
-            else:
-                blocked = True
+            blocked = not wire.flush() if len(wire.out) == 1 or not self._pumping else True
             if blocked and self._pumping:
                 self._signal()  # the pump must watch for writability
         return ticket
@@ -121,7 +118,7 @@ class Link:
                 if self._pumping:
                     gate = _thread.allocate_lock()
                     gate.acquire()
-                    ticket.waker = lambda gate=gate: gate.locked() and gate.release()  # type: ignore[misc]
+                    ticket.waker = lambda gate=gate: gate.locked() and gate.release()
                     self._sleepers.append(gate)
                 else:
                     self._pumping = True

@@ -55,7 +55,7 @@ class LoopThread:
 
 def call_in_loop(io_loop: IOLoop, function: Callable[[], T], timeout: float = 10.0) -> T:
     """Run ``function`` on the loop's thread and return its result; directly if this is that thread."""
-    asyncio_loop: Any = io_loop.asyncio_loop  # type: ignore[attr-defined]  # every IOLoop of tornado 6 has it
+    asyncio_loop: Any = io_loop.asyncio_loop
     try:
         here = asyncio.get_running_loop() is asyncio_loop
     except RuntimeError:

@@ -128,7 +128,7 @@ class Server:
         self._gate = Gate(key, self.token, time.monotonic, self.limits.auth_failures)
         self._own_loop = LoopThread("rpcnb-server") if loop is None else None
         self.io_loop: IOLoop = loop if loop is not None else self._own_loop.io_loop  # type: ignore[union-attr]  # one is set
-        asyncio_loop = self.io_loop.asyncio_loop  # type: ignore[attr-defined]  # every IOLoop of tornado 6 has it
+        asyncio_loop = self.io_loop.asyncio_loop
         self.environment = Environment(
             limits=self.limits,
             native=bool(self.token) or allow_native,
@@ -168,7 +168,9 @@ class Server:
             return new_token() if token else None
         if token is False:
             if not insecure:
-                raise AccessDenied(f"a server on {host} without a token is open to everybody; pass insecure=True to allow it")
+                raise AccessDenied(
+                    f"a server on {host} without a token is open to everybody; pass insecure=True to allow it"
+                )
             return None
         return new_token()
 
@@ -353,7 +355,7 @@ def _listen(host: str, port: int, port_end: int) -> list[socket.socket]:
     for number in range(port, max(port_end, port + 1)) if port else (0,):
         try:
             return [_bind(host, number)]
-        except OSError as error:
+        except OSError as error:  # noqa: PERF203  # each port may be taken
             if error.errno != errno.EADDRINUSE:
                 raise
             last = error
@@ -361,7 +363,9 @@ def _listen(host: str, port: int, port_end: int) -> list[socket.socket]:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+        0
+    ]
     sock = socket.socket(family, kind, protocol)
     try:
         if os.name != "nt":

@@ -79,7 +79,7 @@ class LoopWatcher:
 
     def arm(self, fd: int, events: int) -> None:
         """Watch once more."""
-        self._loop.asyncio_loop.call_soon_threadsafe(self._arm, fd, events)  # type: ignore[attr-defined]  # tornado 6
+        self._loop.asyncio_loop.call_soon_threadsafe(self._arm, fd, events)
 
     def _arm(self, fd: int, events: int) -> None:
         if fd not in self._ready:

@@ -166,9 +166,10 @@ class Wire:
             return
         self.bytes_received += count
         endpoint.received(count)
-        self._settle()
+        self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Settle the tickets whose replies have arrived."""
         endpoint = self.endpoint
         try:
             while (message := endpoint.next_message()) is not None:
@@ -214,7 +215,7 @@ class Wire:
                 self.fail(SessionLost(f"session lost: {self.peer}: {error.strerror or error}{self._during()}"))
                 return
             self.endpoint.received(count)
-            self._settle()
+            self.settle()
 
     def fail(self, error: RpcError) -> None:
         """End the connection; everything owed is settled with ``error``."""

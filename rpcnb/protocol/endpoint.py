@@ -175,7 +175,7 @@ class Endpoint:
         if self._parser is not None:
             return 1
         if have >= 8:
-            (nbytes,) = _LENGTH.unpack_from(self._view, self._start)
+            nbytes: int = _LENGTH.unpack_from(self._view, self._start)[0]
             return max(1, min(nbytes + 8, 12) - have)
         return 12 - have if self.owed else 8 - have
 
@@ -246,12 +246,20 @@ class Endpoint:
         except RpcError as error:
             self._close(error)
             raise
-        if message is None and self._eof and self.state is not State.CLOSED:
-            if self._start != self._end or self._payload_left or self._parser is not None:
-                if self.role is Role.CLIENT or self.state is State.IDLE or self._payload_left:
-                    self._close(RemoteProtocolError("the peer's stream ended inside a packet"))
-                    raise self._error  # type: ignore[misc]  # set by _close
+        if message is None and self._eof and self._inside_packet:
+            cut = RemoteProtocolError("the peer's stream ended inside a packet")
+            self._close(cut)
+            raise cut
         return message
+
+    @property
+    def _inside_packet(self) -> bool:
+        """Tell whether the stream's end would cut a packet; whole requests behind one in progress are not cut."""
+        if self.state is State.CLOSED:
+            return False
+        if self._payload_left or self._parser is not None:
+            return True
+        return self._start != self._end and (self.role is Role.CLIENT or self.state is State.IDLE)
 
     def _next(self) -> Message | None:
         if self._payload_message is not None:
@@ -407,7 +415,9 @@ class Endpoint:
         for index, (value, types) in enumerate(zip(values, expected, strict=True)):
             if not isinstance(value, types):
                 names = " or ".join(kind.__name__ for kind in types)
-                raise RemoteProtocolError(f"{code.name} expected {names} as argument {index}, got {type(value).__name__}")
+                raise RemoteProtocolError(
+                    f"{code.name} expected {names} as argument {index}, got {type(value).__name__}"
+                )
         return Syscall(code, values)
 
     def _decode_reply(self, code: int, pos: int, end: int) -> Message:
@@ -554,10 +564,7 @@ class Endpoint:
         plain = 0  # bytes consumed outside bytes payloads
         while len(values) < count:
             stop = min(self._end, self._start + self._left)
-            if self._end - self._start < self._left:
-                bulk = is_bulk(self._view, self._start, stop, _BULK)
-            else:
-                bulk = None
+            bulk = is_bulk(self._view, self._start, stop, _BULK) if self._end - self._start < self._left else None
             if bulk is not None:
                 plain += bulk[1] if bulk[0] == 66 else bulk[1] + bulk[2]
                 self._check_plain(plain)

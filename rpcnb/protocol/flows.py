@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
 from rpcnb.errors import RemoteError, RemoteProtocolError, SessionTimeout
 from rpcnb.protocol.codes import Code
@@ -89,8 +89,8 @@ class TensorResult:
 
 
 T = TypeVar("T")
-Result = Union[Value, TensorResult]
-Flow = Generator[Union[Request, Send, Wait], Any, T]
+Result = Value | TensorResult
+Flow = Generator[Request | Send | Wait, Any, T]
 
 
 def result_of(reply: Reply) -> tuple[Value, ...]:
@@ -144,8 +144,8 @@ def call_result(values: tuple[Value, ...]) -> Result:
         return TensorResult(value, int(values[2]))
     if not isinstance(value, Pointer):
         raise RemoteProtocolError(f"expected the handle of an object of type {index}, got {type(value).__name__}")
-    kind = {68: FunctionRef, 73: ModuleRef}.get(index, ObjectRef)
-    return kind(int(value))
+    handle = int(value)
+    return FunctionRef(handle) if index == 68 else ModuleRef(handle) if index == 73 else ObjectRef(handle)
 
 
 def undo(request: Request, reply: Reply) -> list[Request]:
@@ -156,7 +156,9 @@ def undo(request: Request, reply: Reply) -> list[Request]:
     if not isinstance(last, Pointer) or not last:
         return []
     if isinstance(request, CallFunc):
-        return [Syscall(Code.FREE_HANDLE, (last,))] if isinstance(reply.values[0], int) and reply.values[0] >= 64 else []
+        return (
+            [Syscall(Code.FREE_HANDLE, (last,))] if isinstance(reply.values[0], int) and reply.values[0] >= 64 else []
+        )
     if not isinstance(request, Syscall):
         return []
     if request.code is Code.GET_GLOBAL_FUNC:

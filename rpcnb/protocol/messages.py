@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Union
 
 from rpcnb.protocol.codes import VERSION, Code
 from rpcnb.protocol.sequence import Buffer, Style, encode_tensor, encode_values
@@ -131,9 +130,9 @@ class PayloadEnd:
     """The data of the CopyToRemote request in progress has arrived completely."""
 
 
-Request = Union[InitServer, CallFunc, Syscall, CopyFromRemote, CopyToRemote]
-Reply = Union[Return, Raised, CopyAck]
-Message = Union[Request, Reply, Shutdown, Malformed, PayloadEnd]
+Request = InitServer | CallFunc | Syscall | CopyFromRemote | CopyToRemote
+Reply = Return | Raised | CopyAck
+Message = Request | Reply | Shutdown | Malformed | PayloadEnd
 
 VOID = Return()
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import struct
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ArgumentError, LimitExceeded, RemoteProtocolError
-from rpcnb.protocol.codes import Limits, TypeIndex
+from rpcnb.protocol.codes import Limits
 from rpcnb.values import NULL, Device, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Buffer", "Style", "decode_tensor", "decode_values", "encode_call_result", "encode_tensor", "encode_values"]
 
-Buffer = Union[bytes, bytearray, memoryview]
+Buffer = bytes | bytearray | memoryview
 
 
 class Style(Enum):
@@ -58,7 +58,7 @@ _BYTES_INDICES = frozenset({12, 66})
 
 def _encode_bytes(data: Buffer, head: bytes, parts: list[Buffer]) -> None:
     if len(data) < _BULK:
-        parts.append(b"%b%b" % (head, data))
+        parts.append(head + bytes(data))
     else:
         parts.append(head)
         parts.append(data)
@@ -67,9 +67,7 @@ def _encode_bytes(data: Buffer, head: bytes, parts: list[Buffer]) -> None:
 def encode_tensor(meta: TensorMeta) -> bytes:
     """Encode a DLTensor, ``32 + 8 * ndim`` bytes."""
     kind, ndim = meta.dtype, len(meta.shape)
-    head = _TENSOR_HEAD.pack(
-        meta.data, meta.device[0], meta.device[1], ndim, kind[0], kind[1], kind[2]
-    )
+    head = _TENSOR_HEAD.pack(meta.data, meta.device[0], meta.device[1], ndim, kind[0], kind[1], kind[2])
     return head + struct.pack(f"<{ndim}qQ", *meta.shape, meta.byte_offset)
 
 
@@ -77,7 +75,9 @@ def _encode_text(text: str, style: Style, parts: list[Buffer], index: int) -> No
     try:
         data = text.encode()
     except UnicodeEncodeError as error:
-        raise ArgumentError(index, f"text that is not Unicode ({error.reason})", "text without lone surrogates") from None
+        raise ArgumentError(
+            index, f"text that is not Unicode ({error.reason})", "text without lone surrogates"
+        ) from None
     if style is Style.CONSTRUCTOR or b"\0" in data:  # a raw string would end at the NUL
         outer = 11 if len(data) <= 7 else 65
         _encode_bytes(data, _INNER.pack(outer, 65, len(data)), parts)
@@ -120,7 +120,9 @@ def _encode_rare(value: Any, style: Style, parts: list[Buffer], index: int) -> N
 
 def _encode_int(value: int, parts: list[Buffer], index: int) -> None:
     if not _I64_MIN <= value <= _I64_MAX:
-        raise ArgumentError(index, f"the int {value if value.bit_length() < 200 else 'of many digits'}", "64 signed bits")
+        raise ArgumentError(
+            index, f"the int {value if value.bit_length() < 200 else 'of many digits'}", "64 signed bits"
+        )
     parts.append(_WORD.pack(1, value))
 
 
@@ -177,7 +179,9 @@ def decode_tensor(data: memoryview, start: int, end: int, limits: Limits) -> tup
         return None
     *shape, offset = struct.unpack_from(f"<{ndim}qQ", data, start + 24)
     if bits == 0 or lanes == 0 or (shape and min(shape) < 0):
-        raise RemoteProtocolError(f"expected a tensor shape and type, got shape {tuple(shape)}, {bits} bits, {lanes} lanes")
+        raise RemoteProtocolError(
+            f"expected a tensor shape and type, got shape {tuple(shape)}, {bits} bits, {lanes} lanes"
+        )
     meta = TensorMeta(handle, Device(kind, index), tuple(shape), DType(code, bits, lanes), offset)
     if meta.nbytes > _I64_MAX or offset > _I64_MAX:
         raise LimitExceeded(f"tensor of shape {tuple(shape)} at offset {offset} exceeds 2**63 bytes")

@@ -29,7 +29,7 @@ def _extension_types() -> dict[str, np.dtype[Any]]:
         import ml_dtypes
     except ImportError:
         return {}
-    names = ("bfloat16", "int2", "uint2", "int4", "uint4")
+    names: tuple[str, ...] = ("bfloat16", "int2", "uint2", "int4", "uint4")
     names += tuple(name for name in dir(ml_dtypes) if name.startswith(("float4_", "float6_", "float8_")))
     return {name: np.dtype(getattr(ml_dtypes, name)) for name in names}
 
@@ -83,7 +83,7 @@ def as_wire_array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def pack(array: np.ndarray[Any, Any], kind: DType) -> np.ndarray[Any, Any]:
     """Pack elements below 8 bits, first element in the lowest bits; returns bytes."""
-    values = array.reshape(-1).view(np.uint8) & ((1 << kind.bits) - 1)
+    values = array.reshape(-1).view(np.uint8) & np.uint8((1 << kind.bits) - 1)
     bits = np.unpackbits(values[:, None], axis=1, count=kind.bits, bitorder="little")
     return np.packbits(bits.reshape(-1), bitorder="little")
 
@@ -110,7 +110,7 @@ def wire_bytes(array: np.ndarray[Any, Any], kind: DType) -> memoryview:
 
 def byte_view(array: np.ndarray[Any, Any]) -> memoryview:
     """Return the memory of a C-contiguous array as bytes."""
-    return memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+    return memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
 
 
 def array_view(data: np.ndarray[Any, Any], kind: DType, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

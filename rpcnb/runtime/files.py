@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import AccessDenied, LimitExceeded
 
@@ -38,7 +38,9 @@ def check_name(name: str) -> None:
         or name.startswith("/")
         or len(name) > 4096
         or any(
-            part in ("", "..") or len(part.encode("utf-8", "replace")) > _MAX_NAME or _RESERVED.fullmatch(part)
+            part in ("", "..")
+            or len(part.encode("utf-8", "replace")) > _MAX_NAME
+            or _RESERVED.fullmatch(part)
             or (part != "." and part[-1] in ". ")
             for part in parts
         )
@@ -80,7 +82,7 @@ class Upload:
             self.abort()
             raise LimitExceeded(f"cannot store the upload: {error.strerror}") from error
 
-    def finish(self) -> StoredFile:
+    def finish(self) -> Any:
         """Close the file; it gets its name when the upload function runs."""
         self._file.close()
         self._finished = True

@@ -284,7 +284,9 @@ class Servant:
             self._answer(CopyAck(view))
             return
         data = staging(nbytes)
-        self._begin("copy from", lambda _: CopyAck(data), lambda done: session.async_copy_from(meta, data, nbytes, done))
+        self._begin(
+            "copy from", lambda _: CopyAck(data), lambda done: session.async_copy_from(meta, data, nbytes, done)
+        )
 
     def _copy_to_begin(self, message: CopyToRemote) -> None:
         """Say where the data goes before it is received; a refused copy is skipped, then answered."""
@@ -349,7 +351,9 @@ class Servant:
                 f"server protocol={VERSION}, client protocol={message.version}"
             )
         if self.session is not None:
-            raise LimitExceeded("Check failed: (serving_session_ == nullptr) is false: Server has already been initialized")
+            raise LimitExceeded(
+                "Check failed: (serving_session_ == nullptr) is false: Server has already been initialized"
+            )
         constructor, args = self._constructor(message)
         token = _ENVIRONMENT.set(self.environment)
         try:

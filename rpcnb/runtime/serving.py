@@ -351,6 +351,9 @@ _SYSCALLS: dict[Code, Callable[..., Any]] = {
     Code.DEV_GET_CURRENT_STREAM: lambda session, device: session.current_stream(device),
 }
 
+# Type indices of stock TVM's counterparts; any other object is "opaque Python object", 74.
+_OBJECT_INDICES: dict[type, int] = {Shape: 69, list: 71, tuple: 71, dict: 72}
+
 # Values that a registered function gets as they are; everything else is a handle to be looked up.
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None), DType, Device, Pointer})
 
@@ -481,7 +484,7 @@ class LocalServingSession(ServingSession):
             nonlocal finished
             finished = True
             with self._lock:
-                self._running.discard(cancel)  # type: ignore[arg-type]  # None is never in it
+                self._running.discard(cancel)
             if error is not None:
                 done.error(error)
             else:
@@ -525,7 +528,7 @@ class LocalServingSession(ServingSession):
             return (73, self.table.issue(HandleKind.MODULE, value))
         if isinstance(value, (int, float)):
             return self._encode_plain(value)
-        index = {Shape: 69, list: 71, tuple: 71, dict: 72}.get(type(value))
+        index = _OBJECT_INDICES.get(type(value))
         if index is None and callable(value) and not isinstance(value, type):
             is_async = inspect.iscoroutinefunction(value)
             served = ServedFunction(getattr(value, "__name__", "function"), value, "coroutine" if is_async else "plain")

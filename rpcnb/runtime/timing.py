@@ -128,9 +128,7 @@ def _find(session: LocalServingSession, module: Module | None, name: str) -> Ser
         return _awaitable(ServedFunction(name, found, kind))
     handle = session.get_function(name)
     if not handle:
-        raise FunctionNotFound(
-            f"Check failed: (pf.has_value()) is false: Cannot find {name} in the global function"
-        )
+        raise FunctionNotFound(f"Check failed: (pf.has_value()) is false: Cannot find {name} in the global function")
     served: ServedFunction = session.table.find(handle, HandleKind.FUNCTION)
     session.table.release(handle, HandleKind.FUNCTION)
     return _awaitable(served)

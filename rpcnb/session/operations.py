@@ -27,6 +27,8 @@ from rpcnb.values import (
     Pointer,
     TensorMeta,
     Value,
+)
+from rpcnb.values import (
     dtype as as_dtype,
 )
 
@@ -196,9 +198,11 @@ class Operations:
             return value.item()  # type: ignore[no-any-return]  # a numpy scalar
         if isinstance(value, (bytearray, memoryview)):
             return bytes(value)
+        plain: Any
         for plain in (bool, int, float, str, bytes):
             if isinstance(value, plain):
-                return plain(value)
+                result: Value = plain(value)
+                return result
         if isinstance(value, Device):
             return value
         raise ArgumentError(index, _describe(value))
@@ -431,9 +435,10 @@ def _call(function: RemoteHandle, *args: Value) -> Any:
 
 
 def _collect(tickets: list[Any]) -> Flow[list[str]]:
-    names = []
+    replies = []
     for ticket in tickets:
-        names.append(flows.call_result(flows.result_of((yield flows.Wait(ticket)))))
+        replies.append((yield flows.Wait(ticket)))  # noqa: PERF401  # a comprehension cannot yield
+    names = [flows.call_result(flows.result_of(reply)) for reply in replies]
     tickets.clear()
     return [name for name in names if isinstance(name, str)]
 

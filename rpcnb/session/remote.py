@@ -263,9 +263,7 @@ class _Tensor:
             byte_offset=self.meta.byte_offset + byte_offset,
         )
         if byte_offset < 0 or byte_offset + meta.nbytes > self.nbytes or (meta.shape and min(meta.shape) < 0):
-            raise CopyMismatch(
-                f"a view of {meta.nbytes} bytes at {byte_offset} leaves a tensor of {self.nbytes} bytes"
-            )
+            raise CopyMismatch(f"a view of {meta.nbytes} bytes at {byte_offset} leaves a tensor of {self.nbytes} bytes")
         return type(self)(self.session, meta, 0, self)
 
     def free(self) -> None:
@@ -287,7 +285,9 @@ class _Tensor:
 
     def __repr__(self) -> str:
         state = ", freed" if self.freed else "" if self.defined else ", undefined: a copy into it was given up"
-        return f"{type(self).__name__}(shape={self.shape}, {self.dtype}, {self.meta.device} of {self.session.name}{state})"
+        return (
+            f"{type(self).__name__}(shape={self.shape}, {self.dtype}, {self.meta.device} of {self.session.name}{state})"
+        )
 
 
 class RemoteTensor(_Tensor):
@@ -520,4 +520,3 @@ class FunctionNames:
 
     def __repr__(self) -> str:
         return f"<functions {self._prefix}* of {self._session.name}>"
-

@@ -1,0 +1,76 @@
+"""The demo board as a child process: what ``%rpc_connect demo`` and ``rpcnb demo`` start."""
+
+from __future__ import annotations
+
+import atexit
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["DemoBoard"]
+
+_START_SECONDS = 20.0
+
+
+class DemoBoard:
+    """A demo board in a process of its own; it ends with this process, or at ``close()``.
+
+    Args:
+        link: ``RATE,LATENCY`` of its link, for example ``"20M,5ms"``; None for the plain loopback.
+
+    Attributes:
+        address: ``host:port`` to connect to; the token is found by itself.
+        pid: Of its process.
+    """
+
+    def __init__(self, link: str | None = None) -> None:
+        from rpcnb.command.serve import ready
+
+        self._folder = tempfile.TemporaryDirectory(prefix="rpcnb-demo-")
+        file = Path(self._folder.name) / "ready.json"
+        command = [sys.executable, "-m", "rpcnb", "serve", "--demo", "--port", "0", "--key", "demo", "--silent"]
+        command += ["--ready-file", str(file), *(["--link", link] if link else [])]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        atexit.register(self.close)
+        content: dict[str, Any] | None = None
+        give_up = time.monotonic() + _START_SECONDS
+        while (content := ready(file)) is None:
+            if self._process.poll() is not None or time.monotonic() > give_up:
+                self.close()
+                raise RuntimeError("the demo board did not start; try `rpcnb serve --demo` in a terminal")
+            time.sleep(0.02)
+        self.address = f"{content['host']}:{content['port']}"
+        self.pid = self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Tell whether its process runs."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End its process and wait for that. Idempotent."""
+        atexit.unregister(self.close)
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._folder.cleanup()
+
+    def __enter__(self) -> DemoBoard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,181 @@
+"""Parse the command line and run a command.
+
+Exit codes: 0 done; 1 the operation failed (a remote error, a file); 2 wrong usage; 3 no connection; 130 interrupted.
+Errors are one line on standard error, without a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import ConnectFailed, RpcError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+DONE, FAILED, USAGE, NO_CONNECTION, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rpcnb",
+        description="Drive remote devices: TVM's RPC with an event-driven server.",
+        epilog="exit codes: 0 done, 1 failed, 2 wrong usage, 3 no connection, 130 interrupted",
+    )
+    from rpcnb import __version__
+
+    parser.add_argument("--version", action="version", version=f"rpcnb {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _serve_options(commands.add_parser("serve", help="serve this machine's functions, memory and files"))
+    servers = commands.add_parser("servers", help="list the running servers of this user")
+    servers.add_argument("--json", action="store_true", help="print JSON")
+    call = commands.add_parser("call", help="call a remote function")
+    _peer_options(call)
+    call.add_argument("name", metavar="NAME", help="function, such as demo.add")
+    call.add_argument("args", nargs="*", metavar="ARG", help="numbers, True, None or text")
+    functions = commands.add_parser("functions", help="list a server's functions")
+    _peer_options(functions)
+    functions.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="such as 'demo.*'")
+    commands.add_parser("demo", help="show the whole story in the terminal: a demo board, calls, copies, a wait")
+    return parser
+
+
+def _peer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("address", metavar="HOST:PORT", help="server, or rpc://host:port/key")
+    parser.add_argument("--key", default="", help="key that the server serves")
+    parser.add_argument("--token-file", metavar="FILE", help="file that holds the server's token")
+    parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds for connecting and calling")
+
+
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    add("--port", type=int, default=9090, help="first port to try, 0 for any")
+    add("--port-end", type=int, default=9199, help="last port to try, exclusive")
+    add("--key", default="", help="key that clients must name")
+    add("--token-file", metavar="FILE", help="file that holds the token (default: a fresh token)")
+    add("--token", help="the token itself; a file keeps it out of the process list")
+    add("--no-token", action="store_true", help="let anybody in who can reach the port")
+    add("--insecure", action="store_true", help="allow --no-token beyond this machine")
+    add("--allow-native", action="store_true", help="let clients load compiled code without a token")
+    add("--expose-ffi", action="store_true", help="let clients call every global function of apache-tvm-ffi")
+    add("--trusted-paths", action="store_true", help="let file names leave the session's directory, as stock TVM does")
+    add("--custom-addr", metavar="HOST", help="address under which others reach this machine")
+    add("--load", action="append", default=[], metavar="MODULE_OR_FILE", help="import before serving; repeatable")
+    add("--load-library", metavar="PATHS", help="compiled libraries to load, with : between them")
+    add("--session", metavar="NAME", help="registered session constructor that serves clients")
+    add("--max-sessions", type=int, metavar="N", help="sessions at once")
+    add("--ready-file", metavar="PATH", help="write host, port, pid and key as JSON when listening")
+    add("--demo", action="store_true", help="serve the demo board's functions")
+    add("--link", metavar="RATE,LATENCY", help="shape the link, for example 10M,20ms")
+    add("--silent", action="store_true", help="print errors only")
+    add("--no-fork", action="store_true", help=argparse.SUPPRESS)  # TVM's; there is never a fork
+
+
+def _read_token(path: str | None) -> str | None:
+    if path is None:
+        return None
+    with open(path) as file:
+        return file.read().strip()
+
+
+def _argument(text: str) -> Any:
+    """Read an argument as a Python literal, else as text."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, (int, float, str, bytes, type(None))) else text
+
+
+def _connect(options: argparse.Namespace) -> Any:
+    from rpcnb.session.opening import connect
+
+    return connect(options.address, key=options.key, token=_read_token(options.token_file), timeout=options.timeout)
+
+
+def _call(options: argparse.Namespace) -> int:
+    with _connect(options) as session:
+        function = session.get_function(options.name)
+        result = function(*map(_argument, options.args), timeout=options.timeout)
+        if hasattr(result, "numpy"):
+            result = result.numpy()
+        if result is not None:
+            _print(result if isinstance(result, str) else repr(result))
+    return DONE
+
+
+def _functions(options: argparse.Namespace) -> int:
+    import fnmatch
+
+    with _connect(options) as session:
+        for name in fnmatch.filter(session.list_functions(), options.pattern):
+            _print(name)
+    return DONE
+
+
+def _servers(options: argparse.Namespace) -> int:
+    from rpcnb.net.address import show_address
+    from rpcnb.net.runfiles import list_servers
+
+    found = [{key: value for key, value in server.items() if key != "token"} for server in list_servers()]
+    if options.json:
+        _print(json.dumps(found))
+        return DONE
+    if not found:
+        _print("no server of this user is running; start one with: rpcnb serve")
+    for server in found:
+        address = show_address(str(server.get("host")), int(server.get("port", 0)))
+        _print(f"{address:24} key {server.get('key')!r:12} pid {server.get('pid')}")
+    return DONE
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.ERROR if getattr(options, "silent", False) else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        if options.command == "serve":
+            from rpcnb.command.serve import serve
+
+            return serve(options)
+        if options.command == "demo":
+            from rpcnb.command.story import tell
+
+            return tell()
+        return {"call": _call, "functions": _functions, "servers": _servers}[options.command](options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        return DONE
+    except ConnectFailed as error:
+        return _fail(error, NO_CONNECTION)
+    except (RpcError, OSError) as error:
+        return _fail(error, FAILED)
+    except (ValueError, ImportError, TypeError, LookupError, SyntaxError) as error:
+        return _fail(error, USAGE)
+
+
+def _fail(error: BaseException, code: int) -> int:
+    lines = str(error).splitlines() or [type(error).__name__]
+    sys.stderr.write(f"rpcnb: {lines[0]}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""``rpcnb serve``: a server in a process of its own, on a board."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.net.address import is_loopback, show_address
+from rpcnb.net.loopthread import call_in_loop
+from rpcnb.net.runfiles import publish, write_atomically
+from rpcnb.net.server import Server
+from rpcnb.runtime.registry import REGISTRY
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["serve"]
+
+# A process of our own: another thread gets the interpreter within half a millisecond (performance.md 7).
+_SWITCH_INTERVAL = 0.0005
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    for name in options.load:
+        _load(name)
+    if options.demo:
+        from rpcnb.demo import register_demo
+
+        register_demo(REGISTRY)
+    server = _make_server(options)
+    shaped = None
+    published: Path | None = None
+    try:
+        port = server.port
+        if options.link:
+            shaped, port = _shape(server, options)
+        published = publish(port, _content(options, server, port, secret=True))
+        if options.ready_file:
+            write_atomically(Path(options.ready_file), _content(options, server, port, secret=False))
+        if not options.silent:
+            _announce(options, server, port)
+        while not stop.wait(3600):
+            pass
+    finally:
+        if shaped is not None:
+            call_in_loop(server.io_loop, shaped.close)
+        server.close()
+        if published is not None:
+            published.unlink(missing_ok=True)
+    return 0
+
+
+def _load(name: str) -> None:
+    """Import a module by name, or a file by path; it registers functions."""
+    if name.endswith(".py") or os.sep in name:
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"cannot load {name}: no such file")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None, name
+        assert spec.loader is not None, name
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, os.getcwd())
+        importlib.import_module(name)
+
+
+def _make_server(options: argparse.Namespace) -> Server:
+    token: str | bool | None = options.token
+    if options.token_file:
+        token = Path(options.token_file).read_text().strip()
+    if options.no_token:
+        token = False
+    session = None
+    if options.session:
+        entry = REGISTRY.get(options.session)
+        if entry is None:
+            raise LookupError(
+                f"no session constructor is registered as {options.session!r}; load its module with --load"
+            )
+        session = entry.call
+    loopback = is_loopback(options.host)
+    return Server(
+        options.host if not options.link else "127.0.0.1",
+        0 if options.link else options.port,
+        options.port_end,
+        key=options.key,
+        load_library=options.load_library,
+        custom_addr=options.custom_addr,
+        silent=True,
+        token=True if token is None and (loopback or options.link) else token,
+        session=session,
+        max_sessions=options.max_sessions,
+        allow_native=options.allow_native,
+        expose_ffi=options.expose_ffi,
+        trusted_paths=options.trusted_paths,
+        insecure=options.insecure,
+    )
+
+
+def _shape(server: Server, options: argparse.Namespace) -> tuple[Any, int]:
+    """Put a shaped relay in front of the server."""
+    import asyncio
+
+    from rpcnb.net.shaper import Shaper, parse_link
+
+    if not is_loopback(options.host) and options.no_token and not options.insecure:
+        raise ValueError(f"a server on {options.host} without a token is open to everybody; --insecure allows it")
+    rate, latency = parse_link(options.link)
+    shaper = Shaper(("127.0.0.1", server.port), rate, latency)
+    loop = server.io_loop.asyncio_loop
+    last: OSError | None = None
+    for port in range(options.port, options.port_end) if options.port else (0,):
+        try:
+            asyncio.run_coroutine_threadsafe(shaper.start(options.host, port), loop).result(10)
+            return shaper, shaper.port
+        except OSError as error:  # noqa: PERF203  # each port may be taken
+            last = error
+    assert last is not None
+    raise last
+
+
+def _content(options: argparse.Namespace, server: Server, port: int, *, secret: bool) -> dict[str, Any]:
+    content: dict[str, Any] = {"host": options.host, "port": port, "pid": os.getpid(), "key": options.key}
+    return {**content, "token": server.token} if secret else content
+
+
+def _announce(options: argparse.Namespace, server: Server, port: int) -> None:
+    """Say where it listens, and what to paste."""
+    host = options.custom_addr or _outside(options.host)
+    key = f" --key {options.key}" if options.key else ""
+    lines = [f"rpcnb serves on {show_address(options.host, port)}, key {options.key!r}"]
+    paste = f"  notebook:   %rpc_connect {show_address(host, port)}{key}"
+    if server.token is None:
+        lines += [paste, "  no token: whoever can reach this port may call its functions"]
+    elif is_loopback(options.host):
+        lines += [f"{paste}        (this user's own clients find the token)"]
+    else:
+        lines += [f"{paste}        (asks for the token)"]
+    if server.token is not None:
+        lines.append(f"  stock TVM:  rpc.connect({host!r}, {port}, key={f'{options.key} -token={server.token}'!r})")
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def _outside(host: str) -> str:
+    """Return the address under which others see this machine, for a server that listens everywhere."""
+    if host not in ("0.0.0.0", "::", ""):  # compared, not bound
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # documentation address; a datagram socket sends nothing here
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
+
+
+def ready(path: Path) -> dict[str, Any] | None:
+    """Read a ready file; None while it is not there."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return content

@@ -1,0 +1,1 @@
+"""rpcnb in IPython and Jupyter: magics and displays. Nothing else imports this layer."""

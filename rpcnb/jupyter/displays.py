@@ -1,0 +1,77 @@
+"""How rpcnb's objects look in a notebook: static HTML that survives nbconvert, escaped; registered, not built in."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.net.server import Server
+from rpcnb.session.base import SessionBase
+from rpcnb.session.remote import TimingResult, _Function, _Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["register", "session_html", "unregister"]
+
+_DOTS = {"ready": "#2e7d32", "busy": "#1565c0", "draining": "#ef6c00", "lost": "#c62828", "closed": "#757575"}
+
+
+def _table(title: str, rows: list[tuple[str, str]], dot: str = "") -> str:
+    mark = f'<span style="color:{dot}">&#9679;</span> ' if dot else ""
+    cells = "".join(
+        f'<tr><th style="text-align:left;padding-right:1em">{escape(name)}</th>'
+        f'<td style="text-align:left">{escape(value)}</td></tr>'
+        for name, value in rows
+    )
+    return f"<div><div>{mark}<b>{escape(title)}</b></div><table>{cells}</table></div>"
+
+
+def session_html(session: SessionBase) -> str:
+    """Return a session's name, peer and state."""
+    kind = "rpcnb" if session.is_rpcnb else "stock TVM (no listing of files, no remote tracebacks)"
+    rows = [("peer", session.peer), ("key", session.server_key or "(none)"), ("server", kind), ("state", session.state)]
+    return _table(session.name, rows, _DOTS.get(session.state, ""))
+
+
+def _tensor_html(tensor: _Tensor) -> str:
+    rows = [("shape", str(tensor.shape)), ("dtype", str(tensor.dtype)), ("device", repr(tensor.device))]
+    return _table(type(tensor).__name__, [*rows, ("size", f"{tensor.nbytes} bytes, not fetched")])
+
+
+def _function_html(function: _Function) -> str:
+    return _table(function.name or "remote function", [("session", function.session.name)])
+
+
+def _timing_html(result: TimingResult) -> str:
+    rows = [(name, f"{getattr(result, name):.4g} s") for name in ("mean", "median", "min", "max", "std")]
+    return _table("time per call", [*rows, ("repeats", str(len(result.results)))])
+
+
+def _server_html(server: Server) -> str:
+    token = "needed" if server.token else "none"
+    rows = [("address", server.address), ("key", server.key or "(none)"), ("token", token)]
+    return _table(server.name, [*rows, ("sessions", str(server.sessions))])
+
+
+_FORMS: tuple[tuple[type, Callable[[Any], str]], ...] = (
+    (SessionBase, session_html),
+    (_Tensor, _tensor_html),
+    (_Function, _function_html),
+    (TimingResult, _timing_html),
+    (Server, _server_html),
+)
+
+
+def register(shell: Any) -> None:
+    """Teach the shell's HTML formatter our types; text stays ``repr``."""
+    formatter = shell.display_formatter.formatters["text/html"]
+    for kind, form in _FORMS:
+        formatter.for_type(kind, form)
+
+
+def unregister(shell: Any) -> None:
+    """Take them back."""
+    formatter = shell.display_formatter.formatters["text/html"]
+    for kind, _ in _FORMS:
+        formatter.type_printers.pop(kind, None)

@@ -1,0 +1,103 @@
+"""The sessions of this kernel by address and name, and the demo board it started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import rpcnb
+from rpcnb.board import DemoBoard
+
+if TYPE_CHECKING:
+    from rpcnb.session.session import Session
+
+__all__ = ["BOOK", "SessionBook"]
+
+
+@dataclass
+class SessionBook:
+    """What the magics know; one per kernel.
+
+    Attributes:
+        sessions: Open sessions by name, the latest last.
+        board: The demo board, once ``%rpc_connect demo`` has started it.
+    """
+
+    sessions: dict[str, Session] = field(default_factory=dict)
+    board: DemoBoard | None = None
+    _opened: dict[tuple[str, str, str], Session] = field(default_factory=dict)
+
+    @property
+    def current(self) -> Session | None:
+        """The session that was connected to last and is still open."""
+        self._forget_closed()
+        return next(reversed(self.sessions.values()), None)
+
+    def _forget_closed(self) -> None:
+        for name, session in list(self.sessions.items()):
+            if session.state in ("closed", "lost"):
+                del self.sessions[name]
+        self._opened = {where: one for where, one in self._opened.items() if one.name in self.sessions}
+
+    def find(self, name: str | None) -> Session:
+        """Return a session by name, or the current one.
+
+        Raises:
+            LookupError: There is none.
+        """
+        self._forget_closed()
+        found = self.current if name is None else self.sessions.get(name)
+        if found is None:
+            known = ", ".join(self.sessions) or "none is open"
+            raise LookupError(f"no session {name or ''} ({known}); connect with %rpc_connect".replace("  ", " "))
+        return found
+
+    def demo_address(self) -> str:
+        """Return the demo board's address, starting it if it does not run."""
+        if self.board is None or not self.board.alive:
+            self.board = DemoBoard("40M,2ms")
+        return self.board.address
+
+    def connect(self, address: str, *, key: str, name: str | None, new: bool, **options: Any) -> tuple[Session, bool]:
+        """Return the live session with an address, key and name, or open one.
+
+        Returns:
+            The session, and whether it is new.
+        """
+        if address == "demo":
+            address, key = self.demo_address(), "demo"
+        self._forget_closed()
+        where = (address, key, name or "")
+        known = self._opened.get(where)
+        if known is not None and not new:
+            self.sessions[known.name] = self.sessions.pop(known.name)  # the latest is current
+            return known, False
+        session = rpcnb.connect(address, key=key, **options)
+        if name:
+            if name in self.sessions:
+                self.sessions.pop(name).close()
+            session.name = name
+        self.sessions[session.name] = session
+        self._opened[where] = session
+        return session, True
+
+    def close(self, name: str | None = None) -> list[str]:
+        """Close one session, or the current one; returns the names closed."""
+        session = self.find(name)
+        session.close()
+        self._forget_closed()
+        return [session.name]
+
+    def close_all(self) -> list[str]:
+        """Close every session and the demo board; returns the names closed."""
+        names = list(self.sessions)
+        for session in self.sessions.values():
+            session.close()
+        self._forget_closed()
+        if self.board is not None:
+            self.board.close()
+            self.board = None
+        return names
+
+
+BOOK = SessionBook()

@@ -1,0 +1,123 @@
+"""A session with this process: the same API without a socket."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import RpcError
+from rpcnb.net.interrupt import TICK
+from rpcnb.net.wire import Ticket, Wire, stop_waiting
+from rpcnb.protocol import flows
+from rpcnb.protocol.codes import Role
+from rpcnb.protocol.endpoint import Endpoint
+from rpcnb.protocol.handshake import EXTENSION, KeyText
+from rpcnb.runtime.eventdriven import create_event_driven_server
+from rpcnb.runtime.serving import Environment
+from rpcnb.session.session import Session
+
+if TYPE_CHECKING:
+    from rpcnb.net.interrupt import Guard
+    from rpcnb.net.link import Deadline
+    from rpcnb.protocol.messages import Request
+    from rpcnb.protocol.sequence import Buffer
+
+__all__ = ["LocalSession"]
+
+
+class _Pipe:
+    """Stands in the socket's place: what the client sends goes to the event handler's thread."""
+
+    def __init__(self, inbox: queue.SimpleQueue[bytes | None]) -> None:
+        self._inbox = inbox
+
+    def send(self, data: Buffer) -> int:
+        self._inbox.put(bytes(data))
+        return len(data)
+
+    def sendmsg(self, buffers: list[Buffer]) -> int:
+        return self.send(b"".join(buffers))
+
+    def recv_into(self, view: memoryview) -> int:
+        raise BlockingIOError
+
+    def close(self) -> None:
+        self._inbox.put(None)
+
+
+class _LocalLink:
+    """The way to an event handler in a thread of its own, so that any wait can be interrupted."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.peer = "this process"
+        self.wire = Wire(_Pipe(self._inbox), Endpoint(Role.CLIENT), self.peer)  # type: ignore[arg-type]  # a socket's stand-in
+        self.garbage = self.wire.garbage
+        self.dropped = False
+        self._handler = create_event_driven_server(self._deliver, "local", "client:", environment=environment)
+        self._handler.servant.extended = True
+        self._thread = threading.Thread(target=self._serve, name="rpcnb-local", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while (data := self._inbox.get()) is not None:
+            self._handler(data, 3)
+        self._handler.servant.cancel()
+
+    def _deliver(self, data: Buffer) -> int:
+        with self.wire.lock:
+            if self.wire.ended is None:
+                self.wire.endpoint.receive_data(data)
+                self.wire.settle()
+        return len(data)
+
+    def send(self, request: Request) -> Ticket:
+        with self.wire.lock:
+            self.wire.queue_garbage()
+            ticket = self.wire.queue(request)
+            self.wire.flush()
+        return ticket
+
+    def wait(self, ticket: Ticket, deadline: Deadline, guard: Guard) -> None:
+        gate = threading.Lock()
+        gate.acquire()
+        with self.wire.lock:
+            if ticket.done:
+                return
+            ticket.waker = gate.release
+        while not guard.wait(lambda limit: gate.acquire(timeout=limit), min(deadline.left(), TICK)):
+            pass
+
+    def abandon(self, tickets: list[Any]) -> None:
+        stop_waiting(self.wire, tickets)
+
+    def housekeeping(self) -> None:
+        if self.dropped:
+            self.close()
+        elif self.garbage:
+            with self.wire.lock:
+                self.wire.queue_garbage()
+                self.wire.flush()
+
+    def close(self) -> None:
+        with self.wire.lock:
+            self.garbage.clear()
+            self.wire.shutdown()
+
+
+class LocalSession(Session):
+    """A session with the functions, modules and memory of this process.
+
+    Args:
+        native: Let it load compiled libraries; it is this process's own user who asks.
+    """
+
+    def __init__(self, *, native: bool = True) -> None:
+        link = _LocalLink(Environment(native=native))
+        super().__init__(link, "", KeyText("server", "", {"-rpcnb": EXTENSION}))
+        try:
+            self._run(flows.initialize(), None, "init")
+        except RpcError:
+            self.close()
+            raise
