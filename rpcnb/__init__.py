@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 # name -> module that has it; imported on first use, so that `import rpcnb` loads neither numpy nor tornado
 _PUBLIC = {
     "AsyncSession": "rpcnb.session.aio",
-    "LocalServingSession": "rpcnb.runtime.serving",
+    "LocalServingSession": "rpcnb.runtime.local",
     "LocalSession": "rpcnb.session.local",
     "Module": "rpcnb.runtime.serving",
     "Server": "rpcnb.net.server",

@@ -251,10 +251,8 @@ class Connection:
 
     def _to_loop(self, function: Any) -> None:
         """Call ``function`` on the loop; from any thread."""
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: so are all connections
             self.server.io_loop.asyncio_loop.call_soon_threadsafe(function)
-        except RuntimeError:
-            pass  # the loop has been closed: so are all connections
 
     def _perform_on_loop(self, message: Message) -> None:
         servant = self.servant

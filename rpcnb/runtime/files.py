@@ -165,20 +165,23 @@ class SessionFiles:
             AccessDenied: A name that is refused.
             LimitExceeded: No room.
         """
-        if not isinstance(data, StoredFile):
-            upload = self.begin_upload(len(data))
-            upload.write(memoryview(data))
-            data = upload.finish()
+        stored = data if isinstance(data, StoredFile) else self._store(data)
         try:
             path = self.path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(data.path, path)
+            os.replace(stored.path, path)
         except BaseException:
-            data.path.unlink(missing_ok=True)
-            self.release(data.nbytes)
+            stored.path.unlink(missing_ok=True)
+            self.release(stored.nbytes)
             raise
         self.release(self._sizes.pop(path, 0))
-        self._sizes[path] = data.nbytes
+        self._sizes[path] = stored.nbytes
+
+    def _store(self, data: Buffer) -> StoredFile:
+        upload = self.begin_upload(len(data))
+        upload.write(memoryview(data))
+        stored: StoredFile = upload.finish()
+        return stored
 
     def read(self, name: str) -> bytes:
         """Return the content of ``name``."""

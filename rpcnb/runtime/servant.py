@@ -32,8 +32,9 @@ from rpcnb.protocol.messages import (
     Shutdown,
     Syscall,
 )
+from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.output import Output, staging
-from rpcnb.runtime.serving import _ENVIRONMENT, Environment, LocalServingSession, ServingSession
+from rpcnb.runtime.serving import _ENVIRONMENT, Environment, ServingSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

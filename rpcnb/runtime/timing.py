@@ -24,7 +24,7 @@ from rpcnb.runtime.serving import Module, ServedFunction
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
-    from rpcnb.runtime.serving import LocalServingSession
+    from rpcnb.runtime.local import LocalServingSession
 
 __all__ = ["make_evaluator"]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rpcnb.runtime.files import StoredFile
-    from rpcnb.runtime.serving import LocalServingSession
+    from rpcnb.runtime.local import LocalServingSession
 
 __all__ = ["UPLOAD", "WELL_KNOWN", "find_well_known"]
 
