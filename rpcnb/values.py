@@ -52,7 +52,7 @@ _CODE_NAMES = {
 }
 _SMALL_FLOAT_BITS = {code: int(name[5]) for code, name in _CODE_NAMES.items() if code >= 7}
 _CODES = {name: code for code, name in _CODE_NAMES.items()}
-_DTYPE_TEXT = re.compile(r"(float[468]_e\w+?|[a-z]+)(\d*)(?:x(\d+))?")
+_DTYPE_TEXT = re.compile(rf"({'|'.join(_CODES)})(\d*)(?:x(\d+))?")
 
 # DLDeviceType, with the names TVM's sessions use.
 DEVICE_NAMES = {
@@ -83,7 +83,7 @@ class DType(NamedTuple):
 
     def __str__(self) -> str:
         name = _CODE_NAMES.get(self.code, f"code{self.code}_")
-        text = name if self.code >= 7 or (self.code, self.bits) == (6, 8) else f"{name}{self.bits}"
+        text = name if self.code in _SMALL_FLOAT_BITS or (self.code, self.bits) == (6, 8) else f"{name}{self.bits}"
         return text if self.lanes == 1 else f"{text}x{self.lanes}"
 
     def nbytes(self, elements: int) -> int:
@@ -101,14 +101,10 @@ def dtype(text: str | DType) -> DType:
         return text
     found = _DTYPE_TEXT.fullmatch(text)
     if found:
-        name, bits, lanes = found[1], found[2], int(found[3] or 1)
-        if name == "bool":
-            return DType(6, int(bits or 8), lanes)
-        code = _CODES.get(name)
-        if code is not None:
-            size = _SMALL_FLOAT_BITS.get(code, 0) or int(bits or 0)
-            if 0 < size < 256 and 0 < lanes < 65536:
-                return DType(code, size, lanes)
+        code, bits, lanes = _CODES[found[1]], found[2], int(found[3] or 1)
+        size = _SMALL_FLOAT_BITS.get(code, 0) or int(bits or (8 if code == 6 else 0))
+        if 0 < size < 256 and 0 < lanes < 65536:
+            return DType(code, size, lanes)
     raise ValueError(f"{text!r} names no data type; expected for example 'float32', 'int8', 'bfloat16', 'bool'")
 
 

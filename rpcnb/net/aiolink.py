@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, DeadlineExceeded, NotAnRpcServer, RpcError
-from rpcnb.net.dial import expired, greet, tune
+from rpcnb.net.dial import expired, explain_errno, greet, tune
 from rpcnb.net.wire import Ticket, Wire, stop_waiting
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ async def _connect(found: list[Any], address: Address, deadline: Deadline) -> so
             sock.close()
             if isinstance(error, (TimeoutError, RpcError)):
                 raise
-            last = f"{error.strerror}; is a server running there? (`rpcnb serve`, `rpcnb servers`)"
+            last = explain_errno(error.errno or 0)
         except BaseException:
             sock.close()
             raise

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rpcnb.net.interrupt import Guard
     from rpcnb.net.link import Deadline
 
-__all__ = ["ClientKey", "connect_socket", "explain_init", "greet", "resolve", "tune"]
+__all__ = ["ClientKey", "connect_socket", "explain_errno", "explain_init", "greet", "resolve", "tune"]
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def connect_socket(address: Address, deadline: Deadline, guard: Guard) -> socket
                 code = _await_connected(sock, deadline, guard)
             if code == 0:
                 return sock
-            last = _explain(code)
+            last = explain_errno(code)
         except DeadlineExceeded as error:
             sock.close()
             raise expired(str(address), "connect", error) from None
@@ -199,7 +199,8 @@ def _await_connected(sock: socket.socket, deadline: Deadline, guard: Guard) -> i
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
-def _explain(code: int) -> str:
+def explain_errno(code: int) -> str:
+    """Say why a connect failed, and what to try."""
     if code == errno.ECONNREFUSED:
         return "connection refused; is a server running there? (`rpcnb serve`, `rpcnb servers`)"
     return os.strerror(code)

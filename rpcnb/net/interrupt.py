@@ -111,6 +111,20 @@ class Guard:
         finally:
             self._waiting = False
 
+    def poll(self, poller: Any, seconds: float) -> list[tuple[int, int]]:
+        """Poll, as :meth:`wait`; on the path of every call."""
+        if self._old is None:
+            ready: list[tuple[int, int]] = poller.poll(seconds * 1000)
+            return ready
+        try:
+            self._waiting = True
+            if self.hits:
+                raise KeyboardInterrupt
+            ready = poller.poll(min(seconds, TICK) * 1000)
+            return ready
+        finally:
+            self._waiting = False
+
     def check(self) -> None:
         """Raise KeyboardInterrupt if one came; between the pieces of a bulk copy."""
         if self.hits:

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import DeadlineExceeded
 from rpcnb.net import iothread
-from rpcnb.net.interrupt import TICK
+from rpcnb.net.interrupt import TICK, Guard
 from rpcnb.net.wire import Ticket, Wire, stop_waiting
+from rpcnb.protocol.shortcut import write_call
 
 if TYPE_CHECKING:
-    from rpcnb.net.interrupt import Guard
     from rpcnb.protocol.messages import Request
 
-__all__ = ["Deadline", "Link"]
+__all__ = ["NO_DEADLINE", "Deadline", "Link"]
 
 _FOREVER = 3600.0
 
@@ -58,6 +58,9 @@ class Deadline:
     def exceeded(self) -> DeadlineExceeded:
         """Return the error that says the time is over."""
         return DeadlineExceeded(self.operation, time.monotonic() - self.start, self.timeout or 0.0)
+
+
+NO_DEADLINE = Deadline(None, "")
 
 
 class Link:
@@ -103,6 +106,62 @@ class Link:
 
     # -- waiting -----------------------------------------------------------------------------------------------
 
+    def exchange(self, request: Request, deadline: Deadline, guard: Guard) -> Ticket:
+        """Send ``request`` and wait for its reply; returns the settled ticket.
+
+        Raises:
+            ArgumentError: A value cannot travel; nothing was sent.
+            DeadlineExceeded: The operation's time is over; the reply stays owed.
+            KeyboardInterrupt: The user interrupted; likewise.
+        """
+        wire = self.wire
+        with wire.lock:
+            if self.garbage:
+                wire.queue_garbage()
+            ticket = wire.queue(request)
+            if self._pumping:
+                if len(wire.out) != 1 or not wire.flush():
+                    self._signal()
+                blocked = None
+            else:
+                self._pumping = True
+                blocked = not wire.flush()
+        try:
+            if blocked is not None:
+                self._pump(ticket, blocked, deadline, guard)
+            if not ticket.done:
+                self.wait(ticket, deadline, guard)
+        except BaseException:
+            self.abandon([ticket])
+            raise
+        return ticket
+
+    def call(self, handle: int, args: tuple[Any, ...]) -> Ticket | None:
+        """Make a plain call the short way, if nothing else is on the link and all arguments are plain.
+
+        Returns:
+            The settled ticket; None when nothing has been sent and the general way must be taken.
+        """
+        packet = write_call(handle, args)
+        if packet is None:
+            return None
+        wire = self.wire
+        with Guard() as guard:
+            with wire.lock:
+                if self._pumping or wire.garbage or not wire.alone:
+                    return None
+                ticket = wire.queue_call(handle, args, packet)
+                blocked = not wire.flush()
+                self._pumping = True
+            try:
+                self._pump(ticket, blocked, NO_DEADLINE, guard)
+                if not ticket.done:
+                    self.wait(ticket, NO_DEADLINE, guard)
+            except BaseException:
+                self.abandon([ticket])
+                raise
+            return ticket
+
     def wait(self, ticket: Ticket, deadline: Deadline, guard: Guard) -> None:
         """Return when ``ticket`` is done.
 
@@ -125,33 +184,36 @@ class Link:
             if gate is not None:
                 self._sleep(ticket, gate, deadline, guard)
             else:
-                try:
-                    self._pump(ticket, deadline, guard)
-                finally:
-                    self._leave()
+                self._pump(ticket, bool(self.wire.out), deadline, guard)
 
-    def _pump(self, ticket: Ticket, deadline: Deadline, guard: Guard) -> None:
+    def _pump(self, ticket: Ticket, blocked: bool, deadline: Deadline, guard: Guard) -> None:
+        """Move bytes for everyone until ``ticket`` is done, then pass the role on."""
         wire, poll = self.wire, self._poll
-        blocked = bool(wire.out)
-        while not ticket.done:
-            if blocked != self._polls_write:
-                self._polls_write = blocked
-                poll.modify(wire.sock, select.POLLIN | select.POLLOUT if blocked else select.POLLIN)
-            seconds = deadline.left()
-            ready = guard.wait(lambda limit: poll.poll(limit * 1000), seconds)
-            for fd, events in ready:
-                if fd == self._wake_reader:
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(self._wake_reader, 4096)
-                    continue
+        try:
+            while not ticket.done:
+                if blocked != self._polls_write:
+                    self._polls_write = blocked
+                    poll.modify(wire.sock, select.POLLIN | select.POLLOUT if blocked else select.POLLIN)
+                ready = guard.poll(poll, _FOREVER if deadline.at is None else deadline.left())
                 with wire.lock:
-                    if events & ~select.POLLOUT:
-                        wire.fill()
-            with wire.lock:
-                blocked = bool(wire.out) and not wire.flush()
-                if wire.ended is not None:
-                    return
-            guard.check()
+                    for fd, events in ready:
+                        if fd == self._wake_reader:
+                            with contextlib.suppress(BlockingIOError):
+                                os.read(fd, 4096)
+                        elif events != select.POLLOUT:
+                            wire.fill()
+                    if wire.out:
+                        blocked = not wire.flush()
+                    elif not wire.tickets and not self._sleepers:
+                        self._pumping = False  # nothing is owed and nobody waits: the common end
+                        break
+                    else:
+                        blocked = False
+                if guard.hits:
+                    guard.check()
+        finally:
+            if self._pumping:
+                self._leave()
 
     def _sleep(self, ticket: Ticket, gate: _thread.LockType, deadline: Deadline, guard: Guard) -> None:
         """Sleep until the ticket is settled or this thread should pump."""
@@ -168,8 +230,11 @@ class Link:
 
     def _leave(self) -> None:
         """Give up the pump's role; someone must have it while anything is owed."""
-        with self.wire.lock:
+        wire = self.wire
+        with wire.lock:
             self._pumping = False
+            if not self._sleepers and not wire.tickets and not wire.out:
+                return
             if self._wake_a_sleeper():
                 return
             adopt = self.wire.busy and not self._adopted and self.wire.ended is None

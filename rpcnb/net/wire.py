@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import RemoteProtocolError, RpcError, SessionClosed, SessionLost, SessionTimeout
 from rpcnb.protocol.endpoint import State
 from rpcnb.protocol.flows import TIMEOUT_PREFIX, undo
-from rpcnb.protocol.messages import CopyFromRemote, CopyToRemote, Raised, Shutdown
+from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Raised, Shutdown
+from rpcnb.protocol.shortcut import NOT_PLAIN, read_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,9 +47,10 @@ class Ticket:
         error: Why there will be none, once ``done``.
         waker: Called when done, by whoever received the reply.
         abandoned: Nobody waits; what the reply brings is released.
+        value: For a call made the short way: the plain result, or NOT_PLAIN if there is a ``reply`` instead.
     """
 
-    __slots__ = ("abandoned", "done", "error", "reply", "request", "waker")
+    __slots__ = ("abandoned", "done", "error", "reply", "request", "value", "waker")
 
     def __init__(self, request: Request | None) -> None:
         self.request = request
@@ -56,6 +58,7 @@ class Ticket:
         self.error: Exception | None = None
         self.done = False
         self.abandoned = False
+        self.value: Any = None
         self.waker: Callable[[], object] | None = None
 
     def result(self) -> Reply:
@@ -111,6 +114,21 @@ class Wire:
             self.out.append((buffer, ticket if buffer is payload else None))
         return ticket
 
+    @property
+    def alone(self) -> bool:
+        """Tell whether nothing is owed, nothing is to be sent, and the connection lives."""
+        return not self.tickets and not self.out and self.ended is None and self.endpoint.idle
+
+    def queue_call(self, handle: int, args: tuple[Any, ...], packet: bytes) -> Ticket:
+        """Queue a call whose packet has been made by the short way."""
+        request = CallFunc(handle, args)
+        self.endpoint.note_sent(request)
+        ticket = Ticket(request)
+        ticket.value = NOT_PLAIN
+        self.tickets.append(ticket)
+        self.out.append((packet, None))
+        return ticket
+
     def queue_garbage(self) -> None:
         """Queue the releases that were noted; their replies are dropped."""
         while self.garbage and self.ended is None:
@@ -132,7 +150,9 @@ class Wire:
                 self._drain_then_fail(error)
                 return True
             self.bytes_sent += sent
-            if not self._consume(sent):
+            if len(out) == 1 and sent == len(out[0][0]):
+                out.popleft()
+            elif not self._consume(sent):
                 return False
         return True
 
@@ -154,6 +174,7 @@ class Wire:
         if self.quick_ack and len(self.tickets) > 1 and _QUICKACK is not None:
             self.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
         view = endpoint.get_buffer()
+        quick = len(self.tickets) == 1 and self.tickets[0].value is NOT_PLAIN and endpoint.idle
         try:
             count = self._receive(view if len(view) <= PIECE else view[:PIECE])
         except (BlockingIOError, InterruptedError):
@@ -165,6 +186,16 @@ class Wire:
             self._ended_by_peer()
             return
         self.bytes_received += count
+        if quick:
+            value = read_result(view, count)
+            if value is not NOT_PLAIN:
+                ticket = self.tickets.popleft()
+                endpoint.note_answered()
+                ticket.value = value
+                ticket.done = True
+                if ticket.waker is not None:
+                    ticket.waker()
+                return
         endpoint.received(count)
         self.settle()
 
@@ -176,7 +207,7 @@ class Wire:
                 if type(message) is Shutdown:
                     self._ended_by_peer()
                     return
-                if isinstance(message, Raised) and message.text.startswith(TIMEOUT_PREFIX):
+                if type(message) is Raised and message.text.startswith(TIMEOUT_PREFIX):
                     self.fail(SessionTimeout(message.text.removeprefix(TIMEOUT_PREFIX)))
                     return
                 if not self.tickets:
@@ -188,6 +219,8 @@ class Wire:
                     ticket.waker()
                 elif ticket.abandoned and ticket.request is not None:
                     self.garbage.extend(undo(ticket.request, ticket.result()))
+                if not self.tickets:
+                    return
         except RpcError as error:
             self.fail(error)
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["TRANSITIONS", "Endpoint", "Sink", "State"]
 
 
-class State(Enum):
+class State(str, Enum):  # str: its hash is C's, and the table below is on the path of every call
     """Where a conversation stands."""
 
     IDLE = "idle"
@@ -56,7 +56,7 @@ class State(Enum):
     CLOSED = "closed"
 
 
-class Kind(Enum):
+class Kind(str, Enum):
     """What a message is to the conversation."""
 
     REQUEST = "request"
@@ -121,16 +121,22 @@ class Endpoint(PacketReader):
         """
         if self._error is not None:
             raise self._error
+        if self._start == self._end and self._payload_message is None and not self._eof:
+            return None  # nothing has arrived since the last one
+        if self.role is Role.SERVER and self.state is not State.IDLE and self._payload_message is None:
+            return None  # one request at a time; later ones wait, in order
         try:
-            message = self._next()
+            message = self._take()
+            if message is not None:
+                return self._accept(message)
         except RpcError as error:
             self._close(error)
             raise
-        if message is None and self._eof and self._inside_packet:
+        if self._eof and self._inside_packet:
             cut = RemoteProtocolError("the peer's stream ended inside a packet")
             self._close(cut)
             raise cut
-        return message
+        return None
 
     @property
     def _inside_packet(self) -> bool:
@@ -141,12 +147,6 @@ class Endpoint(PacketReader):
             return True
         return self._start != self._end and (self.role is Role.CLIENT or self.state is State.IDLE)
 
-    def _next(self) -> Message | None:
-        if self.role is Role.SERVER and self.state is not State.IDLE and self._payload_message is None:
-            return None  # one request at a time; later ones wait, in order
-        message = self._take()
-        return None if message is None else self._accept(message)
-
     def _accept(self, message: Message) -> Message | None:
         """Check a received message against the table and what is owed, and move the state."""
         kind = _KINDS.get(type(message))
@@ -154,19 +154,19 @@ class Endpoint(PacketReader):
             if kind is None:  # Malformed or PayloadEnd
                 self.state = State.BUSY
                 return message
-            self._move((Role.CLIENT, kind))
-            if self.state is State.CLOSED:
+            self.state = self._after(Role.CLIENT, kind)
+            if kind is Kind.SHUTDOWN:
                 self._start = self._end
+            return message
+        if kind is Kind.REPLY and self.owed:
+            request = self.owed.popleft()
+            if not self.owed and self.state is State.BUSY:
+                self.state = State.IDLE
+            if (type(message) is CopyAck) != (type(request) is CopyFromRemote) and type(message) is not Raised:
+                raise RemoteProtocolError(f"expected the reply to {_name(request)}, got {_name(message)}")
             return message
         if isinstance(message, Malformed):
             raise RemoteProtocolError(f"expected a reply, got {message.error}") from message.error
-        if kind is Kind.REPLY and self.owed:
-            request = self.owed.popleft()
-            if not self.owed:
-                self.state = State.IDLE
-            if isinstance(message, CopyAck) != isinstance(request, CopyFromRemote) and not isinstance(message, Raised):
-                raise RemoteProtocolError(f"expected the reply to {_name(request)}, got {_name(message)}")
-            return message
         if isinstance(message, Raised):
             return message  # unasked: the session's time is over
         if kind is Kind.SHUTDOWN:
@@ -174,13 +174,13 @@ class Endpoint(PacketReader):
             return message
         raise RemoteProtocolError(f"expected nothing while no request is on the way, got {_name(message)}")
 
-    def _move(self, step: tuple[Role, Kind]) -> None:
-        after = TRANSITIONS[self.state].get(step)
+    def _after(self, sender: Role, kind: Kind) -> State:
+        """Return the state after ``sender`` has said something of this kind, or raise if that is not legal."""
+        after = TRANSITIONS[self.state].get((sender, kind))
         if after is None:
-            sender = "the peer" if step[0] is not self.role else "we"
-            error = RemoteProtocolError if step[0] is not self.role else LocalProtocolError
-            raise error(f"{sender} cannot send a {step[1].value} while the conversation is {self.state.value}")
-        self.state = after
+            name, error = ("we", LocalProtocolError) if sender is self.role else ("the peer", RemoteProtocolError)
+            raise error(f"{name} cannot send a {kind.value} while the conversation is {self.state.value}")
+        return after
 
     def _close(self, error: RpcError) -> None:
         self._error = error
@@ -189,6 +189,16 @@ class Endpoint(PacketReader):
         self._payload = None
 
     # -- decoding ----------------------------------------------------------------------------------------------
+
+    def note_sent(self, request: Request) -> None:
+        """Client: note a request whose bytes were made elsewhere (the short way)."""
+        self.state = self._after(Role.CLIENT, Kind.REQUEST)
+        self.owed.append(request)
+
+    def note_answered(self) -> None:
+        """Client: note that the only reply that was owed has been read elsewhere (the short way)."""
+        self.owed.popleft()
+        self.state = State.IDLE
 
     def send(self, message: Message) -> list[Buffer]:
         """Return the bytes of ``message`` and note it; a refused one changes nothing.
@@ -200,12 +210,11 @@ class Endpoint(PacketReader):
             LocalProtocolError: The message is not legal now.
             ArgumentError: A value cannot travel.
         """
-        step = (self.role, _KINDS[type(message)])
-        if step not in TRANSITIONS[self.state]:
-            self._move(step)  # raises
+        kind = _KINDS[type(message)]
+        after = self._after(self.role, kind)
         buffers = encode_packet(message)
-        self.state = TRANSITIONS[self.state][step]
-        if self.role is Role.CLIENT and step[1] is Kind.REQUEST:
+        self.state = after
+        if kind is Kind.REQUEST:
             self.owed.append(message)  # type: ignore[arg-type]  # a request, by its kind
         return buffers
 

@@ -16,7 +16,7 @@ Source:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -172,6 +172,10 @@ def undo(request: Request, reply: Reply) -> list[Request]:
     return []
 
 
+def _as_it_is(result: Result) -> Result:
+    return result
+
+
 def initialize(args: tuple[Value, ...] = ()) -> Flow[None]:
     """Open the conversation, with the default session or a constructor's name and arguments."""
     result_of((yield InitServer(args)))
@@ -182,15 +186,15 @@ def get_function(name: str) -> Flow[int]:
     return _pointer((yield Syscall(Code.GET_GLOBAL_FUNC, (name,))))
 
 
-def call_function(handle: int, args: tuple[Value, ...]) -> Flow[Result]:
-    """Call a packed function by handle."""
+def call_function(handle: int, args: tuple[Value, ...], wrap: Callable[[Result], Any] = _as_it_is) -> Flow[Any]:
+    """Call a packed function by handle; ``wrap`` makes the user's object of its result."""
     reply = yield CallFunc(handle, args)
     if type(reply) is Return:
         values = reply.values
         if len(values) == 2 and values[0] == 1:  # an int: the common case
             return values[1]
-        return call_result(values)
-    return call_result(result_of(reply))
+        return wrap(call_result(values))
+    return wrap(call_result(result_of(reply)))
 
 
 def free_handle(handle: int) -> Flow[None]:

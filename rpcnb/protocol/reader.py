@@ -45,6 +45,7 @@ _LENGTH_CODE = struct.Struct("<Qi")
 _LENGTH = struct.Struct("<Q")
 _INT = struct.Struct("<i")
 _HANDLE_COUNT = struct.Struct("<Qi")
+_INT_RESULT = struct.Struct("<iiqiq")  # 2 values: int (type index), int
 
 _FIRST_BUFFER = 4096
 _WHOLE = 1 << 17  # packets up to here are decoded whole, where they lie
@@ -83,6 +84,7 @@ class PacketReader:
         self.limits = limits or Limits()
         self.owed: deque[Request] = deque()  # client: requests whose replies have not come
         self.sink_for = sink_for
+        self._decode = self._decode_request if role is Role.SERVER else self._decode_reply
         self._view = memoryview(bytearray(_FIRST_BUFFER))
         self._start = 0
         self._end = 0
@@ -96,6 +98,11 @@ class PacketReader:
     def buffered(self) -> int:
         """Bytes received and not yet interpreted."""
         return self._end - self._start
+
+    @property
+    def idle(self) -> bool:
+        """Tell whether the next byte begins a packet, and would stand at the start of the buffer."""
+        return self._start == self._end and self._parser is None and self._payload_message is None
 
     @property
     def payload_left(self) -> int:
@@ -195,8 +202,11 @@ class PacketReader:
                 if have < 8 + nbytes:
                     return None
                 start = self._start + 12
-                self._start += 8 + nbytes
-                return self._decode(code, start, self._start)
+                self._start = stop = start + nbytes - 4
+                try:
+                    return self._decode(code, start, stop)
+                except RpcError as error:
+                    return Malformed(error)
             if nbytes >= _ABSURD:
                 raise RemoteProtocolError(f"expected a packet, got a length of {nbytes} bytes")
             self._start += 8
@@ -230,16 +240,8 @@ class PacketReader:
         if left:
             raise RemoteProtocolError(f"expected the end of the packet after {count} values, got {left} bytes more")
 
-    def _decode(self, code: int, pos: int, end: int) -> Message:
-        """Decode a whole packet, whose fields after the code fill ``[pos, end)`` of the buffer."""
-        try:
-            if self.role is Role.SERVER:
-                return self._decode_request(code, pos, end)
-            return self._decode_reply(code, pos, end)
-        except RpcError as error:
-            return Malformed(error)
-
     def _decode_request(self, code: int, pos: int, end: int) -> Message:
+        """Decode a whole packet, whose fields after the code fill ``[pos, end)`` of the buffer."""
         if code == 3:
             if end - pos < 12:
                 raise RemoteProtocolError("expected a function handle, got the end of the packet")
@@ -281,7 +283,12 @@ class PacketReader:
         return Syscall(code, values)
 
     def _decode_reply(self, code: int, pos: int, end: int) -> Message:
+        """Decode a whole packet, as :meth:`_decode_request`."""
         if code == 4:
+            if end - pos == 28:  # as long as an int result, the commonest: 0.9 us by the general path, 0.3 us so
+                count, index, kind, again, value = _INT_RESULT.unpack_from(self._view, pos)
+                if count == 2 and index == kind == again == 1:
+                    return Return((1, value))
             return Return(self._sequence(pos, end))
         if code == 5:
             return self._raised(self._sequence(pos, end))
@@ -344,7 +351,7 @@ class PacketReader:
             if self.role is Role.SERVER:
                 return (yield from self._piecewise_request(code))
             return (yield from self._piecewise_reply(code))
-        except RpcError as error:
+        except Exception as error:  # a sink may raise anything
             # skip the rest of the packet: framing is intact
             while self._left:
                 count = min(self._left, self._end - self._start)
@@ -421,7 +428,7 @@ class PacketReader:
         plain = 0  # bytes consumed outside bytes payloads
         while len(values) < count:
             stop = min(self._end, self._start + self._left)
-            bulk = is_bulk(self._view, self._start, stop, _BULK) if self._end - self._start < self._left else None
+            bulk = is_bulk(self._view, self._start, stop, _BULK)
             if bulk is not None:
                 plain += bulk[1] if bulk[0] == 66 else bulk[1] + bulk[2]
                 self._check_plain(plain)

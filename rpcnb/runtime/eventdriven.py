@@ -45,7 +45,6 @@ class EventHandler:
         self._want_write = want_write
         self._handshake = Handshake(environment.limits.key, with_magic=False) if remote_key == "%toinit" else None
         self.remote_key = "" if self._handshake else remote_key
-        self._inside = False
         self.servant = Servant(
             Endpoint(Role.SERVER, environment.limits),
             environment,
@@ -89,7 +88,8 @@ class EventHandler:
                     return
                 in_bytes, self._handshake, self.remote_key = self._handshake.rest, None, found
                 servant.extended = KeyText.parse(found).features is not None
-            servant.endpoint.receive_data(in_bytes)
+            with servant.lock:  # a completion may be reading in another thread
+                servant.endpoint.receive_data(in_bytes)
             servant.advance()
         except RpcError:
             servant.cancel()
@@ -121,6 +121,8 @@ class EventHandler:
         """Continue with what is buffered behind a request that has just completed."""
         self.servant.advance()
         self._flush_all()
+        if self.servant.over and not self.servant.output:
+            self.servant.cancel()
 
 
 def create_event_driven_server(

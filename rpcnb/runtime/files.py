@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import AccessDenied, LimitExceeded
+from rpcnb.errors import AccessDenied, LimitExceeded, SessionClosed
 
 if TYPE_CHECKING:
     from rpcnb.protocol.sequence import Buffer
@@ -68,8 +68,11 @@ class Upload:
         self._nbytes = nbytes
         files.reserve(nbytes)
         self._finished = False
-        self._stored = False
-        descriptor, name = tempfile.mkstemp(dir=files.root, prefix=".upload-")
+        try:
+            descriptor, name = tempfile.mkstemp(dir=files.root, prefix=".upload-")
+        except OSError as error:
+            files.release(nbytes)
+            raise LimitExceeded(f"cannot store the upload: {error.strerror}") from error
         self._path = Path(name)
         self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115  # closed by finish or abort
 
@@ -112,10 +115,13 @@ class SessionFiles:
         self._sizes: dict[Path, int] = {}
         self._trusted = trusted_paths
         self._uploads: list[Upload] = []
+        self._closed = False
 
     @property
     def root(self) -> Path:
         """The directory; never the process's current one."""
+        if self._closed:
+            raise SessionClosed("the session is closed and its files are removed")
         if self._root is None:
             self._root = Path(tempfile.mkdtemp(prefix="rpcnb-"))
         return self._root
@@ -202,6 +208,7 @@ class SessionFiles:
 
     def close(self) -> None:
         """Remove the directory and everything in it."""
+        self._closed = True
         for upload in self._uploads:
             upload.abort()
         if self._root is not None:

@@ -65,6 +65,7 @@ class LocalServingSession(ServingSession):
         self.files = SessionFiles(limits.upload_quota, trusted_paths=self.environment.trusted_paths)
         self._by_name: dict[str, ServedFunction] = {}
         self._running: set[Callable[[], object]] = set()  # what cancels the coroutines of this session
+        self._uses: dict[Memory, int] = {}  # memory allocated here: its data handle, and copies on their way
         self._closed = False
         self._lock = threading.Lock()
 
@@ -151,23 +152,39 @@ class LocalServingSession(ServingSession):
         result: tuple[Value, ...] = waiter.result()
         return result
 
+    def call_plain(self, handle: int, args: tuple[Value, ...]) -> tuple[Value, ...] | None:
+        """Call a plain function; returns the encoded return sequence, or None for a function of another kind."""
+        entry = self.table.entry(handle)
+        if entry is None or entry.kind is not HandleKind.FUNCTION:
+            self.table.find(handle, HandleKind.FUNCTION)  # raises
+        function: ServedFunction = entry.thing  # type: ignore[union-attr]  # find has raised
+        if function.kind != "plain":
+            return None
+        if args:
+            args = self.decode_args(args)  # type: ignore[assignment]  # what a function gets
+        token = _SESSION.set(self)
+        try:
+            result = function.call(*args)
+        finally:
+            _SESSION.reset(token)
+        return self.encode_return(result)
+
     def async_call(self, handle: int, args: tuple[Value, ...], done: Done) -> None:
         """Call a function; a coroutine or callback function completes later."""
+        values = self.call_plain(handle, args)
+        if values is not None:
+            done(values)
+            return
         function = self._function(handle)
-        values = self.decode_args(args)
+        arguments = self.decode_args(args)
         if function.kind == "coroutine":
-            self._start(function, values, done)
+            self._start(function, arguments, done)
             return
         token = _SESSION.set(self)
         try:
-            if function.kind == "plain":
-                result = function.call(*values)
-            else:
-                function.call(Callback(done, self.encode_return), *values)
-                return
+            function.call(Callback(done, self.encode_return), *arguments)
         finally:
             _SESSION.reset(token)
-        done(self.encode_return(result))
 
     def _start(self, function: ServedFunction, values: Sequence[Any], done: Done) -> None:
         cancel: Callable[[], object] | None = None
@@ -212,7 +229,8 @@ class LocalServingSession(ServingSession):
             import numpy as np
 
             if isinstance(value, np.generic):
-                return self.encode_return(value.item() if value.dtype.kind in "biufc" else float(value))
+                plain = value.item()
+                return self.encode_return(float(value) if isinstance(plain, np.generic) else plain)  # longdouble
             if isinstance(value, np.ndarray):
                 return self._encode_tensor(_own_array(value))
         if isinstance(value, ServedFunction):
@@ -230,7 +248,7 @@ class LocalServingSession(ServingSession):
 
     @staticmethod
     def _encode_plain(value: Any) -> tuple[Value, ...]:
-        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        if isinstance(value, int) and not isinstance(value, Pointer) and not -(1 << 63) <= value < 1 << 63:
             raise ResultError(f"the int result of {value.bit_length()} bits does not fit the wire's 64 signed bits")
         if isinstance(value, str):
             try:
@@ -254,7 +272,8 @@ class LocalServingSession(ServingSession):
         if entry is not None and entry.kind is HandleKind.TENSOR:
             data = self.table.issue(HandleKind.DATA, entry.thing.memory)  # the handle it has already
             self.table.release(data, HandleKind.DATA)
-            self.table.release(data, HandleKind.DATA)
+            if self.table.release(data, HandleKind.DATA) is not None:
+                self._drop(entry.thing.memory)
         self.table.release(handle, *kinds)
 
     # -- memory --------------------------------------------------------------------------------------------------
@@ -288,16 +307,27 @@ class LocalServingSession(ServingSession):
     def _allocate(self, device: Device, nbytes: int, alignment: int, scope: str | None) -> Pointer:
         memory = find_device(device).allocate(device, nbytes, alignment, scope or "global")
         try:
-            return self.table.issue(HandleKind.DATA, memory)
+            handle = self.table.issue(HandleKind.DATA, memory)
         except Exception:
             find_device(device).free(memory)
             raise
+        self._uses[memory] = 1
+        return handle
 
     def free_data(self, device: Device, handle: int) -> None:
         """Free memory that was allocated."""
         entry = self.table.release(handle, HandleKind.DATA)
         if entry is not None:
-            find_device(device).free(entry.thing)
+            self._drop(entry.thing)
+
+    def _drop(self, memory: Memory) -> None:
+        """Free memory after its last use; what a function made is the function's own."""
+        with self._lock:
+            left = self._uses.pop(memory, 0) - 1
+            if left > 0:
+                self._uses[memory] = left
+        if left == 0:
+            find_device(memory.device).free(memory)
 
     def _memory(self, meta: TensorMeta, nbytes: int) -> tuple[Memory, int]:
         memory = self.tensor(meta._replace(shape=(nbytes,), dtype=DType(1, 8))).memory
@@ -334,12 +364,38 @@ class LocalServingSession(ServingSession):
     def async_copy_to(self, data: memoryview, meta: TensorMeta, nbytes: int, done: Done) -> None:
         """Write through the device's API, which says when it has finished."""
         memory, start = self._memory(meta, nbytes)
-        find_device(meta.device).copy_in(memory, start, data, None, _finish(done, memory, data))
+        finished = self._pin(memory, data, done)
+        try:
+            find_device(meta.device).copy_in(memory, start, data, None, finished)
+        except Exception as error:
+            finished(error)
 
     def async_copy_from(self, meta: TensorMeta, into: memoryview, nbytes: int, done: Done) -> None:
         """Read through the device's API, which says when it has finished."""
         memory, start = self._memory(meta, nbytes)
-        find_device(meta.device).copy_out(memory, start, into, None, _finish(done, memory, into))
+        finished = self._pin(memory, into, done)
+        try:
+            find_device(meta.device).copy_out(memory, start, into, None, finished)
+        except Exception as error:
+            finished(error)
+
+    def _pin(self, memory: Memory, data: memoryview, done: Done) -> Callable[[BaseException | None], None]:
+        """Adapt a device's completion; memory and data stay until it comes, even if the session ends before."""
+        with self._lock:
+            if memory in self._uses:
+                self._uses[memory] += 1
+        pinned: list[Any] = [memory, data]
+
+        def finished(error: BaseException | None) -> None:
+            if not pinned:
+                return
+            pinned.clear()
+            try:
+                _finish(done)(error)
+            finally:
+                self._drop(memory)
+
+        return finished
 
     def copy_among_remote(self, source: TensorMeta, target: TensorMeta, stream: int) -> None:
         """Copy between two tensors of equal size: of one device type, or from or to the CPU."""
@@ -409,10 +465,12 @@ class LocalServingSession(ServingSession):
             running, self._running = self._running, set()
         for cancel in running:
             cancel()
-        for entry in self.table.clear():
-            if entry.kind is HandleKind.DATA:
-                find_device(entry.thing.device).free(entry.thing)
-        self.files.close()
+        try:
+            for entry in self.table.clear():
+                if entry.kind is HandleKind.DATA:
+                    self._drop(entry.thing)
+        finally:
+            self.files.close()
 
 
 class _Waiter:
@@ -462,10 +520,10 @@ class _Ended:
         self._end(None, error)
 
 
-def _finish(done: Done, *pinned: Any) -> Callable[[BaseException | None], None]:
-    """Adapt a device's completion; what is pinned stays alive until it comes."""
+def _finish(done: Done) -> Callable[[BaseException | None], None]:
+    """Adapt a device's completion."""
 
-    def finished(error: BaseException | None, pins: tuple[Any, ...] = pinned) -> None:
+    def finished(error: BaseException | None) -> None:
         if error is None:
             done()
         else:

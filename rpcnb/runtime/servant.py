@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import LimitExceeded, LocalProtocolError, RpcError
+from rpcnb.errors import LimitExceeded, LocalProtocolError
 from rpcnb.protocol.codes import VERSION, Code
 from rpcnb.protocol.endpoint import State
 from rpcnb.protocol.messages import (
@@ -31,10 +31,13 @@ from rpcnb.protocol.messages import (
     Return,
     Shutdown,
     Syscall,
+    encode_packet,
 )
+from rpcnb.protocol.shortcut import CALL_BYTES, read_call, write_result
+from rpcnb.runtime.handles import HandleKind
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.output import Output, staging
-from rpcnb.runtime.serving import _ENVIRONMENT, Environment, ServingSession
+from rpcnb.runtime.serving import _ENVIRONMENT, _SESSION, Environment, ServingSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -65,13 +68,15 @@ class Completion:
     Attributes:
         name: What is in progress, for people.
         since: ``time.monotonic()`` of its start.
+        flush: Its reply is sent at once even if it did not park: stock does so for calls, copies and stream waits.
     """
 
-    __slots__ = ("_finish", "_servant", "cancelled", "finished", "name", "since")
+    __slots__ = ("_finish", "_servant", "cancelled", "finished", "flush", "name", "since")
 
-    def __init__(self, servant: Servant, name: str, finish: Callable[[Any], Reply]) -> None:
+    def __init__(self, servant: Servant, name: str, finish: Callable[[Any], Reply], flush: bool) -> None:
         self._servant = servant
         self._finish = finish
+        self.flush = flush
         self.name = name
         self.since = time.monotonic()
         self.finished = False
@@ -94,7 +99,7 @@ class Servant:
         environment: What the server's sessions share.
         name: Of the server, for messages (stock: ``SockServerLoop``).
         on_completed: Called, in the completing thread, after a parked request has got its reply.
-        on_reply: Called after every completion, parked or not, when its reply has been queued.
+        on_reply: Called when a completion has queued a reply that is to be sent at once.
         route: Called with a request and its place (``thread``, ``loop`` or ``kernel``); takes it over and returns True,
             or returns False to have it performed here and now.
         plain: Host only synchronous sessions, as a blocking server does.
@@ -123,6 +128,7 @@ class Servant:
         self.session: ServingSession | None = None
         self.parked: Completion | None = None
         self.running: str | None = None  # what a worker is performing
+        self._calls_plainly = False  # nobody overrides how the session calls
         self.extended = False  # the peer is rpcnb: exceptions carry class and traceback
         self.over = False
         self._copy: tuple[CopyToRemote, memoryview | None, Exception | None] | None = None
@@ -173,8 +179,43 @@ class Servant:
                 self._dispatch(message)
         except LocalProtocolError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a function's sys.exit() is its own failure, not the server's end
             self._answer(self.exception(error))
+
+    def call_quickly(self, data: memoryview, nbytes: int) -> bytes | None:
+        """Perform the plain call that the bytes are, in a worker, by the short way.
+
+        Returns:
+            The reply, empty if it went to the output; None if the general way must be taken: nothing was called.
+        """
+        found = read_call(data, nbytes) if nbytes >= CALL_BYTES and self._calls_plainly else None
+        if found is None:
+            return None
+        session = self.session
+        entry = session.table.entry(found[0])  # type: ignore[union-attr]  # a local session
+        if entry is None or entry.kind is not HandleKind.FUNCTION or entry.thing.run != "thread":
+            return None
+        function = entry.thing
+        self.running = function.name
+        token = _SESSION.set(session)  # type: ignore[arg-type]  # a local session
+        try:
+            result = function.call(*found[1])
+            reply = write_result(result)
+            if reply is None:
+                self._queue(Return(session.encode_return(result)))  # type: ignore[union-attr]  # likewise
+        except (Exception, SystemExit) as error:
+            reply = None
+            self._queue(self.exception(error))
+        finally:
+            _SESSION.reset(token)
+            self.running = None
+        return reply if reply is not None and not self.over else b""
+
+    def _queue(self, reply: Reply) -> None:
+        """Queue a reply that the endpoint does not know of."""
+        with self.lock:
+            if not self.over:
+                self.output.add(encode_packet(reply))
 
     def _dispatch(self, message: Message) -> None:
         if isinstance(message, Syscall):
@@ -200,7 +241,7 @@ class Servant:
                 return
             try:
                 self.output.add(self.endpoint.send(reply))
-            except RpcError as error:
+            except Exception as error:  # also struct.error: a device number of 40 bits
                 self.output.add(self.endpoint.send(self.exception(error)))
             session = self.session
         if isinstance(session, LocalServingSession) and session.table.exhausted:
@@ -210,17 +251,22 @@ class Servant:
     def exception(self, error: BaseException) -> Raised:
         """Return the reply that reports ``error``; a stock peer gets the text alone."""
         session = self.session or ServingSession()
-        reply = session.send_exception(error)
+        try:
+            reply = session.send_exception(error)
+        except Exception as broken:
+            reply = Raised(f"{type(error).__name__} without a text: {type(broken).__name__} while making it")
         return reply if self.extended else Raised(reply.text)
 
     # -- asynchronous completions ----------------------------------------------------------------------------------
 
-    def _begin(self, name: str, finish: Callable[[Any], Reply], start: Callable[[Completion], object]) -> None:
+    def _begin(
+        self, name: str, finish: Callable[[Any], Reply], start: Callable[[Completion], object], flush: bool = True
+    ) -> None:
         """Start an asynchronous operation; park unless it completed before returning."""
-        completion = Completion(self, name, finish)
+        completion = Completion(self, name, finish, flush)
         try:
             start(completion)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             completion.error(error)
         with self.lock:
             if not completion.finished and not self.over:
@@ -229,9 +275,13 @@ class Servant:
     def complete(self, completion: Completion, make: Callable[[Any], Reply], outcome: Any) -> None:
         """Answer the request of ``completion``, once."""
         with self.lock:
-            if completion.finished or completion.cancelled:
+            if completion.finished:
                 return
             completion.finished = True
+            if completion.cancelled:
+                if isinstance(outcome, ServingSession):
+                    outcome.shutdown()  # made for a client that is gone
+                return
             try:
                 reply = make(outcome)
             except Exception as error:
@@ -240,7 +290,8 @@ class Servant:
             resumed = self.parked is completion
             if resumed:
                 self.parked = None
-        self.on_reply()
+        if resumed or completion.flush:
+            self.on_reply()
         if resumed:
             self.on_completed()
 
@@ -274,7 +325,16 @@ class Servant:
         return session
 
     def _call(self, message: CallFunc) -> None:
-        session = self._ready()
+        session = self.session
+        if session is None or self.plain:
+            session = self._ready()
+        elif self._calls_plainly:
+            # A plain function of a plain session, the commonest: 2.5 us less than by a completion.
+            values = session.call_plain(message.handle, message.args)  # type: ignore[attr-defined]  # a local session
+            if values is not None:
+                self._answer(Return(values))
+                self.on_reply()
+                return
         self._begin("call", Return, lambda done: session.async_call(message.handle, message.args, done))
 
     def _copy_from(self, message: CopyFromRemote) -> None:
@@ -336,7 +396,7 @@ class Servant:
                 lambda done: session.async_stream_wait(device, int(stream or 0), done),  # type: ignore[arg-type]  # checked
             )
             return
-        self._begin(message.code.name, _single, lambda done: session.async_syscall(message, done))
+        self._begin(message.code.name, _single, lambda done: session.async_syscall(message, done), flush=False)
 
     def _sink_for(self, handle: int, args: list[Any], nbytes: int) -> Any:
         session = self.session
@@ -377,6 +437,12 @@ class Servant:
             made.shutdown()
         else:
             self.session = made
+            kind = type(made)
+            self._calls_plainly = (
+                isinstance(made, LocalServingSession)
+                and kind.async_call is LocalServingSession.async_call
+                and kind.call is LocalServingSession.call
+            )
         return _VOID
 
     def _constructor(self, message: InitServer) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -26,7 +26,10 @@ def spawn_on(loop: asyncio.AbstractEventLoop, awaitable: Awaitable[Any], done: D
     cancelled = False
 
     async def run() -> Any:
-        return await awaitable
+        try:
+            return await awaitable
+        except SystemExit as error:  # it would end the loop, and so every session
+            raise RuntimeError(f"the function called sys.exit({error.code!r})") from error
 
     def start() -> None:
         if cancelled:

@@ -68,7 +68,7 @@ def make_evaluator(
         calls, results = number, []
         for index in range(repeat):
             if before is not None:
-                before.call(*args)
+                yield before.call(*args)
             zeros = 0
             while True:
                 flush()
@@ -80,14 +80,14 @@ def make_evaluator(
                 zeros += seconds == 0
                 if milliseconds >= min_repeat_ms or zeros >= limit_zero_time_iterations:
                     break
-                per_call = max(milliseconds / calls, 1e-9)
-                calls = int(max(min_repeat_ms / per_call + 1, calls * 1.618))
+                if seconds > 0:  # a zero reading says nothing about the number of calls
+                    calls = int(max(min_repeat_ms / (milliseconds / calls) + 1, calls * 1.618))
             results.append(seconds / calls)
             if cooldown_interval_ms > 0 and index % max(repeats_to_cooldown, 1) == 0:
                 yield _Pause(cooldown_interval_ms / 1000)
         return struct.pack(f"<{repeat}d", *results)
 
-    if target.kind == "coroutine":
+    if "coroutine" in (target.kind, before and before.kind):
 
         async def evaluate_async(*args: Any) -> bytes:
             return await _drive_async(measure(args))
@@ -114,7 +114,10 @@ async def _drive_async(steps: Generator[Any, Any, bytes]) -> bytes:
         except StopIteration as end:
             result: bytes = end.value
             return result
-        await (asyncio.sleep(step.seconds) if isinstance(step, _Pause) else step)
+        if isinstance(step, _Pause):
+            await asyncio.sleep(step.seconds)
+        elif inspect.isawaitable(step):
+            await step
 
 
 def _find(session: LocalServingSession, module: Module | None, name: str) -> ServedFunction:

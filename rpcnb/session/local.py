@@ -79,6 +79,18 @@ class _LocalLink:
             self.wire.flush()
         return ticket
 
+    def call(self, handle: int, args: tuple[Any, ...]) -> Ticket | None:
+        return None  # there is no short way
+
+    def exchange(self, request: Request, deadline: Deadline, guard: Guard) -> Ticket:
+        ticket = self.send(request)
+        try:
+            self.wait(ticket, deadline, guard)
+        except BaseException:
+            self.abandon([ticket])
+            raise
+        return ticket
+
     def wait(self, ticket: Ticket, deadline: Deadline, guard: Guard) -> None:
         gate = threading.Lock()
         gate.acquire()

@@ -13,7 +13,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rpcnb.errors import ArgumentError, CopyMismatch, FunctionNotFound, StaleHandle
+from rpcnb.errors import ArgumentError, CopyMismatch, FunctionNotFound, RemoteProtocolError, StaleHandle
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.messages import Syscall
@@ -47,6 +47,7 @@ __all__ = ["Operations"]
 
 T = TypeVar("T")
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None), DType})
+_BYTES = (bytes, bytearray, memoryview)
 _ATTRIBUTES = {
     "exist": 0,
     "max_threads_per_block": 1,
@@ -137,7 +138,8 @@ class Operations:
         """List the names of the server's functions; asked once, all names on the way at once."""
         if self._names is None:
             listing = yield from self._ask("ffi.FunctionListGlobalNamesFunctor")
-            count = yield from self.call(listing, (-1,))
+            _expect(listing, self.function_type, "a function that lists names")
+            count = _expect((yield from self.call(listing, (-1,))), int, "the number of names")
             tickets = []
             names = []
             for index in range(count):
@@ -148,15 +150,15 @@ class Operations:
             self._names = sorted(names)
         return list(self._names)
 
-    def call(self, function: RemoteHandle, args: Sequence[Any]) -> Flow[Any]:
+    def call(self, function: RemoteHandle, args: tuple[Any, ...]) -> Flow[Any]:
         """Call a remote function; arrays among the arguments are uploaded for the call."""
         handle = function.handle
         for value in args:
             if type(value) not in _PLAIN:
-                break
-        else:
-            result = yield from flows.call_function(handle, tuple(args))
-            return result if type(result) in _PLAIN else self.wrap(result)
+                return self._call_with_objects(handle, args)
+        return flows.call_function(handle, args, self.wrap)
+
+    def _call_with_objects(self, handle: int, args: tuple[Any, ...]) -> Flow[Any]:
         uploads: list[RemoteTensor] = []
         values = []
         for index, value in enumerate(args):
@@ -169,10 +171,10 @@ class Operations:
                     raise ArgumentError(index, f"an array that cannot travel ({error})") from None
                 uploads.append(tensor)
                 values[index] = tensor.meta
-        result = yield from flows.call_function(handle, tuple(values))
+        result = yield from flows.call_function(handle, tuple(values), self.wrap)
         for tensor in uploads:
             tensor.free()
-        return self.wrap(result)
+        return result
 
     def argument(self, index: int, value: Any) -> Value:
         """Turn one argument into a wire value.
@@ -350,7 +352,10 @@ class Operations:
         if name == "exist":
             return bool(value)
         if name == "max_thread_dimensions" and isinstance(value, str):
-            return json.loads(value)
+            try:
+                return json.loads(value)
+            except (ValueError, RecursionError):
+                raise RemoteProtocolError(f"expected thread dimensions, got {value[:60]!r}") from None
         return value
 
     # -- files and modules ---------------------------------------------------------------------------------------
@@ -370,7 +375,7 @@ class Operations:
 
     def download(self, path: str) -> Flow[bytearray]:
         """Return the content of a file of the session's directory."""
-        return bytearray((yield from self._ask("tvm.rpc.server.download", path)))
+        return bytearray(_expect((yield from self._ask("tvm.rpc.server.download", path)), _BYTES, "a file's bytes"))
 
     def remove(self, path: str) -> Flow[None]:
         """Delete a file of the session's directory."""
@@ -378,27 +383,28 @@ class Operations:
 
     def listdir(self, path: str = ".") -> Flow[list[str]]:
         """List the names in a directory of the session."""
-        text = yield from self._ask("tvm.rpc.server.listdir", path)
+        text: str = _expect((yield from self._ask("tvm.rpc.server.listdir", path)), str, "names with commas")
         return text.split(",") if text else []
 
     def load_module(self, path: str) -> Flow[Any]:
         """Load an uploaded library as a module."""
-        return (yield from self._ask("tvm.rpc.server.load_module", path))
+        return _expect((yield from self._ask("tvm.rpc.server.load_module", path)), self.module_type, "a module")
 
     def download_linked_module(self, path: str) -> Flow[bytearray]:
         """Link an uploaded object file or archive at the server; returns the shared library's bytes."""
-        return bytearray((yield from self._ask("tvm.rpc.server.download_linked_module", path)))
+        data = yield from self._ask("tvm.rpc.server.download_linked_module", path)
+        return bytearray(_expect(data, _BYTES, "a library's bytes"))
 
     def system_lib(self) -> Flow[Any]:
         """Return the module of statically linked functions."""
-        return (yield from self._ask("ffi.SystemLib"))
+        return _expect((yield from self._ask("ffi.SystemLib")), self.module_type, "a module")
 
     def module_function(self, module: Any, name: str, query_imports: bool = True) -> Flow[Any]:
         """Look up a function of a module."""
         found = yield from self._ask("tvm.rpc.server.ModuleGetFunction", module, name, query_imports)
         if found is None:
             raise FunctionNotFound(f"module has no function {name!r}")
-        found.name = name
+        _expect(found, self.function_type, "a function").name = name
         return found
 
     def import_module(self, parent: Any, child: Any) -> Flow[None]:
@@ -409,11 +415,10 @@ class Operations:
         """Make the remote function that measures another one."""
         where = self.wire_device(device)
         numbers = [int(options[key]) for key in _TIMING[:-1]]
-        return (
-            yield from self._ask(
-                "runtime.RPCTimeEvaluator", module, name, where.type, where.index, *numbers, options["f_preproc"]
-            )
+        evaluator = yield from self._ask(
+            "runtime.RPCTimeEvaluator", module, name, where.type, where.index, *numbers, options["f_preproc"]
         )
+        return _expect(evaluator, self.function_type, "a function that measures")
 
 
 _TIMING = (
@@ -441,6 +446,13 @@ def _collect(tickets: list[Any]) -> Flow[list[str]]:
     names = [flows.call_result(flows.result_of(reply)) for reply in replies]
     tickets.clear()
     return [name for name in names if isinstance(name, str)]
+
+
+def _expect(value: Any, kind: type | tuple[type, ...], what: str) -> Any:
+    """Return a well-known function's result if it is what it should be; a peer may send anything."""
+    if not isinstance(value, kind):
+        raise RemoteProtocolError(f"expected {what}, got {type(value).__name__}")
+    return value
 
 
 def _is_array(value: Any) -> bool:

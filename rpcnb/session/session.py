@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.net import iothread
 from rpcnb.net.interrupt import Guard
-from rpcnb.net.link import Deadline
+from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.protocol.flows import Send, Wait
 from rpcnb.session.base import SessionBase
 from rpcnb.session.remote import (
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "run_flow"]
 
-_NO_LIMIT = Deadline(None, "")
-
 
 def run_flow(link: Any, flow: Flow[Any], deadline: Deadline, guard: Guard) -> Any:
     """Run a flow by blocking; what was asked and not answered is abandoned when it is left early."""
@@ -65,11 +63,12 @@ def run_flow(link: Any, flow: Flow[Any], deadline: Deadline, guard: Guard) -> An
                 continue
             if type(step) is Wait:
                 ticket = step.ticket
+                if not ticket.done:
+                    link.wait(ticket, deadline, guard)
+                if ticket in tickets:
+                    tickets.remove(ticket)  # what the reply brings is the flow's from now on
             else:
-                ticket = link.send(step)
-                tickets.append(ticket)
-            if not ticket.done:
-                link.wait(ticket, deadline, guard)
+                ticket = link.exchange(step, deadline, guard)
             step = flow.send(ticket.reply) if ticket.reply is not None else flow.throw(ticket.error)
     except StopIteration as end:
         return end.value
@@ -92,7 +91,7 @@ class Session(SessionBase):
     def _run(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
         if timeout is None:
             timeout = self.timeout
-        deadline = _NO_LIMIT if timeout is None else Deadline(timeout, what)
+        deadline = NO_DEADLINE if timeout is None else Deadline(timeout, what)
         with Guard() as guard:
             return run_flow(self._link, flow, deadline, guard)
 

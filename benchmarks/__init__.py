@@ -1,0 +1,1 @@
+"""Benchmarks: ratios to stock TVM and to a raw socket, measured in interleaved rounds of one run."""

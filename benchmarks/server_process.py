@@ -1,0 +1,82 @@
+"""One server: ``python -m benchmarks.server_process raw|stock|ours``; prints its port, runs until killed."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+import threading
+from typing import Any
+
+
+def _raw_session(sock: socket.socket) -> None:
+    """Echo protocol: 8-byte length; 0: ping of 24 bytes, answered by 32; n > 0: take n; n < 0: give -n bytes."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    memory = memoryview(bytearray(1))
+    ping, pong = bytearray(24), bytes(32)
+    while True:
+        count = sock.recv_into(ping)
+        if not count:
+            return
+        (n,) = struct.unpack_from("<q", ping)
+        if n == 0:
+            sock.sendall(pong)
+            continue
+        if len(memory) < abs(n):
+            memory = memoryview(bytearray(abs(n)))
+        if n > 0:
+            left = n
+            while left:
+                left -= sock.recv_into(memory[n - left : n])
+            sock.sendall(pong)
+        else:
+            sock.sendall(memory[:-n])
+
+
+def _raw() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(listener.getsockname()[1], flush=True)
+    while True:
+        sock, _ = listener.accept()
+        threading.Thread(target=_raw_session, args=(sock,), daemon=True).start()
+
+
+def add(*args: Any) -> int:
+    """The measured function: does nothing with any arguments."""
+    return 1
+
+
+def register_stock() -> None:
+    """Register the measured function in the stock server's session process."""
+    import tvm
+
+    tvm.register_global_func("bench.add", add, override=True)
+
+
+def _stock() -> None:
+    from tvm import rpc
+
+    server = rpc.Server("127.0.0.1", 9400, 9999, silent=True, server_init_callback=register_stock)
+    print(server.port, flush=True)
+    sys.stdin.read()
+    server.terminate()
+
+
+def _ours() -> None:
+    import rpcnb
+
+    rpcnb.register_func("bench.add", add)
+
+    @rpcnb.register_func("bench.async")
+    async def add_later(*args: Any) -> int:
+        return 1
+
+    sys.setswitchinterval(0.0005)
+    server = rpcnb.Server(port=0, silent=True)
+    print(server.port, flush=True)
+    sys.stdin.read()
+    server.close()
+
+
+if __name__ == "__main__":
+    {"raw": _raw, "stock": _stock, "ours": _ours}[sys.argv[1]]()

@@ -1,0 +1,60 @@
+"""Copies up and down, into warm memory, and the memory they take.
+
+python -m benchmarks.transfer [--pin same|cross|none] [--rounds N] [--quick]
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from benchmarks.peers import Client, Server, pin_choices
+from benchmarks.rounds import Ratios, machine, options, save, show
+
+SIZES = ((64 << 10, 200), (1 << 20, 50), (64 << 20, 3))
+STOCK_COUNT = {64 << 10: 20, 1 << 20: 3, 64 << 20: 1}
+
+
+def main() -> None:
+    """Measure and print."""
+    chosen = options(__doc__ or "")
+    rounds = 2 if chosen.quick else chosen.rounds
+    server_cpu, client_cpu = pin_choices(chosen.pin)
+    ratios = Ratios()
+    with ExitStack() as stack:
+        servers = {kind: stack.enter_context(Server(kind, server_cpu)) for kind in ("raw", "stock", "ours")}
+        clients = {
+            "raw": stack.enter_context(Client("raw", servers["raw"].port, client_cpu)),
+            "ours": stack.enter_context(Client("ours", servers["ours"].port, client_cpu)),
+            "stock->ours": stack.enter_context(Client("stock", servers["ours"].port, client_cpu)),
+            "stock": stack.enter_context(Client("stock", servers["stock"].port, client_cpu)),
+        }
+        for _ in range(rounds):
+            for size, count in SIZES:
+                for way in ("up", "down"):
+                    for name, client in clients.items():
+                        number = STOCK_COUNT[size] if "stock" in name else count
+                        found = client.ask(way, size, number)
+                        ratios.add(f"{way} {size} {name}", size / found["p50"])
+        memory = clients["ours"].ask("memory", 256 << 20)
+    rows = []
+    for size, _ in SIZES:
+        for way in ("up", "down"):
+            for name in clients:
+                key = f"{way} {size} {name}"
+                rows.append(
+                    [
+                        f"{way} {size >> 10} KiB",
+                        name,
+                        f"{ratios.median(key) / 1e9:.3f}",
+                        f"{ratios.ratio(key, f'{way} {size} stock'):.1f}",
+                        f"{ratios.ratio(key, f'{way} {size} raw'):.2f}",
+                    ]
+                )
+    print(machine(), f"pin={chosen.pin}", f"rounds={rounds}")
+    show("Copies", ("case", "client -> server", "GB/s", "x stock pair", "x raw socket"), rows)
+    print(f"\nextra memory of a 256 MiB copy up and down, client: {memory / 2**20:.1f} MiB")
+    save(chosen.json, {name: ratios.median(name) for name in ratios.names()})
+
+
+if __name__ == "__main__":
+    main()

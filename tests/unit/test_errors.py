@@ -1,0 +1,83 @@
+"""Every exception: its bases, its facts, its text."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from rpcnb import errors
+
+BASES: dict[str, tuple[type, ...]] = {
+    "AccessDenied": (errors.RpcError, PermissionError),
+    "ArgumentError": (errors.RpcError, TypeError),
+    "ConnectFailed": (errors.RpcError, ConnectionError),
+    "CopyMismatch": (errors.RpcError, ValueError),
+    "DeadlineExceeded": (errors.RpcError, TimeoutError),
+    "DeadlockError": (errors.RpcError, RuntimeError),
+    "DeviceError": (errors.RpcError, RuntimeError),
+    "DuplicateKey": (errors.ConnectFailed,),
+    "FunctionNotFound": (errors.RpcError, AttributeError),
+    "InvalidHandle": (errors.RpcError, LookupError),
+    "KeyMismatch": (errors.ConnectFailed,),
+    "LibraryError": (errors.RpcError, RuntimeError),
+    "LimitExceeded": (errors.RpcError, ValueError),
+    "LocalProtocolError": (errors.ProtocolError,),
+    "NotAnRpcServer": (errors.ConnectFailed,),
+    "ProtocolError": (errors.RpcError, ConnectionError),
+    "RemoteError": (errors.RpcError, RuntimeError),
+    "RemoteProtocolError": (errors.ProtocolError,),
+    "ResultError": (errors.RpcError, TypeError),
+    "RpcError": (Exception,),
+    "SessionClosed": (errors.RpcError, ConnectionError),
+    "SessionLost": (errors.RpcError, ConnectionError),
+    "SessionTimeout": (errors.RpcError, TimeoutError),
+    "StaleHandle": (errors.InvalidHandle,),
+    "VersionMismatch": (errors.ConnectFailed,),
+}
+
+
+def test_every_exception_is_listed_and_in_the_tree() -> None:
+    classes = {name for name, thing in vars(errors).items() if inspect.isclass(thing)}
+    assert classes == set(errors.__all__) == set(BASES)
+    assert errors.__doc__ is not None
+    assert all(f" {name} " in f"{errors.__doc__} " or f"    {name}\n" in errors.__doc__ for name in errors.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(BASES))
+def test_an_exception_has_the_base_that_a_caller_would_catch(name: str) -> None:
+    assert getattr(errors, name).__bases__ == BASES[name]
+
+
+def test_a_failed_connection_tells_where_and_in_which_phase() -> None:
+    error = errors.KeyMismatch("10.0.0.5:9090", "handshake", "the key 'gpu' is not served")
+    assert (error.address, error.phase) == ("10.0.0.5:9090", "handshake")
+    assert str(error) == "cannot connect to 10.0.0.5:9090: the key 'gpu' is not served (during handshake)"
+
+
+def test_an_exceeded_deadline_tells_operation_time_and_timeout() -> None:
+    error = errors.DeadlineExceeded("call 'conv2d'", 1.23456, 1.0)
+    assert (error.operation, error.elapsed) == ("call 'conv2d'", 1.23456)
+    assert str(error) == "call 'conv2d' took 1.23 s; its timeout is 1 s"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("boom",), "boom"),
+        (("boom", "ValueError"), "ValueError: boom"),
+        (("boom", "ValueError", 'File "a.py"\n\n'), 'ValueError: boom\n\nremote traceback:\nFile "a.py"'),
+        (("boom", "", "File"), "boom\n\nremote traceback:\nFile"),
+    ],
+)
+def test_a_remote_error_says_what_the_peer_told(arguments: tuple[str, ...], text: str) -> None:
+    error = errors.RemoteError(*arguments)
+    assert (error.message, error.remote_type, error.remote_traceback) == (*arguments, "", "")[:3]
+    assert str(error) == text
+
+
+def test_an_argument_error_tells_the_position_and_what_can_travel() -> None:
+    error = errors.ArgumentError(2, "of type list")
+    assert error.index == 2
+    assert str(error) == f"argument 2 is of type list; expected {errors.TRAVELLERS}"
+    assert str(errors.ArgumentError(0, "the int 7", "text")) == "argument 0 is the int 7; expected text"

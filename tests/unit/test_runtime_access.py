@@ -1,0 +1,89 @@
+"""Keys, tokens and the rate of guesses."""
+
+from __future__ import annotations
+
+import pytest
+
+from rpcnb.runtime.access import Gate, check_token, new_token
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_new_token_has_192_bits_and_can_travel() -> None:
+    token = new_token()
+    assert len(token) == 32
+    assert check_token(token) == token
+    assert token != new_token()
+
+
+@pytest.mark.parametrize("token", ["", "a b", "a=b", "ä", "a\n"])
+def test_a_token_that_could_not_travel_is_refused(token: str) -> None:
+    with pytest.raises(ValueError, match="letters, digits"):
+        check_token(token)
+
+
+@pytest.mark.parametrize(
+    ("text", "admitted"),
+    [
+        ("client:gpu", True),
+        ("client:gpu -timeout=3", True),
+        ("client:gp", False),
+        ("client:gpu2", False),
+        ("server:gpu", False),
+        ("gpu", False),
+        ("", False),
+        ("  ", False),
+    ],
+)
+def test_the_first_word_must_be_the_key(text: str, admitted: bool) -> None:
+    assert Gate("gpu", None, Clock()).admits(text) is admitted
+
+
+@pytest.mark.parametrize(
+    ("text", "admitted"),
+    [
+        ("client:k -token=secret", True),
+        ("client:k -timeout=3 -token=secret", True),
+        ("client:k -token=secre", False),
+        ("client:k -token=", False),
+        ("client:k", False),
+        ("client:x -token=secret", False),
+    ],
+)
+def test_key_and_token_must_both_be_right(text: str, admitted: bool) -> None:
+    assert Gate("k", "secret", Clock()).admits(text) is admitted
+
+
+def test_after_too_many_failures_an_address_is_refused_for_a_minute() -> None:
+    clock = Clock()
+    gate = Gate("k", "secret", clock, failures=3)
+    right = "client:k -token=secret"
+    for _ in range(3):
+        assert not gate.admits("client:k -token=guess", "10.0.0.5")
+    assert not gate.admits(right, "10.0.0.5")
+    assert gate.admits(right, "10.0.0.6")
+    assert gate.admits(right)
+    clock.now = 61.0
+    assert gate.admits(right, "10.0.0.5")
+
+
+def test_failures_of_many_addresses_are_forgotten_when_they_are_old() -> None:
+    clock = Clock()
+    gate = Gate("k", None, clock, failures=1)
+    for number in range(4097):
+        gate.admits("client:x", f"host{number}")
+    clock.now = 100.0
+    gate.admits("client:x", "late")
+    assert gate.admits("client:k", "host1")
+    assert len(gate._failed) == 1
+
+
+def test_the_token_is_not_shown() -> None:
+    assert repr(Gate("k", "secret", Clock())) == "Gate(key='k', token=set)"
+    assert repr(Gate("k", None, Clock())) == "Gate(key='k', token=none)"

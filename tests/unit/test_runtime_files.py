@@ -1,0 +1,268 @@
+"""The work directory of a session, and names that must not leave it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runtime_wire import Client
+
+from rpcnb.errors import AccessDenied, LimitExceeded, SessionClosed
+from rpcnb.protocol.codes import Limits
+from rpcnb.protocol.messages import CallFunc, Raised, Return, Shutdown
+from rpcnb.runtime.files import SessionFiles, StoredFile, Upload
+from rpcnb.runtime.serving import Environment
+
+REFUSED = [
+    "../x",
+    "/abs",
+    "C:\\x",
+    "C:x",
+    "\\\\srv\\s",
+    "x/../../y",
+    "x/..",
+    "a\0b",
+    "x" * 300,
+    "ü" * 128,
+    "/".join(["d"] * 2049),
+    "CON",
+    "con.txt",
+    "d/LPT1",
+    "name.",
+    "name ",
+    "...",
+    "d//e",
+    "d/",
+]
+UPLOAD, DOWNLOAD = "tvm.rpc.server.upload", "tvm.rpc.server.download"
+
+
+@pytest.fixture
+def files() -> Iterator[SessionFiles]:
+    files = SessionFiles(quota=1000)
+    yield files
+    files.close()
+
+
+def left(files: SessionFiles) -> list[str]:
+    return sorted(str(path.relative_to(files.root)) for path in files.root.rglob("*"))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_u1_a_name_that_could_leave_the_directory_is_refused(files: SessionFiles, name: str) -> None:
+    acts: tuple[Any, ...] = (lambda: files.write(name, b"x"), lambda: files.read(name), lambda: files.remove(name))
+    for act in (*acts, lambda: files.path(name), lambda: files.listdir(name)):
+        with pytest.raises(AccessDenied, match="is refused; expected a relative name inside the session's directory"):
+            act()
+    assert left(files) == []
+    assert files._used == 0
+
+
+def test_u1_an_empty_name_cannot_be_written(files: SessionFiles) -> None:
+    with pytest.raises(OSError, match="directory"):
+        files.write("", b"x")
+    assert left(files) == []
+
+
+def test_u1_a_symlink_out_of_the_directory_is_refused(files: SessionFiles, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (files.root / "out").symlink_to(tmp_path)
+    (files.root / "file").symlink_to(tmp_path / "secret")
+    for name in ("out/secret", "file", "out"):
+        with pytest.raises(AccessDenied, match="leads out of the session's directory"):
+            files.read(name)
+    with pytest.raises(AccessDenied, match="leads out"):
+        files.write("out/new", b"x")
+    assert os.listdir(tmp_path) == ["secret"]
+
+
+@pytest.mark.parametrize("name", ["a", "d/e.bin", "./a", "a b", ".hidden", "console", "x" * 255, "ü"])
+def test_ordinary_names_are_written_and_read(files: SessionFiles, name: str) -> None:
+    files.write(name, b"data")
+    assert files.read(name) == b"data"
+    assert files.path(name).is_relative_to(files.root)
+
+
+def test_u1_trusted_paths_reach_any_file_as_in_stock(tmp_path: Path) -> None:
+    files = SessionFiles(trusted_paths=True)
+    files.write(str(tmp_path / "abs"), b"1")
+    files.write("../" * 20 + str(tmp_path / "up").lstrip("/"), b"2")
+    assert ((tmp_path / "abs").read_bytes(), (tmp_path / "up").read_bytes()) == (b"1", b"2")
+    files.close()
+
+
+def test_a_missing_file_is_named(files: SessionFiles) -> None:
+    with pytest.raises(FileNotFoundError, match="Cannot open .*nothere: no such file in the session's directory"):
+        files.read("nothere")
+    files.remove("nothere")
+
+
+def test_listdir_names_files_sorted_without_unfinished_uploads(files: SessionFiles) -> None:
+    files.write("b", b"")
+    files.write("a", b"")
+    files.begin_upload(3)
+    assert files.listdir(".") == files.listdir("") == ["a", "b"]
+
+
+def test_u4_the_quota_counts_what_is_held(files: SessionFiles) -> None:
+    files.write("a", bytes(600))
+    with pytest.raises(LimitExceeded, match=r"upload of 401 bytes exceeds upload_quota=1000 \(600 bytes are in use\)"):
+        files.write("b", bytes(401))
+    files.write("a", bytes(300))  # replaces: 600 + 300 at once, 300 after
+    files.write("b", bytes(700))
+    files.remove("a")
+    files.write("c", bytes(300))
+    assert sorted(files.listdir("")) == ["b", "c"]
+
+
+class FullDisk:
+    """A file on a disk that is full after ``room`` bytes."""
+
+    def __init__(self, inner: Any, room: int) -> None:
+        self._inner = inner
+        self._room = room
+
+    def write(self, data: memoryview) -> int:
+        if not self._room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count: int = self._inner.write(data[: self._room])
+        self._room -= count
+        return count
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def test_u2_a_full_disk_leaves_nothing_under_the_final_name(
+    files: SessionFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.write("a", b"before")
+    begin = SessionFiles.begin_upload
+
+    def begin_full(self: SessionFiles, nbytes: int) -> Upload:
+        upload = begin(self, nbytes)
+        upload._file = FullDisk(upload._file, 3)  # type: ignore[assignment]  # stands in for a file
+        return upload
+
+    monkeypatch.setattr(SessionFiles, "begin_upload", begin_full)
+    with pytest.raises(LimitExceeded, match="cannot store the upload: No space left on device"):
+        files.write("a", b"longer than before")
+    assert files.read("a") == b"before"
+    assert left(files) == ["a"]
+    assert files._used == 6
+
+
+def test_u2_no_room_for_even_a_file_is_a_typed_error(files: SessionFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**options: Any) -> Any:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    assert files.root
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    with pytest.raises(LimitExceeded, match="cannot store the upload: Disk quota exceeded"):
+        files.begin_upload(10)
+    assert files._used == 0
+
+
+def test_u2_a_name_that_may_not_be_written_leaves_no_partial_file(
+    files: SessionFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", denied)
+        with pytest.raises(PermissionError):
+            files.write("a", b"data")
+    files.write("file", b"")
+    with pytest.raises(OSError, match="file"):
+        files.write("file/below", b"data")
+    assert left(files) == ["file"]
+    assert files._used == 0
+
+
+def test_an_upload_arrives_in_pieces_and_gets_its_name_at_the_end(files: SessionFiles) -> None:
+    upload = files.begin_upload(6)
+    upload.write(memoryview(b"abc"))
+    assert files.listdir("") == []
+    upload.write(memoryview(b"def"))
+    stored = upload.finish()
+    assert isinstance(stored, StoredFile)
+    files.write("whole", stored)
+    upload.abort()  # after its end: nothing
+    assert files.read("whole") == b"abcdef"
+
+
+def test_an_aborted_upload_leaves_nothing(files: SessionFiles) -> None:
+    upload = files.begin_upload(6)
+    upload.write(memoryview(b"abc"))
+    upload.abort()
+    upload.abort()
+    assert left(files) == []
+    assert files._used == 0
+
+
+def test_close_removes_everything_and_unfinished_uploads() -> None:
+    files = SessionFiles()
+    root = files.root
+    files.begin_upload(5)
+    files.write("d/e", b"x")
+    files.close()
+    files.close()
+    assert not root.exists()
+    with pytest.raises(SessionClosed, match="the session is closed and its files are removed"):
+        files.path("late")
+
+
+def test_a_session_without_files_makes_no_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.mkdtemp", None)
+    SessionFiles().close()
+
+
+# -- through the wire ------------------------------------------------------------------------------------------------
+
+
+def test_a_large_upload_is_streamed_to_disk_and_downloaded() -> None:
+    client = Client()
+    data = os.urandom(300_000)
+    upload = client.find(UPLOAD)
+    whole = b"".join(bytes(part) for part in client.endpoint.send(CallFunc(upload, ("big", data))))
+    client.feed(whole[:200_000])
+    assert [path.stat().st_size > 0 for path in client.local.files.root.iterdir()] == [True]
+    client.feed(whole[200_000:])
+    assert client.reply() == Return((0, None))
+    assert client.call(DOWNLOAD, "big")[1] == data
+    client.send(Shutdown())
+
+
+def test_an_upload_cut_by_the_end_of_the_session_leaves_nothing() -> None:
+    client = Client()
+    upload = client.find(UPLOAD)
+    whole = b"".join(bytes(part) for part in client.endpoint.send(CallFunc(upload, ("big", bytes(300_000)))))
+    client.feed(whole[:200_000])
+    root = client.local.files.root
+    client.servant.cancel()
+    assert not root.exists()
+
+
+def test_a_streamed_upload_beyond_the_quota_or_under_a_bad_name_is_skipped() -> None:
+    client = Client(Environment(limits=Limits(upload_quota=200_000)))
+    upload = client.find(UPLOAD)
+    assert "upload_quota=200000" in client.error(CallFunc(upload, ("a", bytes(300_000)))).text
+    assert "is refused" in client.error(CallFunc(upload, ("../a", bytes(150_000)))).text
+    assert client.call(upload, "a", bytes(150_000)) == (0, None)
+    assert client.local.files.listdir("") == ["a"]
+    client.send(Shutdown())
+
+
+def test_only_the_upload_function_gets_a_sink() -> None:
+    client = Client()
+    echo, upload = client.find("testing.echo"), client.find(UPLOAD)
+    assert client.call(echo, bytes(100_000))[1] == bytes(100_000)
+    assert isinstance(client.ask(CallFunc(upload, (bytes(100_000), "x"))), Raised)
+    assert isinstance(client.ask(CallFunc(12345, ("x", bytes(100_000)))), Raised)
+    assert client.local.sink_for(upload, (), 5) is None
+    client.send(Shutdown())
