@@ -142,9 +142,24 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; a pattern or arguments may stand behind options, where argparse itself does not look for them."""
+    parser = _parser()
+    options, extra = parser.parse_known_args(argv)
+    if extra and not any(word.startswith("--") for word in extra):
+        if options.command == "call":
+            options.args += extra
+            extra = []
+        elif options.command == "functions" and len(extra) == 1 and options.pattern == "*":
+            options.pattern, extra = extra[0], []
+    if extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(argv)
+    options = _parse(argv)
     logging.basicConfig(
         level=logging.ERROR if getattr(options, "silent", False) else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",

@@ -35,7 +35,7 @@ def serve_blocking(sock: socket.socket, environment: Environment | None = None) 
     endpoint = Endpoint(Role.SERVER)
     servant = Servant(endpoint, environment or Environment(), name="blocking", on_completed=completed.set, plain=True)
     try:
-        while not servant.over:
+        while True:
             completed.clear()
             servant.advance()
             if servant.parked is not None:
@@ -45,6 +45,8 @@ def serve_blocking(sock: socket.socket, environment: Environment | None = None) 
                 while servant.output:
                     servant.output.consume(sock.sendmsg(servant.output.first(_GATHER)))
                 continue  # requests may have waited for room in the output
+            if servant.over:
+                return
             count = sock.recv_into(endpoint.get_buffer())
             if count == 0:
                 endpoint.receive_eof()

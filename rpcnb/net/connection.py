@@ -380,8 +380,16 @@ class Connection:
             servant.output.add(encode_packet(Raised(text)))
             servant.over = True
         log.info("%s: session of %s ended after its time of %s s", self.server.name, self.peer, seconds)
-        self._flush()
-        self.close()
+        self._say_goodbye(self.server.io_loop.time() + _LINGER)
+
+    def _say_goodbye(self, until: float) -> None:
+        """Close when the last words have left: the socket may still be full of the reply before them."""
+        if self.closed:
+            return
+        if self._flush() or self.server.io_loop.time() > until:
+            self.close()
+        else:
+            self.deadline = self.server.io_loop.call_later(0.02, self._say_goodbye, until)
 
     def close(self) -> None:
         """End the connection and release everything; a running plain function ends by itself, unheard."""

@@ -240,9 +240,8 @@ def _coalesce(parts: list[Buffer]) -> list[Buffer]:
         if len(part) < _JOIN:
             small.append(part)
             continue
-        if small:
-            joined.append(b"".join(small))
-            small = []
+        joined.append(b"".join(small))  # never empty: a bulk buffer has its head before it
+        small = []
         joined.append(part)
     if small:
         joined.append(b"".join(small))

@@ -22,7 +22,7 @@ from rpcnb.protocol.codes import Limits
 from rpcnb.values import NULL, Device, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["Buffer", "Style", "decode_tensor", "decode_values", "encode_call_result", "encode_tensor", "encode_values"]
 
@@ -312,8 +312,3 @@ def is_bulk(data: memoryview, pos: int, end: int, threshold: int) -> tuple[int, 
         return None
     _, inner, length = _INNER.unpack_from(data, pos)
     return (inner, 16, length) if inner in (65, 66) and length >= threshold else None
-
-
-def total_length(parts: Iterable[Buffer]) -> int:
-    """Return the bytes of all ``parts``."""
-    return sum(len(part) for part in parts)

@@ -22,6 +22,7 @@ from rpcnb.runtime.serving import (
     ServedFunction,
     ServingSession,
     Shape,
+    errors_to_done,
 )
 from rpcnb.values import (
     NULL,
@@ -169,6 +170,7 @@ class LocalServingSession(ServingSession):
             _SESSION.reset(token)
         return self.encode_return(result)
 
+    @errors_to_done
     def async_call(self, handle: int, args: tuple[Value, ...], done: Done) -> None:
         """Call a function; a coroutine or callback function completes later."""
         values = self.call_plain(handle, args)
@@ -361,6 +363,7 @@ class LocalServingSession(ServingSession):
         self.async_copy_from(meta, into, nbytes, waiter)
         waiter.result()
 
+    @errors_to_done
     def async_copy_to(self, data: memoryview, meta: TensorMeta, nbytes: int, done: Done) -> None:
         """Write through the device's API, which says when it has finished."""
         memory, start = self._memory(meta, nbytes)
@@ -370,6 +373,7 @@ class LocalServingSession(ServingSession):
         except Exception as error:
             finished(error)
 
+    @errors_to_done
     def async_copy_from(self, meta: TensorMeta, into: memoryview, nbytes: int, done: Done) -> None:
         """Read through the device's API, which says when it has finished."""
         memory, start = self._memory(meta, nbytes)
@@ -452,6 +456,7 @@ class LocalServingSession(ServingSession):
         self.async_stream_wait(device, stream, waiter)
         waiter.result()
 
+    @errors_to_done
     def async_stream_wait(self, device: Device, stream: int, done: Done) -> None:
         """Call ``done`` when the stream's work has ended."""
         find_device(device).synchronize(device, self._stream(stream), _finish(done))

@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import LimitExceeded, LocalProtocolError
+from rpcnb.errors import LimitExceeded
 from rpcnb.protocol.codes import VERSION, Code
 from rpcnb.protocol.endpoint import State
 from rpcnb.protocol.messages import (
@@ -177,8 +177,6 @@ class Servant:
                 self._call(message)
             else:
                 self._dispatch(message)
-        except LocalProtocolError:
-            raise
         except (Exception, SystemExit) as error:  # a function's sys.exit() is its own failure, not the server's end
             self._answer(self.exception(error))
 

@@ -18,9 +18,10 @@ asynchronous ones (call, copy to, copy from, stream wait) that end in a completi
 from __future__ import annotations
 
 import contextvars
+import functools
 import traceback
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rpcnb.errors import InvalidHandle, ResultError
 from rpcnb.protocol.codes import Code, Limits
@@ -205,6 +206,22 @@ class Callback:
         self._done.error(error if isinstance(error, BaseException) else RuntimeError(error))
 
 
+Method = TypeVar("Method", bound="Callable[..., None]")
+
+
+def errors_to_done(method: Method) -> Method:
+    """Give what an asynchronous method raises to its ``done``: a subclass may run it late, where nobody would see it."""
+
+    @functools.wraps(method)
+    def call(*args: Any) -> None:
+        try:
+            method(*args)
+        except (Exception, SystemExit) as error:
+            args[-1].error(error)
+
+    return call  # type: ignore[return-value]  # the same parameters
+
+
 class ServingSession:
     """What answers requests at a server; every method may raise, which the client sees as a remote error.
 
@@ -286,20 +303,24 @@ class ServingSession:
     def stream_sync(self, device: Device, stream: int) -> None:
         """Wait for a stream."""
 
+    @errors_to_done
     def async_call(self, handle: int, args: tuple[Value, ...], done: Done) -> None:
         """Call a function; ``done`` gets the encoded return sequence."""
         done(self.call(handle, args))
 
+    @errors_to_done
     def async_copy_to(self, data: memoryview, meta: TensorMeta, nbytes: int, done: Done) -> None:
         """Write ``data`` at ``meta``; ``data`` is valid until ``done`` has been called."""
         self.copy_to_remote(data, meta, nbytes)
         done()
 
+    @errors_to_done
     def async_copy_from(self, meta: TensorMeta, into: memoryview, nbytes: int, done: Done) -> None:
         """Read into ``into``; it is valid until ``done`` has been called."""
         self.copy_from_remote(meta, into, nbytes)
         done()
 
+    @errors_to_done
     def async_stream_wait(self, device: Device, stream: int, done: Done) -> None:
         """Call ``done`` when the stream's work has ended."""
         self.stream_sync(device, stream)

@@ -282,6 +282,27 @@ def test_a_token_is_not_in_the_way_at_a_stock_server(free_port: int) -> None:
         assert session.call("rpc.test.addone", 1) == 2
 
 
+def test_a_failed_call_keeps_the_functions_it_has_looked_up(serve: Callable[..., Any]) -> None:
+    """Handles of replies that the operation had consumed were freed twice; a stock server crashed of it later."""
+    server = serve()
+
+    async def awaited() -> None:
+        async with await rpcnb.connect_async(server.address) as session:
+            for _ in range(3):
+                with pytest.raises(rpcnb.RemoteError, match="it burns"):
+                    await session.call("rpc.test.except", "it burns")
+                with pytest.raises(rpcnb.FunctionNotFound, match="did you mean"):
+                    await session.get_function("rpc.test.addon")
+
+    asyncio.run(awaited())
+    with rpcnb.connect(server.address) as session:
+        for _ in range(3):
+            with pytest.raises(rpcnb.RemoteError, match="it burns"):
+                session.call("rpc.test.except", "it burns")
+            with pytest.raises(rpcnb.FunctionNotFound, match="did you mean"):
+                session.get_function("rpc.test.addon")
+
+
 def test_without_extensions_we_are_a_stock_client(free_port: int) -> None:
     with rpcnb.connect(f"rpc://127.0.0.1:{free_port}/free", extensions=False) as session:
         assert session.call("rpc.test.addone", 1) == 2
@@ -309,7 +330,6 @@ def test_through_a_stock_server_to_ours(free_port: int, serve: Callable[..., Any
         assert session.call("rpc.test.add_to_lhs", 40)(2) == 42
         remote = session.array(np.arange(6, dtype="float32").reshape(2, 3))
         np.testing.assert_array_equal(remote.numpy(), np.arange(6, dtype="float32").reshape(2, 3))
-        np.testing.assert_array_equal(remote.view((3,), byte_offset=12).numpy(), np.array([3, 4, 5], "float32"))
         session.upload(b"abc", "file")
         assert session.listdir() == ["file"]
         with pytest.raises(rpcnb.RemoteError, match="it burns"):

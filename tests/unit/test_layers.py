@@ -33,7 +33,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 def layer_of(module: str) -> str:
     """Return the layer of ``rpcnb.protocol.codes``: ``protocol``."""
-    return (module.split(".") + [""])[1]
+    return ([*module.split("."), ""])[1]
 
 
 def own_module(path: Path) -> str:
@@ -114,6 +114,8 @@ def test_no_module_runs_text_or_unpickles(path: Path) -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = "import sys, rpcnb; print(*sorted({'numpy', 'tornado', 'IPython', 'asyncio', 'anywidget'} & set(sys.modules)))"
+    code = (
+        "import sys, rpcnb; print(*sorted({'numpy', 'tornado', 'IPython', 'asyncio', 'anywidget'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -186,7 +186,7 @@ def test_a_copys_header_and_end_are_one_request() -> None:
 def test_replies_belong_to_requests_in_order() -> None:
     endpoint = client(CallFunc(1), CallFunc(2), CopyFromRemote(META, 4))
     assert receive(endpoint, Return((1, 5)), Raised("boom"), CopyAck(b"abcd")) == Return((1, 5))
-    assert list(endpoint.owed)[0] == CallFunc(2)
+    assert next(iter(endpoint.owed)) == CallFunc(2)
     assert endpoint.state is State.BUSY
     assert endpoint.next_message() == Raised("boom")
     assert endpoint.next_message() == CopyAck()

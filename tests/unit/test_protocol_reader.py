@@ -282,8 +282,16 @@ LIMITED = [
     (Limits(text=100_000), CallFunc(1, ("x" * 100_001, b"y" * 40_000)), "of 100001 bytes exceeds text=100000"),
     (Limits(text=1000), CallFunc(1, ("x" * 1001, b"y" * 140_000)), "text of 1001 bytes exceeds text=1000"),
     (Limits(bytes_argument=150_000), CallFunc(1, (BULK,)), "value of 204800 bytes exceeds bytes_argument=150000"),
-    (Limits(call=150_000), CallFunc(1, ("x" * 70_000,) * 3), "call packet of more than 210036 bytes exceeds call=150000"),
-    (Limits(call=150_000), CallFunc(1, ("x" * 60_000,) * 3), "call packet of more than 180036 bytes exceeds call=150000"),
+    (
+        Limits(call=150_000),
+        CallFunc(1, ("x" * 70_000,) * 3),
+        "call packet of more than 210036 bytes exceeds call=150000",
+    ),
+    (
+        Limits(call=150_000),
+        CallFunc(1, ("x" * 60_000,) * 3),
+        "call packet of more than 180036 bytes exceeds call=150000",
+    ),
     (Limits(args=3), CallFunc(1, (BULK, 1, 2, 3)), "sequence of 4 values exceeds args=3"),
     (Limits(ndim=0), CallFunc(1, (BULK, META)), "tensor of 1 dimensions exceeds ndim=0"),
 ]

@@ -238,7 +238,9 @@ def test_an_absurd_length_waits_and_allocates_nothing(head: str, length: int) ->
     assert decode(bytes.fromhex(head) + struct.pack("<Q", length) + b"abc", 1) == ([], 0)
 
 
-def tensor_bytes(ndim: int, shape: tuple[int, ...], *, kind: tuple[int, int, int] = (2, 32, 1), offset: int = 0) -> bytes:
+def tensor_bytes(
+    ndim: int, shape: tuple[int, ...], *, kind: tuple[int, int, int] = (2, 32, 1), offset: int = 0
+) -> bytes:
     head = struct.pack("<QiiiBBH", 1, 1, 0, ndim, *kind)
     return head + struct.pack(f"<{len(shape)}qQ", *shape, offset)
 

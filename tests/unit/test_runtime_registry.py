@@ -59,13 +59,13 @@ def test_register_func_is_call_and_decorator() -> None:
     rpcnb.remove_global_func("t.second")
     rpcnb.remove_global_func("t.never")
     assert rpcnb.get_global_func("t.second", allow_missing=True) is None
-    with pytest.raises(FunctionNotFound, match="no function is registered as 't.second'"):
+    with pytest.raises(FunctionNotFound, match=r"no function is registered as 't\.second'"):
         rpcnb.get_global_func("t.second")
 
 
 def test_a_taken_name_needs_override() -> None:
     rpcnb.register_func("t.f", len)
-    with pytest.raises(ValueError, match="function 't.f' is registered already; pass override=True to replace it"):
+    with pytest.raises(ValueError, match=r"function 't\.f' is registered already; pass override=True"):
         rpcnb.register_func("t.f", max)
     assert rpcnb.get_global_func("t.f") is len
     rpcnb.register_func("t.f", max, override=True)

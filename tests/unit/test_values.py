@@ -41,7 +41,8 @@ def test_a_data_types_name_is_read_and_written(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "float", "float0", "float256", "quux8", "int8x0", "int8x65536", "int8 ", "float9_e1", "8", "bool0", "boolx0"]
+    "text",
+    ["", "float", "float0", "float256", "quux8", "int8x0", "int8x65536", "int8 ", "float9_e1", "8", "bool0", "boolx0"],
 )
 def test_a_text_that_names_no_data_type_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="names no data type; expected for example 'float32'"):

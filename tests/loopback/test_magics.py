@@ -1,0 +1,164 @@
+"""The magics in a real IPython shell, without a front end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from rpcnb.jupyter.displays import session_html
+from rpcnb.jupyter.sessions import BOOK
+from rpcnb.runtime.registry import Registry
+
+
+@pytest.fixture(scope="module")
+def shell() -> Iterator[Any]:
+    made = InteractiveShell.instance()
+    made.run_line_magic("load_ext", "rpcnb")
+    yield made
+    made.run_line_magic("unload_ext", "rpcnb")
+    if made.history_manager is not None:
+        made.history_manager.end_session()
+    InteractiveShell.clear_instance()
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    BOOK.close_all()
+
+
+class Cell:
+    """Run a cell, and look at what it printed and returned."""
+
+    def __init__(self, shell: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        self.shell = shell
+        self.capsys = capsys
+
+    def __call__(self, source: str) -> Any:
+        outcome = self.shell.run_cell(source)
+        captured = self.capsys.readouterr()
+        self.out, self.err = captured.out, captured.err
+        return outcome.result
+
+
+@pytest.fixture
+def cell(shell: Any, capsys: pytest.CaptureFixture[str]) -> Cell:
+    return Cell(shell, capsys)
+
+
+@pytest.fixture
+def address(serve: Callable[..., Any], registry: Registry) -> str:
+    registry.register("demo.add", lambda a, b: a + b)
+    return str(serve(key="rpi").address)
+
+
+def test_connect_returns_the_session_and_prints_one_line(cell: Cell, address: str) -> None:
+    session = cell(f"%rpc_connect {address} --key rpi")
+    assert session.fn.demo.add(1, 2) == 3
+    assert cell.out.splitlines()[0] == f"connected to {address}, key rpi (rpcnb)"
+
+
+def test_connecting_again_gives_the_same_session_and_new_another(cell: Cell, address: str) -> None:
+    first = cell(f"%rpc_connect {address} --key rpi")
+    assert cell(f"%rpc_connect {address} --key rpi") is first
+    assert cell.out.startswith("still connected")
+    second = cell(f"%rpc_connect {address} --key rpi --new")
+    assert second is not first
+    assert BOOK.current is second
+    first.close()
+    second.close()
+
+
+def test_as_binds_a_variable(cell: Cell, address: str) -> None:
+    assert cell(f"%rpc_connect {address} --key rpi --as board") is None
+    assert cell("board.name") == "board"
+    cell(f"%rpc_connect {address} --key rpi --as 2nd")
+    assert "expects a variable's name" in cell.err
+
+
+def test_sessions_functions_and_close(cell: Cell, address: str) -> None:
+    cell("%rpc_sessions")
+    assert "no session is open" in cell.out
+    cell("%rpc_functions")
+    assert "connect with %rpc_connect" in cell.err
+    session = cell(f"%rpc_connect {address} --key rpi")
+    cell("%rpc_sessions")
+    assert cell.out == f"* {session.name}: {address}, ready\n"
+    cell("%rpc_functions demo.*")
+    assert cell.out == "demo.add\n"
+    cell("%rpc_close")
+    assert cell.out == f"closed {session.name}\n"
+    cell("%rpc_close")
+    assert "no session" in cell.err
+    cell("%rpc_close --all")
+    assert cell.out == "no session was open\n"
+
+
+def test_errors_are_one_line_and_help_is_help(cell: Cell, address: str, caplog: pytest.LogCaptureFixture) -> None:
+    cell("%rpc_connect 127.0.0.1:1")
+    assert cell.err.count("\n") == 1
+    assert "connection refused" in cell.err
+    cell(f"%rpc_connect {address} --key other")
+    assert "wrong key or token" in cell.err
+    assert "wrong key or token" in caplog.text
+    caplog.clear()
+    cell("%rpc_connect --nonsense")
+    assert "unrecognized arguments" in cell.err
+    cell("%rpc_connect --help")
+    assert "--token-file" in cell.out
+
+
+def test_a_token_comes_from_a_file(
+    cell: Cell, serve: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(token="secret-1")
+    (tmp_path / "token").write_text("secret-1\n")
+    session = cell(f"%rpc_connect {server.address} --token-file {tmp_path / 'token'}")
+    assert session.state == "ready"
+    cell(f"%rpc_connect {server.address} --new")
+    assert "wrong key or token" in cell.err
+    assert "secret-1" not in caplog.text
+    caplog.clear()
+
+
+def test_demo_starts_a_board_that_close_all_stops(cell: Cell) -> None:
+    session = cell("%rpc_connect demo")
+    assert session.fn.demo.add(1, 2) == 3
+    board = BOOK.board
+    assert board is not None
+    assert cell("%rpc_connect demo") is session
+    cell("%rpc_close --all")
+    assert not board.alive
+
+
+def test_without_an_address_the_newest_server_of_this_user_is_taken(
+    cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = cell("%rpc_connect")  # none is running: the demo board
+    assert session.server_key == "demo"
+    BOOK.close_all()
+
+
+def test_objects_have_escaped_html(cell: Cell, address: str, shell: Any) -> None:
+    session = cell(f"%rpc_connect {address} --key rpi")
+    session.name = "<script>"
+    assert "&lt;script&gt;" in session_html(session)
+    formatter = shell.display_formatter.formatters["text/html"]
+    for thing in (session, session.get_function("demo.add"), session.empty((2,)), session.call):
+        text = formatter(thing)
+        assert text is None or "<script>" not in text
+    evaluate = session.time_evaluator("demo.add", session.cpu(), number=1)
+    assert "repeats" in formatter(evaluate(1, 2))
+
+
+def test_load_ext_twice_and_unload(cell: Cell, shell: Any) -> None:
+    cell("%reload_ext rpcnb")
+    assert cell.err == ""
+    cell("%unload_ext rpcnb")
+    assert "rpc_connect" not in shell.magics_manager.magics["line"]
+    cell("%load_ext rpcnb")
+    assert "rpc_connect" in shell.magics_manager.magics["line"]
