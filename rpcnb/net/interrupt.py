@@ -14,8 +14,8 @@ loop: there the guard calls the old handler and raises ``CancelledError``.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # the wrapper in `signal` takes 6.5 us a pair, this 0.55 us
-import asyncio
 import os
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,6 +57,7 @@ def _queues_only(handler: Any) -> bool:
 
 def _in_foreign_task() -> bool:
     """Tell whether KeyboardInterrupt would leave through an event loop: in a callback, or not the cell's own task."""
+    asyncio = sys.modules["asyncio"]  # some loop has installed its handler
     try:
         task = asyncio.current_task()
     except RuntimeError:
@@ -143,6 +144,6 @@ class Guard:
             return
         if old is not _DEFAULT and _in_foreign_task():
             old(_SIGINT, None)  # the cell is cancelled as ever
-            raise asyncio.CancelledError("interrupted") from None
+            raise sys.modules["asyncio"].CancelledError("interrupted") from None
         if not interrupted:
             raise KeyboardInterrupt  # it came too late to stop the operation

@@ -198,7 +198,8 @@ class Endpoint(PacketReader):
     def note_answered(self) -> None:
         """Client: note that the only reply that was owed has been read elsewhere (the short way)."""
         self.owed.popleft()
-        self.state = State.IDLE
+        if self.state is State.BUSY:  # not closed by our own shutdown meanwhile
+            self.state = State.IDLE
 
     def send(self, message: Message) -> list[Buffer]:
         """Return the bytes of ``message`` and note it; a refused one changes nothing.

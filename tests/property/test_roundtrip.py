@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rpcnb.errors import RpcError
 from rpcnb.protocol.codes import Code, Limits, Role
 from rpcnb.protocol.endpoint import Endpoint, State
 from rpcnb.protocol.handshake import Handshake, KeyText, hello, key_text
@@ -76,7 +77,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def contents(message: Message) -> tuple[Any, ...]:
-    return tuple(getattr(message, name) for name in type(message).__slots__)  # type: ignore[attr-defined]  # dataclasses
+    return tuple(getattr(message, name) for name in type(message).__slots__)
 
 
 @settings(max_examples=300)
@@ -178,8 +179,6 @@ def test_a_bulk_argument_comes_back_at_any_cut(nbytes: int, kind: str, cuts: lis
 @settings(max_examples=300)
 @given(st.binary(max_size=120), st.sampled_from(Role))
 def test_noise_ends_in_messages_typed_errors_or_waiting(data: bytes, role: Role) -> None:
-    from rpcnb.errors import RpcError
-
     endpoint = Endpoint(role)
     body = struct.pack("<Q", len(data)) + data
     endpoint.receive_data(body)

@@ -476,7 +476,7 @@ def test_discarding_one_copy_leaves_the_one_in_progress_alone() -> None:
     assert endpoint.next_message() is None
     endpoint.discard(requests[1])
     assert feed(endpoint, b"cd" + packet(CopyAck(b"efgh")), 3) == [CopyAck(), CopyAck()]
-    assert (one, other) == (b"abcd", bytes(4))
+    assert (bytes(one), bytes(other)) == (b"abcd", bytes(4))
 
 
 @pytest.mark.parametrize(
