@@ -297,11 +297,12 @@ class Connection:
         servant = self.servant
         assert servant is not None
         hot = self.server.workers.may_wait()
+        passed_on = False
         try:
             try:
                 servant.perform(message)
                 servant.running = None
-                self._keep_hot(servant, hot)
+                passed_on = self._keep_hot(servant, hot)
             finally:
                 if hot:
                     self.server.workers.waited()
@@ -311,21 +312,21 @@ class Connection:
         except Exception:
             log.exception("%s: connection of %s failed", self.server.name, self.peer)
             self.ended = True
-        if servant.running is None:
+        if not passed_on:
             self._give_back(servant)
 
-    def _keep_hot(self, servant: Servant, hot: bool) -> None:
+    def _keep_hot(self, servant: Servant, hot: bool) -> bool:
+        """Serve on in a worker; True if the connection was passed on and may be another's already."""
         endpoint, output = servant.endpoint, servant.output
         while True:
-            servant.advance()
-            if servant.running is not None:
-                return  # passed on
+            if servant.advance():
+                return True
             if output and not self._flush():
-                return
+                return False
             if servant.parked is not None or servant.over or self.ended or not hot:
-                return
+                return False
             if endpoint.payload_left > _PIECE or not self._serve_quickly(servant):
-                return
+                return False
 
     def _serve_quickly(self, servant: Servant) -> bool:
         """Wait for input in a worker, and serve calls the short way; False when the hot time or the stream is over."""

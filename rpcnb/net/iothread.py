@@ -9,22 +9,43 @@ first link that needs it and is a daemon.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import logging
 import os
 import selectors
 import threading
+import time
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rpcnb.net.link import Link
 
-__all__ = ["IO_THREAD", "IOThread"]
+__all__ = ["IO_THREAD", "IOThread", "Timer"]
 
 log = logging.getLogger(__name__)
 
 _FLUSH_EVERY = 0.1
+
+
+class Timer:
+    """Something the I/O thread does at a time, unless it is cancelled."""
+
+    __slots__ = ("at", "function")
+
+    def __init__(self, at: float, function: Callable[[], object]) -> None:
+        self.at = at
+        self.function: Callable[[], object] | None = function
+
+    def cancel(self) -> None:
+        """Forget it."""
+        self.function = None
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.at < other.at
 
 
 class IOThread:
@@ -35,6 +56,8 @@ class IOThread:
         self._thread: threading.Thread | None = None
         self._arrivals: deque[Link] = deque()
         self.watched: weakref.WeakSet[Link] = weakref.WeakSet()  # links whose finalizers may leave work
+        self._calls: deque[Callable[[], object]] = deque()
+        self._timers: list[Timer] = []
         self._wake: int = -1
 
     def _start(self) -> None:
@@ -53,6 +76,22 @@ class IOThread:
         self._arrivals.append(link)
         self._signal()
 
+    def call(self, function: Callable[[], object]) -> None:
+        """Call ``function`` in this thread, soon."""
+        self._start()
+        self._calls.append(function)
+        self._signal()
+
+    def call_at(self, at: float, function: Callable[[], object]) -> Timer:
+        """Call ``function`` when ``time.monotonic()`` is ``at``."""
+        timer = Timer(at, function)
+        self.call(lambda: heapq.heappush(self._timers, timer))
+        return timer
+
+    def is_current(self) -> bool:
+        """Tell whether the caller runs in this thread."""
+        return threading.current_thread() is self._thread
+
     def watch(self, link: Link) -> None:
         """Look after the finalizers of ``link``."""
         self._start()
@@ -68,7 +107,7 @@ class IOThread:
         with selectors.DefaultSelector() as selector:
             selector.register(wake, selectors.EVENT_READ)
             while True:
-                for key, _ in selector.select(_FLUSH_EVERY if self.watched else None):
+                for key, _ in selector.select(self._patience()):
                     if key.data is None:
                         with contextlib.suppress(BlockingIOError):
                             os.read(wake, 4096)
@@ -77,11 +116,29 @@ class IOThread:
                         self._drive(selector, key.data)
                 while self._arrivals:
                     self._drive(selector, self._arrivals.popleft())
+                while self._calls:
+                    self._do(self._calls.popleft())
+                while self._timers and self._timers[0].at <= time.monotonic():
+                    self._do(heapq.heappop(self._timers).function)
                 for link in list(self.watched):
-                    try:
-                        link.housekeeping()
-                    except Exception:  # noqa: PERF203  # one link's trouble is not another's
-                        log.exception("housekeeping of %s failed", link.peer)
+                    self._do(link.housekeeping)
+
+    def _patience(self) -> float | None:
+        """Return how long nothing is to be done."""
+        seconds = _FLUSH_EVERY if self.watched else None
+        if self._timers:
+            left = max(0.0, self._timers[0].at - time.monotonic())
+            seconds = left if seconds is None else min(seconds, left)
+        return seconds
+
+    @staticmethod
+    def _do(function: Callable[[], object] | None) -> None:
+        """Call ``function``; one's trouble is not another's."""
+        try:
+            if function is not None:
+                function()
+        except Exception:
+            log.exception("%s failed in the I/O thread", getattr(function, "__qualname__", function))
 
     def _drive(self, selector: selectors.BaseSelector, link: Link) -> None:
         """Move bytes of an adopted link, and watch it again if more is to come."""

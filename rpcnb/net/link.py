@@ -75,6 +75,8 @@ class Link:
         self.peer = wire.peer
         self.garbage = wire.garbage
         self.dropped = False
+        # Pending operations whose reply has come; resumed by whoever received it, outside the lock.
+        self.ready: deque[Any] = deque()
         self._pumping = False
         self._adopted = False
         self._sleepers: deque[_thread.LockType] = deque()
@@ -204,16 +206,37 @@ class Link:
                             wire.fill()
                     if wire.out:
                         blocked = not wire.flush()
-                    elif not wire.tickets and not self._sleepers:
+                    elif ticket.done and not wire.tickets and not self._sleepers:
                         self._pumping = False  # nothing is owed and nobody waits: the common end
                         break
                     else:
                         blocked = False
+                if self.ready:
+                    self._resume_ready()
                 if guard.hits:
                     guard.check()
         finally:
             if self._pumping:
                 self._leave()
+            if self.ready:
+                self._resume_ready()
+
+    def _resume_ready(self) -> None:
+        """Go on with pending operations whose reply has come; without the lock."""
+        while self.ready:
+            try:
+                operation = self.ready.popleft()
+            except IndexError:
+                return  # another thread was quicker
+            operation.resume()
+
+    def resume_when_done(self, ticket: Ticket, operation: Any) -> bool:
+        """Have ``operation.resume()`` called when ``ticket`` is done; True if it is done already."""
+        with self.wire.lock:
+            if ticket.done:
+                return True
+            ticket.waker = lambda: self.ready.append(operation)
+            return False
 
     def _sleep(self, ticket: Ticket, gate: _thread.LockType, deadline: Deadline, guard: Guard) -> None:
         """Sleep until the ticket is settled or this thread should pump."""
@@ -264,13 +287,20 @@ class Link:
             adopt = self.wire.busy and not self._pumping and not self._adopted and self.wire.ended is None
             if adopt:
                 self._adopted = True
-        if adopt:
+        if adopt or self.ready:
             iothread.IO_THREAD.adopt(self)
 
     # -- in the I/O thread ---------------------------------------------------------------------------------------
 
     def step_in_background(self) -> int:
         """Move bytes if nobody pumps; returns the selector events to wait for, 0 to let the link go."""
+        events = self._step()
+        if self.ready:
+            self._resume_ready()
+            events = events or self._step()  # what they sent
+        return events
+
+    def _step(self) -> int:
         with self.wire.lock:
             if self._pumping or self.wire.ended is not None:
                 self._adopted = False
@@ -280,6 +310,7 @@ class Link:
             if self.wire.ended is not None or not self.wire.busy:
                 self._adopted = False
                 return 0
+            self._adopted = True
             return selectors.EVENT_READ | (selectors.EVENT_WRITE if blocked else 0)
 
     def housekeeping(self) -> None:
@@ -307,6 +338,7 @@ class Link:
                 self._signal()
                 if not self._pumping:
                     self._close_pipe()
+        self._resume_ready()  # pending operations learn that the session is closed
         iothread.IO_THREAD.watched.discard(self)
 
     def _close_pipe(self) -> None:

@@ -61,11 +61,16 @@ class Ticket:
         self.value: Any = None
         self.waker: Callable[[], object] | None = None
 
+    @property
+    def failure(self) -> Exception:
+        """Why there is no reply."""
+        assert self.error is not None
+        return self.error
+
     def result(self) -> Reply:
         """Return the reply, or raise what ended the wait for it."""
         if self.reply is None:
-            assert self.error is not None
-            raise self.error
+            raise self.failure
         return self.reply
 
 

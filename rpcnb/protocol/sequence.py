@@ -98,6 +98,8 @@ def _encode_rare(value: Any, style: Style, parts: list[Buffer], index: int) -> N
     elif isinstance(value, DType):
         parts.append(_DTYPE.pack(5, value[0], value[1], value[2], 0))
     elif isinstance(value, (bytes, bytearray, memoryview)):
+        if isinstance(value, memoryview) and not (value.ndim == value.itemsize == 1 and value.c_contiguous):
+            value = value.tobytes()  # len() must count bytes
         if style is Style.RESULT:
             _encode_bytes(value, _UWORD.pack(9, len(value)), parts)
         else:
@@ -157,7 +159,7 @@ def encode_call_result(value: Value) -> tuple[Value, ...]:
     if isinstance(value, str):
         return (11 if len(value.encode("utf-8", "surrogatepass")) <= 7 else 65, value)
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return (12 if len(value) <= 7 else 66, value)
+        return (12 if memoryview(value).nbytes <= 7 else 66, value)
     for kind, index in ((bool, 2), (Pointer, 4), (int, 1), (float, 3), (DType, 5), (Device, 6)):
         if isinstance(value, kind):
             return (index, value)

@@ -58,6 +58,10 @@ _VOID = Return()
 _CONGESTED = 4 << 20  # bytes of unread replies beyond which no further request is performed
 
 
+# What a subclass may override so that the short way of calls would pass it by.
+_CALLING = ("async_call", "call", "call_plain", "decode_args", "encode_return", "placement")
+
+
 def _nothing() -> None:
     pass
 
@@ -137,24 +141,28 @@ class Servant:
 
     # -- driving -------------------------------------------------------------------------------------------------
 
-    def advance(self) -> None:
+    def advance(self) -> bool:
         """Perform the requests that have arrived, as far as possible now.
+
+        Returns:
+            True if one was passed to where it runs: from then on the conversation may be somebody else's.
 
         Raises:
             RemoteProtocolError: The peer broke the framing; the conversation is over.
         """
         while not self.over and self.parked is None and self.running is None:
             if self.output.size > _CONGESTED:
-                return  # the client does not read its replies; go on when it does
+                return False  # the client does not read its replies; go on when it does
             with self.lock:
                 message = self.endpoint.next_message()
             if message is None:
-                return
+                return False
             if self.route is not None:
                 place = self._placement(message)
                 if place != "any" and self.route(message, place):
-                    return
+                    return True
             self.perform(message)
+        return False
 
     def _placement(self, message: Message) -> str:
         """Tell where a request should be performed: only calls and copies within a device can take long."""
@@ -186,21 +194,21 @@ class Servant:
         Returns:
             The reply, empty if it went to the output; None if the general way must be taken: nothing was called.
         """
-        found = read_call(data, nbytes) if nbytes >= CALL_BYTES and self._calls_plainly else None
-        if found is None:
-            return None
         session = self.session
-        entry = session.table.entry(found[0])  # type: ignore[union-attr]  # a local session
+        found = read_call(data, nbytes) if nbytes >= CALL_BYTES and self._calls_plainly else None
+        if found is None or not isinstance(session, LocalServingSession):  # None once another thread has cancelled
+            return None
+        entry = session.table.entry(found[0])
         if entry is None or entry.kind is not HandleKind.FUNCTION or entry.thing.run != "thread":
             return None
         function = entry.thing
         self.running = function.name
-        token = _SESSION.set(session)  # type: ignore[arg-type]  # a local session
+        token = _SESSION.set(session)
         try:
             result = function.call(*found[1])
             reply = write_result(result)
             if reply is None:
-                self._queue(Return(session.encode_return(result)))  # type: ignore[union-attr]  # likewise
+                self._queue(Return(session.encode_return(result)))
         except (Exception, SystemExit) as error:
             reply = None
             self._queue(self.exception(error))
@@ -435,11 +443,8 @@ class Servant:
             made.shutdown()
         else:
             self.session = made
-            kind = type(made)
-            self._calls_plainly = (
-                isinstance(made, LocalServingSession)
-                and kind.async_call is LocalServingSession.async_call
-                and kind.call is LocalServingSession.call
+            self._calls_plainly = isinstance(made, LocalServingSession) and all(
+                getattr(type(made), name) is getattr(LocalServingSession, name) for name in _CALLING
             )
         return _VOID
 

@@ -210,7 +210,7 @@ Method = TypeVar("Method", bound="Callable[..., None]")
 
 
 def errors_to_done(method: Method) -> Method:
-    """Give what an asynchronous method raises to its ``done``: a subclass may run it late, where nobody would see it."""
+    """Give what an asynchronous method raises to its ``done``: a subclass may run it late, where nobody looks."""
 
     @functools.wraps(method)
     def call(*args: Any) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rpcnb.protocol.flows import Flow
+    from rpcnb.session.pending import Pending
     from rpcnb.values import DType, TensorMeta
 
 __all__ = [
@@ -106,6 +107,12 @@ class RemoteFunction(_Function):
                     return ticket.value
                 return session._ops.wrap(flows.call_result(flows.result_of(ticket.result())))
         return session._run(session._ops.call(self, args), timeout, self.name)
+
+    def submit(self, *args: Any, timeout: float | None = None) -> Pending:
+        """Start a call and return at once; arguments as for a call."""
+        session = self.session
+        pending: Pending = session._submit(session._ops.call(self, args), timeout, self.name)
+        return pending
 
 
 class AsyncRemoteFunction(_Function):

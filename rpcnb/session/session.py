@@ -29,6 +29,7 @@ from rpcnb.net.interrupt import Guard
 from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.protocol.flows import Send, Wait
 from rpcnb.session.base import SessionBase
+from rpcnb.session.pending import Pending, record
 from rpcnb.session.remote import (
     RemoteDevice,
     RemoteFunction,
@@ -86,6 +87,7 @@ class Session(SessionBase):
     def __init__(self, link: Any, key: str, answer: KeyText, timeout: float | None = None) -> None:
         super().__init__(link, key, answer, timeout)
         iothread.IO_THREAD.watch(link)
+        self._pending: dict[int, Pending] = {}
         self._finalizer = weakref.finalize(self, _drop, link)
 
     def _run(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
@@ -94,6 +96,36 @@ class Session(SessionBase):
         deadline = NO_DEADLINE if timeout is None else Deadline(timeout, what)
         with Guard() as guard:
             return run_flow(self._link, flow, deadline, guard)
+
+    @property
+    def pending(self) -> list[Pending]:
+        """Operations that were submitted and have not finished, oldest first."""
+        return list(self._pending.values())
+
+    def submit(
+        self, operation: Callable[..., Any], *args: Any, timeout: float | None = None, **options: Any
+    ) -> Pending:
+        """Start an operation of this session and return at once: ``session.submit(tensor.numpy)``.
+
+        Args:
+            operation: A bound method of this session, or of its functions, tensors or modules.
+            args: Its arguments.
+            timeout: Seconds for the whole operation.
+            options: Its keyword arguments.
+
+        Returns:
+            A :class:`Pending`.
+
+        Raises:
+            TypeError: ``operation`` is not one of this session's.
+        """
+        flow, what = record(self, operation, args, options)
+        return self._submit(flow, timeout, what)
+
+    def _submit(self, flow: Flow[Any], timeout: float | None, what: str) -> Pending:
+        pending = Pending(self, flow, what, self.timeout if timeout is None else timeout)
+        pending.start()
+        return pending
 
     # -- functions -----------------------------------------------------------------------------------------------
 

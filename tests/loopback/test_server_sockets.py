@@ -297,6 +297,15 @@ def test_a_server_lives_on_a_loop_that_is_there(registry: Registry) -> None:
     asyncio.run(main())
 
 
+@pytest.fixture(scope="session")
+def _lasting_loop() -> None:
+    """The process's loop for coroutines of servers without one lasts, with its sockets."""
+    from rpcnb.runtime.tasks import _background_loop
+
+    _background_loop()
+
+
+@pytest.mark.usefixtures("_lasting_loop")
 def test_serve_blocking_serves_one_session_in_the_callers_thread(registry: Registry) -> None:
     from rpcnb.runtime.serving import Environment
 

@@ -32,6 +32,9 @@ from rpcnb.protocol.sequence import Buffer, Style, decode_values, encode_values
 from rpcnb.runtime.arrays import as_wire_array, dtype_of, numpy_dtype, pack, unpack, wire_bytes
 from rpcnb.values import Device, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value, dtype
 
+settings.register_profile("rpcnb", deadline=None)  # a busy machine is no failure
+settings.load_profile("rpcnb")
+
 U64 = st.integers(0, (1 << 64) - 1)
 I64 = st.integers(-(1 << 63), (1 << 63) - 1)
 I32 = st.integers(-(1 << 31), (1 << 31) - 1)
@@ -39,7 +42,9 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 DTYPES = st.builds(DType, st.integers(0, 255), st.integers(1, 255), st.integers(1, 65535))
 DEVICES = st.builds(Device, I32, I32)
 SHAPES = st.lists(st.integers(0, 1000), max_size=5).map(tuple)
-TENSORS = st.builds(TensorMeta, U64, DEVICES, SHAPES, DTYPES, st.integers(0, (1 << 63) - 1))
+TENSORS = st.builds(TensorMeta, U64, DEVICES, SHAPES, DTYPES, st.integers(0, (1 << 63) - 1)).filter(
+    lambda meta: meta.nbytes < 1 << 63  # larger ones are refused
+)
 SCALARS = st.one_of(st.none(), st.booleans(), I64, st.floats(), U64.map(Pointer), DTYPES, DEVICES)
 VALUES = st.one_of(
     SCALARS,
@@ -163,7 +168,7 @@ def test_a_copys_data_comes_through_at_any_cut(data: bytes, meta: TensorMeta, cu
     assert back == data
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1 << 16, 1 << 18), st.sampled_from(["bytes", "text"]), CUTS)
 def test_a_bulk_argument_comes_back_at_any_cut(nbytes: int, kind: str, cuts: list[int]) -> None:
     bulk: Value = bytes(nbytes) if kind == "bytes" else "x" * nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from typing import Any
 
 import pytest
@@ -136,6 +137,23 @@ def test_a_nan_keeps_its_payload() -> None:
 @pytest.mark.parametrize("value", [bytearray(b"abc"), memoryview(b"abc")])
 def test_other_buffers_travel_as_bytes(value: bytearray | memoryview) -> None:
     assert encode((value,)) == encode((b"abc",))
+
+
+@pytest.mark.parametrize("style", Style)
+@pytest.mark.parametrize(
+    "view",
+    [
+        memoryview(array("i", [1, 2, 3])),
+        memoryview(bytes(12)).cast("B", (3, 4)),
+        memoryview(bytes(range(24)))[::2],
+        memoryview(bytes(200_000))[::2],
+    ],
+    ids=["items of 4 bytes", "two dimensions", "every other byte", "every other of many"],
+)
+def test_a_view_of_anything_travels_as_its_bytes(view: memoryview, style: Style) -> None:
+    data = view.tobytes()
+    assert encode((view,), style) == encode((data,), style)
+    assert encode_call_result(view)[0] == 66  # type: ignore[arg-type]  # what a function may return all the same
 
 
 def test_subclasses_travel_as_what_they_are() -> None:

@@ -44,7 +44,8 @@ class Board(DeviceAPI):
         return index == 0
 
     def attribute(self, index: int, name: str) -> int | str | None:
-        return {"device_name": "board", "warp_size": 4}.get(name)
+        known: dict[str, int | str] = {"device_name": "board", "warp_size": 4}
+        return known.get(name)
 
     def allocate(self, device: Device, nbytes: int, alignment: int, scope: str) -> Memory:
         self.log.append((nbytes, alignment, scope))
@@ -152,7 +153,8 @@ def test_a_plug_in_that_is_no_device_api_is_named() -> None:
 
 
 def test_the_base_class_refuses_what_it_cannot_do_and_needs_no_streams() -> None:
-    api, memory, done = DeviceAPI(), Memory(CUDA, 4, None), []
+    done: list[Any] = []
+    api, memory = DeviceAPI(), Memory(CUDA, 4, None)
     for act in (
         lambda: api.allocate(CUDA, 1, 1, "global"),
         lambda: api.copy_in(memory, 0, memoryview(b""), None, done.append),
@@ -163,6 +165,7 @@ def test_the_base_class_refuses_what_it_cannot_do_and_needs_no_streams() -> None
             act()
     api.free(memory)
     api.set_device(CUDA)
+    assert api.exists(3)
     api.free_stream(CUDA, None)
     api.set_stream(CUDA, None)
     api.synchronize(CUDA, None, done.append)

@@ -481,3 +481,31 @@ def test_a_slow_device_overrides_four_methods(by_registry: bool) -> None:
     assert QUEUE == []
     assert into == b"abcd"
     client.send(Shutdown())
+
+
+def test_what_a_slow_device_raises_late_is_answered() -> None:
+    client = Client(Environment(local_session=SlowDevice))
+    meta, fails = client.tensor((4,)), client.find("rpc.test.except")
+    client.free_data(meta)
+    absent = Device(2)
+    for request, text in (
+        (CallFunc(fails, ("no",)), "no"),
+        (CallFunc(77), "handle 0x4d was never issued in this session"),
+        (CopyToRemote(meta, 4, b"abcd"), f"handle {meta.data:#x} was freed before"),
+        (CopyFromRemote(meta, 4), f"handle {meta.data:#x} was freed before"),
+        (
+            Syscall(Code.DEV_STREAM_SYNC, (absent, NULL)),
+            "Check failed: (allow_missing) is false: Device API cuda is not enabled.",
+        ),
+    ):
+        if isinstance(request, (CopyToRemote, CopyFromRemote)):
+            assert client.error(request).text == text  # refused before it is begun
+            assert QUEUE == []
+            continue
+        client.send(request)
+        function, args = QUEUE.pop()
+        function(*args)
+        reply = client.reply()
+        assert isinstance(reply, Raised)
+        assert reply.text == text
+    client.send(Shutdown())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from runtime_wire import BOTH, Client, Loop, handle_of, packet
 
+import rpcnb
 from rpcnb.protocol.codes import Code, Role
 from rpcnb.protocol.endpoint import Endpoint
 from rpcnb.protocol.messages import (
@@ -26,7 +27,7 @@ from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import Registry
 from rpcnb.runtime.servant import Servant
 from rpcnb.runtime.serving import Environment, ServingSession
-from rpcnb.values import CPU, NULL, Pointer, TensorMeta, dtype
+from rpcnb.values import CPU, NULL, Device, Pointer, TensorMeta, dtype
 
 EXISTS = Syscall(Code.DEV_GET_ATTR, (CPU, 0))
 VOID = Return((None,))
@@ -392,7 +393,8 @@ def test_a_plain_servant_serves_a_synchronous_session() -> None:
 
 def test_calls_and_copies_within_a_device_are_offered_to_the_route(registry: Registry) -> None:
     for run in ("thread", "loop", "kernel"):
-        registry.register(run, lambda: 1, run=run)  # type: ignore[arg-type]  # the three words
+        place: Any = run
+        registry.register(run, lambda: 1, run=place)
     taken: list[tuple[Message, str]] = []
     keep = [False]
 
@@ -430,6 +432,96 @@ def test_calls_and_copies_within_a_device_are_offered_to_the_route(registry: Reg
     assert driver.reply() == Return((1, 1))
     assert driver.client.next_message() == Return((1,))
     driver.servant.cancel()
+
+
+def short(client: Client, handle: int, *args: Any) -> Any:
+    """What the short way makes of a call."""
+    data = packet(CallFunc(handle, args))
+    return client.servant.call_quickly(memoryview(data), len(data))
+
+
+def test_the_short_way_answers_plain_calls_with_the_same_bytes(registry: Registry) -> None:
+    registry.register("root", lambda: rpcnb.workpath())
+    client = Client(Environment(registry=registry))
+    addone, echo = client.find("rpc.test.addone"), client.find("testing.echo")
+    assert short(client, addone, 41) == packet(Return((1, 42)))
+    assert short(client, echo) == packet(Return((0, None)))
+    assert short(client, client.find("root"))[-20:] == str(client.local.files.root).encode()[-20:]
+    assert client.servant.running is None
+    assert not client.servant.output
+    client.send(Shutdown())
+
+
+def test_the_short_way_queues_other_results_and_errors(registry: Registry) -> None:
+    def leave() -> None:
+        raise SystemExit(3)
+
+    registry.register("bytes", lambda: b"x")
+    registry.register("huge", lambda: 1 << 64)
+    registry.register("no_device", lambda: Device(1 << 40))
+    registry.register("leave", leave)
+    client = Client(Environment(registry=registry))
+    expected = (
+        ("bytes", Return((12, b"x"))),
+        ("huge", Raised("the int result of 65 bits does not fit the wire's 64 signed bits")),
+        ("no_device", Raised("'i' format requires -2147483648 <= number <= 2147483647")),
+        ("leave", Raised("3")),
+    )
+    for name, reply in expected:
+        handle = client.find(name)
+        client.chunks.clear()
+        assert short(client, handle) == b""
+        client.feed()
+        assert client.chunks == [packet(reply)]
+    client.send(Shutdown())
+
+
+def test_the_short_way_leaves_everything_else_to_the_general_one(registry: Registry) -> None:
+    async def coroutine() -> None: ...
+
+    registry.register("coroutine", coroutine)
+    registry.register("loop", len, run="loop")
+    client = Client(Environment(registry=registry))
+    addone, thing = client.find("rpc.test.addone"), handle_of(client.call("ffi.Shape", 1))
+    for handle in (client.find("coroutine"), client.find("loop"), thing, 5):
+        assert short(client, handle) is None
+    assert short(client, addone, b"bytes") is None
+    assert client.servant.call_quickly(memoryview(b"12345678"), 8) is None
+    client.servant.session = None  # another thread has just cancelled
+    assert short(client, addone, 1) is None
+
+
+@pytest.mark.parametrize("name", ["call", "async_call", "encode_return", "placement"])
+def test_a_subclass_that_overrides_calling_is_never_passed_by(name: str) -> None:
+    def overridden(self: Any, *args: Any) -> Any:
+        return getattr(LocalServingSession, name)(self, *args)
+
+    client = Client(Environment(local_session=type("Sub", (LocalServingSession,), {name: overridden})))
+    handle = client.find("rpc.test.addone")
+    assert short(client, handle, 1) is None
+    assert client.call(handle, 1) == (1, 2)
+    client.send(Shutdown())
+    assert short(Client(init=None), handle, 1) is None
+
+
+def test_the_short_way_after_the_end_says_nothing(registry: Registry) -> None:
+    clients: list[Client] = []
+
+    def end() -> int:
+        clients[0].servant.cancel()
+        return 1
+
+    def end_large() -> bytes:
+        clients[0].servant.cancel()
+        return b"x"
+
+    registry.register("end", end)
+    registry.register("end_large", end_large)
+    for name in ("end", "end_large"):
+        clients[:] = [Client(Environment(registry=registry))]
+        handle = clients[0].find(name)
+        assert short(clients[0], handle) == b""
+        assert not clients[0].servant.output
 
 
 def test_requests_are_described_for_people() -> None:

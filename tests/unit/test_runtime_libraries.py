@@ -1,0 +1,438 @@
+"""Compiled libraries: the pieces here, whole libraries in processes of their own (loading is process-wide)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rpcnb.errors import LibraryError
+from rpcnb.runtime import libraries
+from rpcnb.runtime.libraries import (
+    FFIModule,
+    find_ffi_global,
+    link_library,
+    load_library,
+)
+from rpcnb.runtime.serving import Module
+from rpcnb.values import Device, DType, Pointer
+
+# One exported function, and slots as TVM's code generator leaves them: null until somebody fills them.
+SOURCE = """
+#include <stdint.h>
+typedef struct { int32_t t, z; union { int64_t i; double d; void* p; }; } A;
+typedef struct { void* sync; int32_t count; } Env;
+EXTRA
+int __tvm_ffi_inc(void* s, A* a, int n, A* r) { r->t = 1; r->z = 0; r->i = a[0].i + 1; return 0; }
+"""
+SLOTS = """
+void* (*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int);
+int (*__TVMBackendFreeWorkspace)(int, int, void*);
+int (*__TVMBackendParallelLaunch)(int (*)(int, Env*, void*), void*, int);
+int (*__TVMBackendParallelBarrier)(int, Env*);
+static int64_t total[64];
+static int body(int task, Env* env, void* closure) {
+  total[task] = *(int64_t*)closure * env->count;
+  return __TVMBackendParallelBarrier(task, env);
+}
+int __tvm_ffi_work(void* s, A* a, int n, A* r) {
+  int64_t* x = __TVMBackendAllocWorkspace(1, 0, 8, 0, 64);
+  if (!x || (uintptr_t)x % 64) return -1;
+  *x = a[0].i;
+  if (__TVMBackendParallelLaunch(body, x, 0)) return -1;
+  r->t = 1; r->z = 0; r->i = total[0];
+  return __TVMBackendFreeWorkspace(1, 0, x);
+}
+"""
+NULL_SLOT = 'void* (*__TVMBackendNobodyHasThis)(int);\nconst char* text = "x\\0__TVMIsOnlyText";'
+
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a compiler")
+
+
+def compile_to(target: Path, extra: str = "", *flags: str) -> Path:
+    source = target.with_suffix(".c")
+    source.write_text(SOURCE.replace("EXTRA", extra))
+    subprocess.run(["gcc", *(flags or ("-shared",)), "-fPIC", "-O1", "-o", str(target), str(source)], check=True)
+    return target
+
+
+def in_a_process(path: Path, lines: str, **environment: str) -> str:
+    """Run ``lines`` with ``path`` and ``load_library`` in a process of its own; returns its last line."""
+    program = f"from pathlib import Path\nfrom rpcnb.runtime.libraries import *\npath = Path({str(path)!r})\n{lines}"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        timeout=50,
+    )
+    return (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+# -- whole libraries -------------------------------------------------------------------------------------------------
+
+
+def test_a_library_is_loaded_and_its_function_called(tmp_path: Path) -> None:
+    path = compile_to(tmp_path / "m.so")
+    lines = "module = load_library(path)\nprint(module.get_function('inc')(41), module.get_function('nope'))"
+    assert in_a_process(path, lines) == "42 None"
+
+
+def test_workspaces_and_parallel_loops_run_without_tvm(tmp_path: Path) -> None:
+    path = compile_to(tmp_path / "m.so", SLOTS)
+    cores = len(os.sched_getaffinity(0))
+    assert in_a_process(path, "print(load_library(path).get_function('work')(7))") == str(7 * cores)
+
+
+def test_a_library_with_a_slot_that_nobody_fills_is_refused_by_name(tmp_path: Path) -> None:
+    path = compile_to(tmp_path / "m.so", NULL_SLOT)
+    assert in_a_process(path, "load_library(path)").endswith(
+        "library m.so calls __TVMBackendNobodyHasThis, which this server does not provide"
+    )
+
+
+def test_an_object_file_is_linked_and_loaded(tmp_path: Path) -> None:
+    path = compile_to(tmp_path / "m.o", "", "-c")
+    assert in_a_process(path, "print(load_library(path).get_function('inc')(1))") == "2"
+
+
+# -- loading, in pieces ----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_library_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LibraryError, match=r"cannot load m\.so: no such file; upload it first"):
+        load_library(tmp_path / "m.so")
+
+
+def test_without_the_ffi_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.so").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "tvm_ffi", None)
+    with pytest.raises(LibraryError, match=r"needs apache-tvm-ffi: pip install 'rpcnb\[tvm\]'"):
+        load_library(tmp_path / "m.so")
+    assert find_ffi_global("ffi.Shape") is None
+
+
+class FakeModule:
+    """A module of the FFI, as far as it is used."""
+
+    kind = "library"
+
+    def __init__(self, functions: dict[str, Any] | None = None, raises: bool = False) -> None:
+        self.functions = functions or {}
+        self.raises = raises
+        self.imported: list[Any] = []
+
+    def get_function(self, name: str, query_imports: bool) -> Any:
+        if self.raises and name not in self.functions:
+            raise AttributeError(name)
+        return self.functions.get(name)
+
+    def import_module(self, child: Any) -> None:
+        self.imported.append(child)
+
+
+@pytest.fixture
+def ffi(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stand-in for tvm_ffi that loads anything."""
+    loaded: list[tuple[str, bool]] = []
+
+    def load_module(path: str, keep_module_alive: bool) -> FakeModule:
+        loaded.append((path, keep_module_alive))
+        return FakeModule()
+
+    libinfo = SimpleNamespace(find_libtvm_ffi=lambda: "libtvm_ffi")
+    fake = SimpleNamespace(loaded=loaded, load_module=load_module, libinfo=libinfo)
+    monkeypatch.setattr(libraries, "_ffi", lambda: fake)
+    return fake
+
+
+def test_a_file_is_linked_registered_loaded_and_checked_by_its_absolute_path(
+    ffi: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(libraries, "_install_backend", lambda: order.append(f"backend before {len(ffi.loaded)}"))
+    path = compile_to(tmp_path / "m.o", NULL_SLOT.split("\n")[1], "-c")
+    monkeypatch.chdir(tmp_path)
+    module = load_library(Path("m.o"))
+    assert isinstance(module, FFIModule)
+    assert ffi.loaded == [(str(path) + ".so", True)]
+    assert order == ["backend before 0"]
+    null = compile_to(tmp_path / "null.so", NULL_SLOT)
+    with pytest.raises(LibraryError, match="calls __TVMBackendNobodyHasThis, which this server does not provide"):
+        load_library(null)
+
+
+def test_a_file_that_is_no_library_is_refused_with_the_loaders_words(
+    ffi: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, keep_module_alive: bool) -> None:
+        raise RuntimeError("file too short\nand a long story")
+
+    ffi.load_module = refuse
+    monkeypatch.setattr(libraries, "_install_backend", lambda: None)
+    (tmp_path / "m.so").write_bytes(b"no library")
+    with pytest.raises(LibraryError, match=r"^cannot load m\.so: file too short$"):
+        load_library(tmp_path / "m.so")
+
+
+def test_a_slot_that_is_filled_passes(tmp_path: Path) -> None:
+    filled = "static int x; void* __TVMBackendFilled = &x;"
+    libraries._check_slots(compile_to(tmp_path / "m.so", filled))
+
+
+# -- linking ---------------------------------------------------------------------------------------------------------
+
+
+def test_libraries_pass_as_they_are() -> None:
+    for suffix in (".so", ".dylib", ".dll"):
+        assert link_library(Path("m" + suffix)) == Path("m" + suffix)
+
+
+def archive(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+        folder = tarfile.TarInfo("folder.o")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    return path
+
+
+def test_an_archive_is_linked_under_names_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    data = compile_to(tmp_path / "m.o", "", "-c").read_bytes()
+    path = archive(tmp_path / "lib.tar", {"../../evil.o": data, "readme.txt": b"text"})
+    linked = link_library(path)
+    assert linked == tmp_path / "lib.tar.so"
+    assert ctypes.CDLL(str(linked))["__tvm_ffi_inc"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["lib.tar", "lib.tar.so", "m.c", "m.o"]
+    assert not (tmp_path.parent.parent / "evil.o").exists()
+
+
+def test_an_archive_without_objects_or_broken_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LibraryError, match=r"archive a\.tar holds no object files"):
+        link_library(archive(tmp_path / "a.tar", {"readme.txt": b"text"}))
+    (tmp_path / "b.tar").write_bytes(b"no archive at all")
+    with pytest.raises(LibraryError, match=r"cannot read b\.tar"):
+        link_library(tmp_path / "b.tar")
+
+
+def test_the_compilers_last_words_are_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.o").write_bytes(b"no object")
+    with pytest.raises(LibraryError, match=r"cannot link bad\.o: .*ld"):
+        link_library(tmp_path / "bad.o")
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(LibraryError, match=r"cannot link bad\.o: no message"):
+        link_library(tmp_path / "bad.o")
+
+
+def test_without_a_compiler_linking_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.o").write_bytes(b"")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(LibraryError, match="linking needs a C\\+\\+ compiler on the server"):
+        link_library(tmp_path / "m.o")
+
+
+# -- the callbacks of compiled code ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[libraries._Backend]:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    backend = libraries._Backend()
+    yield backend
+    backend._pool.shutdown()
+
+
+def test_workspaces_are_aligned_and_freed(backend: libraries._Backend) -> None:
+    address = backend._allocate(1, 0, 100, 2, 32)
+    assert address is not None
+    assert address % 64 == 0
+    ctypes.memset(address, 7, 100)
+    assert backend._free(1, 0, address) == 0
+    assert backend._workspaces == {}
+    assert backend._free(1, 0, None) == 0
+    assert backend._allocate(1, 0, 1 << 62, 2, 32) is None
+
+
+Task = Callable[[int, int, int | None], int]
+
+
+def launch(backend: libraries._Backend, task: Task, tasks: int) -> int:
+    function = libraries._LAMBDA(task)
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return backend._launch(address, None, tasks)
+
+
+def test_tasks_run_in_parallel_and_meet_at_the_barrier(backend: libraries._Backend) -> None:
+    seen: list[tuple[int, str]] = []
+
+    def task(index: int, environment: int, closure: int | None) -> int:
+        count = libraries._ParallelEnv.from_address(environment).num_task
+        assert count == 2
+        backend._barrier(index, environment)
+        seen.append((index, threading.current_thread().name.partition("_")[0]))
+        return 0
+
+    assert launch(backend, task, 0) == 0
+    assert sorted(index for index, _ in seen) == [0, 1]
+    assert "rpcnb-parallel" in {name for _, name in seen}
+    assert backend._barriers == {}
+    assert backend._barrier(0, 12345) == 0
+
+
+def test_a_task_that_fails_fails_the_launch(backend: libraries._Backend) -> None:
+    assert launch(backend, lambda index, environment, closure: -index, 2) == -1
+    assert launch(backend, lambda index, environment, closure: 3, 1) == 3
+
+
+def test_nested_and_oversized_launches_run_one_after_the_other(backend: libraries._Backend) -> None:
+    names: list[str] = []
+
+    def inner(index: int, environment: int, closure: int | None) -> int:
+        names.append(threading.current_thread().name)
+        return 0
+
+    def outer(index: int, environment: int, closure: int | None) -> int:
+        return launch(backend, inner, 2)
+
+    assert launch(backend, outer, 2) == 0
+    assert len(names) == 4
+    names.clear()
+    assert launch(backend, inner, 5) == 0
+    assert names == [threading.current_thread().name] * 5
+
+
+def test_where_affinity_is_unknown_the_cpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    backend = libraries._Backend()
+    assert backend._workers == 1
+    backend._pool.shutdown()
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_callbacks_are_registered_under_both_names(
+    ffi: SimpleNamespace, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: list[bytes] = []
+
+    class Register:
+        def __call__(self, symbol: bytes, pointer: Any) -> int:
+            assert pointer.value
+            registered.append(symbol)
+            return status
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(TVMFFIEnvModRegisterContextSymbol=Register()))
+    monkeypatch.delitem(sys.modules, "tvm", raising=False)
+    install = libraries._install_backend.__wrapped__
+    if status:
+        with pytest.raises(LibraryError, match="apache-tvm-ffi refused the symbol TVMBackendAllocWorkspace"):
+            install()
+        return
+    backend = install()
+    assert backend is not None
+    assert len(registered) == 8
+    assert {b"TVMBackendParallelLaunch", b"__TVMBackendParallelLaunch"} <= set(registered)
+    backend._pool.shutdown()
+
+
+def test_tvms_own_runtime_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tvm", SimpleNamespace())
+    assert libraries._install_backend.__wrapped__() is None
+
+
+# -- modules and values ----------------------------------------------------------------------------------------------
+
+
+def test_a_library_module_finds_its_functions_and_those_of_imports() -> None:
+    module = FFIModule(FakeModule({"f": lambda x: x + 1}, raises=True))
+    other, python = FakeModule({"g": len}), Module({"h": lambda: "python"})
+    module.import_module(FFIModule(other))
+    module.import_module(python)
+    found = module.get_function("f")
+    assert found is not None
+    assert found(1) == 2
+    assert module.module.imported == [other]
+    python_function = module.get_function("h", True)
+    assert python_function is not None
+    assert python_function() == "python"
+    assert module.get_function("h") is None
+    assert FFIModule(other).get_function("nothing", True) is None
+
+
+def test_globals_of_the_ffi_are_called_with_our_values() -> None:
+    echo = find_ffi_global("testing.echo")
+    assert echo is not None
+    assert find_ffi_global("no.such.function") is None
+    for value in (None, True, 5, 2.5, "text", b"bytes", "a longer text", b"and longer bytes"):
+        got = echo(value)
+        assert got == value
+        assert type(got) is type(value)
+
+
+def test_arrays_go_in_and_come_back_without_a_copy() -> None:
+    echo = find_ffi_global("testing.echo")
+    assert echo is not None
+    array = np.arange(6, dtype="float32").reshape(2, 3)
+    back = echo(array)
+    assert np.shares_memory(back, array)
+    assert back.tolist() == array.tolist()
+    read_only = np.frombuffer(b"abcd", np.uint8)
+    assert echo(read_only).tobytes() == b"abcd"
+
+
+def test_an_array_that_compiled_code_cannot_take_is_named() -> None:
+    echo = find_ffi_global("testing.echo")
+    assert echo is not None
+    with pytest.raises(LibraryError, match="an array of type >i4 cannot be passed to compiled code"):
+        echo(np.zeros(2, ">i4"))
+    with pytest.raises(LibraryError, match="an array of type bfloat16 cannot be passed"):
+        echo(np.zeros(2, ml_dtypes.bfloat16))
+
+
+def test_functions_dtypes_devices_modules_and_pointers_are_translated() -> None:
+    import tvm_ffi
+
+    assert str(libraries._to_ffi(DType(2, 32, 4))) == "float32x4"
+    device = libraries._to_ffi(Device(1, 0))
+    assert isinstance(device, tvm_ffi.Device)
+    fake = FakeModule()
+    assert libraries._to_ffi(FFIModule(fake)) is fake
+    pointer = libraries._to_ffi(Pointer(64))
+    assert (type(pointer), pointer.value) == (ctypes.c_void_p, 64)
+    thing = object()
+    assert libraries._to_ffi(thing) is thing
+    function = tvm_ffi.get_global_func("testing.echo")
+    assert libraries._from_ffi(function)(5) == 5
+    assert libraries._from_ffi(thing) is thing
+
+
+def test_a_module_result_is_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing:
+        pass
+
+    fake = SimpleNamespace(Tensor=Nothing, Function=Nothing, Module=FakeModule)
+    monkeypatch.setattr(libraries, "_ffi", lambda: fake)
+    module = FakeModule()
+    found = libraries._from_ffi(module)
+    assert isinstance(found, FFIModule)
+    assert found.module is module
