@@ -332,11 +332,11 @@ class Connection:
         """Wait for input in a worker, and serve calls the short way; False when the hot time or the stream is over."""
         endpoint, receive, send = servant.endpoint, self.sock.recv_into, self.sock.send
         quickly = servant.call_quickly
-        while True:
-            idle = endpoint.idle
-            view = endpoint.get_buffer()
+        idle = endpoint.idle
+        view = endpoint.get_buffer()[:_PIECE]
+        while True:  # what is served here leaves the endpoint as it is, so the view stays good
             try:
-                count = receive(view, min(len(view), _PIECE))
+                count = receive(view)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError:
@@ -348,14 +348,16 @@ class Connection:
             if reply is None:
                 endpoint.received(count)
                 return True
-            if reply:
-                try:
-                    sent = send(reply, _NOW)
-                except OSError:
-                    sent = 0  # the general way finds out why
-                if sent < len(reply):
-                    servant.output.add([memoryview(reply)[sent:]])
-            if servant.output or servant.over:
+            if not reply:
+                return True  # it went to the output
+            try:
+                sent = send(reply, _NOW)
+            except OSError:
+                sent = 0  # the general way finds out why
+            if sent < len(reply):
+                servant.output.add([memoryview(reply)[sent:]])
+                return True
+            if servant.over:
                 return True
 
     def _completed(self) -> None:

@@ -152,11 +152,10 @@ class Link:
             with wire.lock:
                 if self._pumping or wire.garbage or not wire.alone:
                     return None
-                ticket = wire.queue_call(handle, args, packet)
-                blocked = not wire.flush()
+                ticket = wire.send_call(handle, args, packet)
                 self._pumping = True
             try:
-                self._pump(ticket, blocked, NO_DEADLINE, guard)
+                self._pump(ticket, bool(wire.out), NO_DEADLINE, guard)
                 if not ticket.done:
                     self.wait(ticket, NO_DEADLINE, guard)
             except BaseException:

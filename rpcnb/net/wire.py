@@ -122,16 +122,25 @@ class Wire:
     @property
     def alone(self) -> bool:
         """Tell whether nothing is owed, nothing is to be sent, and the connection lives."""
-        return not self.tickets and not self.out and self.ended is None and self.endpoint.idle
+        return not self.tickets and not self.out and self.ended is None
 
-    def queue_call(self, handle: int, args: tuple[Any, ...], packet: bytes) -> Ticket:
-        """Queue a call whose packet has been made by the short way."""
+    def send_call(self, handle: int, args: tuple[Any, ...], packet: bytes) -> Ticket:
+        """Send a call whose packet has been made by the short way; nothing else waits to be sent."""
         request = CallFunc(handle, args)
         self.endpoint.note_sent(request)
         ticket = Ticket(request)
         ticket.value = NOT_PLAIN
         self.tickets.append(ticket)
-        self.out.append((packet, None))
+        try:
+            sent = self._send(packet)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            self._drain_then_fail(error)
+            return ticket
+        self.bytes_sent += sent
+        if sent < len(packet):
+            self.out.append((memoryview(packet)[sent:], None))
         return ticket
 
     def queue_garbage(self) -> None:
@@ -224,8 +233,8 @@ class Wire:
                     ticket.waker()
                 elif ticket.abandoned and ticket.request is not None:
                     self.garbage.extend(undo(ticket.request, ticket.result()))
-                if not self.tickets:
-                    return
+                if not self.tickets and not endpoint.buffered:
+                    return  # behind the last reply there may be the word that the session's time is over
         except RpcError as error:
             self.fail(error)
 

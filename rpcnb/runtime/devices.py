@@ -169,9 +169,7 @@ class CPUDevice(DeviceAPI):
     device_type = 1
 
     def attribute(self, index: int, name: str) -> int | str | None:
-        """Return 1 for existence and the bytes of RAM for the total memory."""
-        if name == "exist":
-            return 1
+        """Return the bytes of RAM for the total memory."""
         if name == "total_global_memory":
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return None

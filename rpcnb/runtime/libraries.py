@@ -221,7 +221,7 @@ def _extract(path: Path, folder: Path) -> list[Path]:
                     target.write_bytes(source.read())
                     objects.append(target)
     except tarfile.TarError as error:
-        raise LibraryError(f"cannot read {path.name}: {error}") from error
+        raise LibraryError(f"cannot read {path.name}: {str(error).splitlines()[0].rstrip(':')}") from error
     if not objects:
         raise LibraryError(f"archive {path.name} holds no object files")
     return objects

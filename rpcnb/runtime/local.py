@@ -161,14 +161,25 @@ class LocalServingSession(ServingSession):
         function: ServedFunction = entry.thing  # type: ignore[union-attr]  # find has raised
         if function.kind != "plain":
             return None
-        if args:
-            args = self.decode_args(args)  # type: ignore[assignment]  # what a function gets
+        values = self.decode_args(args) if args else args
+        held = self._hold(values) if values is not args else ()
         token = _SESSION.set(self)
         try:
-            result = function.call(*args)
+            return self.encode_return(function.call(*values))
         finally:
             _SESSION.reset(token)
-        return self.encode_return(result)
+            for memory in held:
+                self._drop(memory)
+
+    def _hold(self, values: Sequence[Any]) -> list[Memory]:
+        """Keep the devices' memory among arguments until the call has ended, even if the session ends before."""
+        held = [value.memory for value in values if isinstance(value, DeviceTensor)]
+        if held:
+            with self._lock:
+                for memory in held:
+                    if memory in self._uses:
+                        self._uses[memory] += 1
+        return held
 
     @errors_to_done
     def async_call(self, handle: int, args: tuple[Value, ...], done: Done) -> None:
@@ -179,9 +190,18 @@ class LocalServingSession(ServingSession):
             return
         function = self._function(handle)
         arguments = self.decode_args(args)
-        if function.kind == "coroutine":
-            self._start(function, arguments, done)
-            return
+        held = self._hold(arguments)
+        if held:
+            done = _Releasing(done, self._drop, held)
+        try:
+            if function.kind == "coroutine":
+                self._start(function, arguments, done)
+            else:
+                self._call_back(function, arguments, done)
+        except (Exception, SystemExit) as error:
+            done.error(error)
+
+    def _call_back(self, function: ServedFunction, arguments: Sequence[Any], done: Done) -> None:
         token = _SESSION.set(self)
         try:
             function.call(Callback(done, self.encode_return), *arguments)
@@ -503,6 +523,36 @@ class _Waiter:
         if self._error is not None:
             raise self._error
         return self._result
+
+
+class _Releasing:
+    """A completion after which what the operation used is given up, once."""
+
+    __slots__ = ("_done", "_drop", "_held")
+
+    def __init__(self, done: Done, drop: Callable[[Memory], None], held: list[Memory]) -> None:
+        self._done = done
+        self._drop = drop
+        self._held: list[Memory] | None = held
+
+    @property
+    def cancelled(self) -> bool:
+        return self._done.cancelled
+
+    def __call__(self, result: Any = None) -> None:
+        self._end(self._done, result)
+
+    def error(self, error: BaseException) -> None:
+        self._end(self._done.error, error)
+
+    def _end(self, complete: Callable[[Any], object], outcome: Any) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            try:
+                complete(outcome)
+            finally:
+                for memory in held:
+                    self._drop(memory)
 
 
 class _Ended:

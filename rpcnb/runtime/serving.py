@@ -23,7 +23,7 @@ import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from rpcnb.errors import InvalidHandle, ResultError
+from rpcnb.errors import InvalidHandle, ResultError, SessionClosed
 from rpcnb.protocol.codes import Code, Limits
 from rpcnb.protocol.messages import Raised
 from rpcnb.runtime.registry import REGISTRY, Registered, Registry
@@ -193,6 +193,7 @@ class Callback:
     def __call__(self, result: Any = None) -> None:
         """Complete the call with ``result``; what cannot be encoded becomes one remote exception."""
         if self._done.cancelled:
+            self._done.error(SessionClosed("nobody waits for the result any more"))  # what the call used is given up
             return
         try:
             values = self._encode(result)

@@ -95,7 +95,8 @@ class Peer:
         """Kill the child and everything it has started (stock servers are processes of their own)."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self._process.pid)
-            family = [process, *process.children(recursive=True)]
+            process.suspend()  # so that it starts nothing while its family is looked up
+            family = [*process.children(recursive=True), process]
             for one in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
@@ -167,7 +168,9 @@ def register_stock_functions() -> None:
     register("stock.shape", lambda tensor: module.runtime.ShapeTuple(tensor.shape) if tensor.ndim else None)
     register("stock.list", lambda tensor: str(tensor.numpy().tolist()))
     register("stock.arange", lambda count, kind: module.runtime.tensor(np.arange(count).astype(kind)))
-    register("stock.view", lambda count: module.runtime.tensor(np.arange(count, dtype="float32"))._create_view((2,), None, 8))
+    register(
+        "stock.view", lambda count: module.runtime.tensor(np.arange(count, dtype="float32"))._create_view((2,), None, 8)
+    )
     register("stock.fill", lambda tensor, value: tensor.copyfrom(np.full(tensor.shape, value, tensor.dtype)) and None)
     register("stock.cpu", lambda index: module.cpu(index))
     register("stock.dtype", lambda text: module.DataType(text))

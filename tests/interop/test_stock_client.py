@@ -127,7 +127,7 @@ def other_kinds(port: int) -> dict[str, Any]:
         "dtypes": [str(echo(tvm().DataType(name))) for name in ("float32", "bool", "bfloat16", "float32x4", "int4")],
         "made dtype": str(get("our.dtype")("float16")),
         "device": (echo(session.cpu(3)).index, get("our.text")(session.cpu(3)), get("our.text")(session.cuda(1))),
-        "made device": get("our.cpu")(2) == session.cpu(2),
+        "made device": (get("our.cpu")(2).dlpack_device_type() % 128, get("our.cpu")(2).index),
         "null": repr(echo(ctypes.c_void_p(0))),
         "made null": repr(get("our.null")()),
         "object": get("our.key")(thing, "some"),
@@ -151,7 +151,7 @@ def test_other_kinds_of_values_between_a_stock_client_and_us(stock: Peer, board:
     assert found["dtypes"] == ["float32", "bool", "bfloat16", "float32x4", "int4"]
     assert found["made dtype"] == "float16"
     assert found["device"] == (3, "cpu:3", "cuda:1")
-    assert found["made device"]
+    assert found["made device"] == (1, 2)
     assert found["null"] in ("None", "c_void_p(None)")
     assert found["made null"] in ("None", "c_void_p(None)")
     assert (found["object"], found["echoed object"]) == ("object", "object")
@@ -255,7 +255,12 @@ def device_work(port: int) -> dict[str, Any]:
     cpu.sync(stream)
     cpu.free_raw_stream(stream)
     cpu.sync()
-    return {"exist": cpu.exist, "memory": cpu.total_global_memory, "clock": cpu.max_clock_rate, "cuda": session.cuda().exist}
+    return {
+        "exist": cpu.exist,
+        "memory": cpu.total_global_memory,
+        "clock": cpu.max_clock_rate,
+        "cuda": session.cuda().exist,
+    }
 
 
 def test_devices_and_streams_for_a_stock_client(stock: Peer, board: Any) -> None:
@@ -384,12 +389,17 @@ def add_one(port: int, key: str, *constructor: Any) -> Any:
     return _remote(port, key, *constructor).get_function("rpc.test.addone")(41)
 
 
-def test_wrong_keys_and_tokens_of_a_stock_client_are_refused(stock: Peer, serve: Callable[..., Any]) -> None:
+def test_wrong_keys_and_tokens_of_a_stock_client_are_refused(
+    stock: Peer, serve: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     port = serve(key="rpi", token="secret").port
     for key in ("other", "rpi", "rpi -token=wrong", "rpi -timeout=5"):
         kind, text = stock.run(connect_failure, port, key)
         assert kind != "none"
         assert "cannot find server that matches key" in text
+    assert len(caplog.records) == 4
+    assert "secret" not in caplog.text
+    caplog.clear()
     assert stock.run(add_one, port, "rpi -token=secret") == 42
     assert stock.run(add_one, port, "rpi -unknown=1 -token=secret -timeout=20") == 42
 
@@ -439,13 +449,17 @@ def check_hop(found: dict[str, Any]) -> None:
     assert found["missing"][0] == "AttributeError"
 
 
-def test_a_stock_client_through_us_to_us(stock: Peer, board: Any, serve: Callable[..., Any]) -> None:
+def test_a_stock_client_through_us_to_us(
+    stock: Peer, board: Any, serve: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     inner = serve(key="inner")
     found = stock.run(hop_work, board.port, "rpc.Connect", "127.0.0.1", inner.port, "inner", False)
     check_hop(found)
     kind, text = stock.run(_constructor_failure, board.port, "rpc.Connect", "127.0.0.1", inner.port, "wrong", False)
     assert kind != "none"
     assert "wrong key or token" in text
+    assert [record.getMessage().partition(": refused ")[0] for record in caplog.records] == ["server:inner"]
+    caplog.clear()
     assert "no.Such" in stock.run(_constructor_failure, board.port, "no.Such")[1]
 
 
@@ -460,7 +474,9 @@ def test_a_stock_client_through_us_to_a_stock_server(stock: Peer, board: Any, st
     check_hop(stock.run(hop_work, board.port, "rpc.Connect", "127.0.0.1", inner, "inner", False))
 
 
-def test_a_stock_client_through_a_stock_server_to_us(stock: Peer, serve: Callable[..., Any], stock_servers: Peer) -> None:
+def test_a_stock_client_through_a_stock_server_to_us(
+    stock: Peer, serve: Callable[..., Any], stock_servers: Peer
+) -> None:
     from stock_peer import start_stock_server
 
     outer = stock_servers.run(start_stock_server, "")

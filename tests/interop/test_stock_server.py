@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,7 +116,9 @@ def test_names_of_a_stock_server_are_listed_and_suggested(session: Session) -> N
     names = session.list_functions()
     assert "rpc.test.addone" in names
     assert len(names) > 500
-    with pytest.raises(rpcnb.FunctionNotFound, match=r"has no function 'rpc.test.addon'; did you mean 'rpc.test.addone'"):
+    with pytest.raises(
+        rpcnb.FunctionNotFound, match=r"has no function 'rpc.test.addon'; did you mean 'rpc.test.addone'"
+    ):
         session.get_function("rpc.test.addon")
     assert session.fn.rpc.test.addone(4) == 5
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from rpcnb.protocol.codes import MAGIC
 from rpcnb.protocol.messages import InitServer, Message, Return, encode_packet
@@ -17,6 +18,12 @@ HELLO = struct.pack("<ii", MAGIC, 7) + b"client:"
 SERVER_HELLO = struct.pack("<ii", MAGIC, 7) + b"server:"
 INIT = b"".join(encode_packet(InitServer()))
 VOID = b"".join(encode_packet(Return()))
+
+
+def slowly(seconds: float, value: Any = None) -> Any:
+    """Return ``value`` after a while."""
+    time.sleep(seconds)
+    return value
 
 
 def packet(message: Message) -> bytes:
@@ -152,6 +159,16 @@ def read_hello(conn: socket.socket) -> bytes:
     """Read a client's handshake."""
     head = read_exactly(conn, 8)
     return read_exactly(conn, struct.unpack("<ii", head)[1])
+
+
+def answers(data: bytes) -> Callable[[socket.socket], None]:
+    """A script that reads the client's handshake and answers with these bytes."""
+
+    def script(conn: socket.socket) -> None:
+        read_hello(conn)
+        conn.sendall(data)
+
+    return script
 
 
 def read_exactly(conn: socket.socket, count: int) -> bytes:

@@ -49,7 +49,7 @@ def no_init(conn: socket.socket) -> None:
 def test_nobody_listens(connect: Callable[..., None]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(errors.ConnectFailed, match="refused.*rpcnb serve.*during connect") as caught:
+    with pytest.raises(errors.ConnectFailed, match=r"refused.*rpcnb serve.*during connect") as caught:
         connect(address)
     assert (caught.value.phase, caught.value.address) == ("connect", address)
     assert isinstance(caught.value, ConnectionError)
@@ -70,9 +70,7 @@ def test_something_else_listens(connect: Callable[..., None]) -> None:
     assert caught.value.phase == "handshake"
 
 
-def test_wrong_key_or_token(
-    serve: Serve, connect: Callable[..., None], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_wrong_key_or_token(serve: Serve, connect: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
     server = serve(key="board", token="secret")
     for options in ({"key": "other", "token": "secret"}, {"key": "board", "token": "x"}, {"key": "board"}):
         with pytest.raises(errors.KeyMismatch, match="wrong key or token"):

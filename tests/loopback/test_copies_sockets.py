@@ -24,7 +24,8 @@ def random_array(nbytes: int, dtype: str) -> np.ndarray[Any, Any]:
     count = nbytes // kind.itemsize
     if kind == np.bool_:
         return np.random.default_rng(count).integers(0, 2, count).astype(np.bool_)
-    return np.frombuffer(np.random.default_rng(count).bytes(count * kind.itemsize), kind).copy()
+    array: np.ndarray[Any, Any] = np.frombuffer(np.random.default_rng(count).bytes(count * kind.itemsize), kind).copy()
+    return array
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,9 +100,7 @@ def test_m1_sub_byte_and_bfloat_types(serve: Serve) -> None:
     with rpcnb.connect(serve().address) as session:
         for kind in (ml_dtypes.bfloat16, ml_dtypes.int4, ml_dtypes.float8_e4m3fn):
             local = np.arange(-4, 4).astype(kind)
-            np.testing.assert_array_equal(
-                session.array(local).numpy().astype(np.float32), local.astype(np.float32)
-            )
+            np.testing.assert_array_equal(session.array(local).numpy().astype(np.float32), local.astype(np.float32))
 
 
 def test_views_with_offset_read_and_write_their_part(serve: Serve) -> None:

@@ -193,7 +193,9 @@ def test_u4_refused_names_do_not_use_up_the_quota(serve: Serve) -> None:
         session.upload(bytes(1 << 20), "x")
 
 
-@pytest.mark.parametrize("name", ["a;touch owned", "$(touch owned)", "`touch owned`", "a\ntouch owned", "-rf", "& owned"])
+@pytest.mark.parametrize(
+    "name", ["a;touch owned", "$(touch owned)", "`touch owned`", "a\ntouch owned", "-rf", "& owned"]
+)
 def test_s9_names_with_shell_words_are_just_names(serve: Serve, folders: Path, name: str) -> None:
     with rpcnb.connect(serve(allow_native=True).address) as session:
         session.upload(b"not an object", name + ".o")
@@ -201,5 +203,5 @@ def test_s9_names_with_shell_words_are_just_names(serve: Serve, folders: Path, n
         for operation in (session.download_linked_module, session.load_module):
             with pytest.raises(errors.RemoteError):
                 operation(name + ".o")
-        assert not [path for path in folders.rglob("owned*")]
+        assert not list(folders.rglob("owned*"))
     assert not os.path.exists("owned")

@@ -13,7 +13,19 @@ from typing import Any
 import psutil
 import pytest
 from conftest import eventually
-from rawpeer import HELLO, INIT, VOID, FakeServer, RawClient, hello, packet, read_exactly, read_hello, shake_and_init
+from rawpeer import (
+    HELLO,
+    INIT,
+    VOID,
+    FakeServer,
+    RawClient,
+    answers,
+    hello,
+    packet,
+    read_exactly,
+    read_hello,
+    shake_and_init,
+)
 
 import rpcnb
 from rpcnb import errors
@@ -196,21 +208,21 @@ def test_h6_a_server_of_another_version_is_named() -> None:
 @pytest.mark.parametrize(("word", "kind"), [(MAGIC + 1, errors.DuplicateKey), (MAGIC + 2, errors.KeyMismatch)])
 def test_h7_words_of_refusal_are_typed(word: int, kind: type[Exception]) -> None:
     with (
-        FakeServer(lambda conn: (read_hello(conn), conn.sendall(struct.pack("<i", word)))) as fake,
+        FakeServer(answers(struct.pack("<i", word))) as fake,
         pytest.raises(kind),
     ):
         rpcnb.connect(fake.address, key="board")
 
 
-GARBAGE = {
+GARBAGE: dict[str, Callable[[socket.socket], object]] = {
     "before": lambda conn: conn.sendall(b"\x00" * 64),
     "http": lambda conn: conn.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
-    "2 gib key": lambda conn: (read_hello(conn), conn.sendall(struct.pack("<ii", MAGIC, 2**31 - 1) + bytes(1000))),
-    "negative key": lambda conn: (read_hello(conn), conn.sendall(struct.pack("<ii", MAGIC, -5))),
+    "2 gib key": answers(struct.pack("<ii", MAGIC, 2**31 - 1) + bytes(1000)),
+    "negative key": answers(struct.pack("<ii", MAGIC, -5)),
     "closes": lambda conn: read_hello(conn),
-    "closes inside": lambda conn: (read_hello(conn), conn.sendall(struct.pack("<i", MAGIC))),
-    "talks on": lambda conn: (read_hello(conn), conn.sendall(hello("server:") + b"more")),
-    "bad utf-8": lambda conn: (read_hello(conn), conn.sendall(hello(b"\xff\xff"))),
+    "closes inside": answers(struct.pack("<i", MAGIC)),
+    "talks on": answers(hello("server:") + b"more"),
+    "bad utf-8": answers(hello(b"\xff\xff")),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import eventually
-from rawpeer import FakeServer, hello, read_exactly, read_hello, shake_and_init
+from rawpeer import FakeServer, hello, read_exactly, read_hello, shake_and_init, slowly
 
 import rpcnb
 from rpcnb import errors
@@ -78,7 +78,7 @@ def test_c6_interrupt_in_a_call_then_the_next_is_right(serve: Serve, registry: R
 
 
 def test_c6_what_an_interrupted_call_owes_is_received_in_the_background(serve: Serve, registry: Registry) -> None:
-    registry.register("wait", lambda: time.sleep(0.3) or np.zeros(5))
+    registry.register("wait", lambda: slowly(0.3, np.zeros(5)))
     server = serve()
     with rpcnb.connect(server.address) as session:
         wait = session.get_function("wait")
@@ -174,7 +174,7 @@ def test_c6_interrupt_in_a_file_upload_and_download(slow: tuple[Slow, str, Any])
 
 
 def test_c6_interrupt_of_one_thread_leaves_the_others_calls(serve: Serve, registry: Registry) -> None:
-    registry.register("slow", lambda x: time.sleep(0.02) or x)
+    registry.register("slow", lambda x: slowly(0.02, x))
     got: list[Any] = []
     with rpcnb.connect(serve().address) as session:
         slow_one = session.get_function("slow")
@@ -229,7 +229,7 @@ def test_c6_a_storm_of_interrupts_loses_no_byte(serve: Serve, registry: Registry
                         assert echo(number) == number
                         if number % 5 == 0:
                             assert echo(blob) == blob
-                except KeyboardInterrupt:
+                except KeyboardInterrupt:  # noqa: PERF203  # each round may be interrupted
                     interrupts += 1
                 finally:
                     while True:
@@ -257,7 +257,7 @@ def test_c6_a_storm_of_interrupts_loses_no_byte(serve: Serve, registry: Registry
 
 
 def test_c6_foreign_handlers_are_left_alone(serve: Serve, registry: Registry) -> None:
-    registry.register("slow", lambda: time.sleep(0.2) or 5)
+    registry.register("slow", lambda: slowly(0.2, 5))
     hits: list[int] = []
     old = signal.signal(signal.SIGINT, lambda number, frame: hits.append(number))
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))

@@ -16,7 +16,7 @@ from rawpeer import RawClient, packet
 
 import rpcnb
 from rpcnb.protocol.codes import Code, Limits, TypeIndex
-from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Shutdown, Syscall
+from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Message, Shutdown, Syscall
 from rpcnb.runtime.registry import Registry
 from rpcnb.values import CPU, DType, Pointer, TensorMeta
 
@@ -121,7 +121,7 @@ def test_requests_behind_a_parked_one_wait_and_are_then_answered(serve: Serve, r
 
     async def wait(x: int) -> int:
         parked.set()
-        while not release.is_set():
+        while not release.is_set():  # noqa: ASYNC110  # set by a thread
             await asyncio.sleep(0.001)
         return x
 
@@ -154,7 +154,7 @@ def test_requests_for_more_than_the_buffer_behind_a_parked_one_do_not_stall(serv
     release = threading.Event()
 
     async def wait() -> int:
-        while not release.is_set():
+        while not release.is_set():  # noqa: ASYNC110  # set by a thread
             await asyncio.sleep(0.001)
         return 7
 
@@ -176,7 +176,12 @@ def test_requests_for_more_than_the_buffer_behind_a_parked_one_do_not_stall(serv
 def test_replies_that_nobody_reads_do_not_fill_the_memory(serve: Serve, registry: Registry) -> None:
     blob = bytes(1 << 20)
     made = []
-    registry.register("blob", lambda: made.append(1) or blob)
+
+    def make() -> bytes:
+        made.append(1)
+        return blob
+
+    registry.register("blob", make)
     server = serve()
     with RawClient((server.host, server.port)) as client:
         client.start()
@@ -200,7 +205,7 @@ def test_copies_that_lie_about_their_size_are_answered(serve: Serve) -> None:
         client.send(packet(Syscall(Code.DEV_ALLOC_DATA, (CPU, 64, 64, BYTE))))
         reply = client.packet()
         data = struct.unpack("<Q", reply[12:])[0]
-        bad = [
+        bad: list[Message] = [
             CopyFromRemote(TensorMeta(data, CPU, (64,), BYTE), 65),
             CopyFromRemote(TensorMeta(data, CPU, (1 << 60,), BYTE), 1 << 60),
             CopyFromRemote(TensorMeta(data, CPU, (64,), BYTE, 1), 64),

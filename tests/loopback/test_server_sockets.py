@@ -19,6 +19,7 @@ import rpcnb
 from rpcnb import errors
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.messages import CallFunc, Shutdown, Syscall
+from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import Registry
 
 Serve = Callable[..., Any]
@@ -202,16 +203,19 @@ def test_the_session_time_limit_in_the_midst_of_big_replies_is_clean(serve: Serv
     registry.register("blob", lambda: bytes(8 << 20))
     with rpcnb.connect(serve().address, session_timeout=0.4) as session:
         blob = session.get_function("blob")
-        with pytest.raises(errors.SessionTimeout):
+
+        def for_ever() -> None:
             while True:
                 assert len(blob()) == 8 << 20
+
+        with pytest.raises(errors.SessionTimeout):
+            for_ever()
 
 
 def test_sessions_beyond_their_number_are_refused(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     server = serve(max_sessions=2)
-    with rpcnb.connect(server.address), rpcnb.connect(server.address):
-        with pytest.raises(errors.KeyMismatch):
-            rpcnb.connect(server.address)
+    with rpcnb.connect(server.address), rpcnb.connect(server.address), pytest.raises(errors.KeyMismatch):
+        rpcnb.connect(server.address)
     eventually(lambda: server.sessions == 0)
     rpcnb.connect(server.address).close()
     assert "2 sessions are open" in caplog.text
@@ -362,9 +366,7 @@ def test_serve_blocking_ends_with_the_stream_and_refuses_a_cut_packet(registry: 
         assert outcomes == raised
 
 
-def test_hooks_are_called_for_every_session(
-    serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_hooks_are_called_for_every_session(serve: Serve, registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
     calls: list[str] = []
     registry.register("tvm.rpc.server.start", lambda: calls.append("start"))
     registry.register("tvm.rpc.server.shutdown", lambda: calls.append("shutdown"))
@@ -508,8 +510,8 @@ def test_a_local_session_is_a_session() -> None:
                 session.call("rpc.test.except", "text")
             with pytest.raises(errors.FunctionNotFound):
                 session.get_function("test.local_ad")
+            rpcnb.register_func("test.local_sleep", time.sleep, override=True)
             with pytest.raises(errors.DeadlineExceeded):
-                rpcnb.register_func("test.local_sleep", time.sleep, override=True)
                 session.call("test.local_sleep", 0.1, timeout=0.02)
             assert session.fn.test.local_add(3, 4) == 7
         assert session.state == "closed"
@@ -530,7 +532,7 @@ def test_subclasses_of_the_serving_session_serve(serve: Serve, registry: Registr
 
         threading.Timer(0.01, run).start()
 
-    class SlowDevice(rpcnb.LocalServingSession):
+    class SlowDevice(LocalServingSession):
         is_async = True
 
         def async_call(self, handle: int, args: Any, done: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import eventually
-from rawpeer import CuttingRelay, FakeServer, read_exactly, shake_and_init
+from rawpeer import CuttingRelay, FakeServer, read_exactly, shake_and_init, slowly
 
 import rpcnb
 from rpcnb import errors
@@ -232,7 +233,7 @@ def test_c3_a_killed_server_is_session_lost_for_what_is_pending_and_old_handles(
 
 
 def test_c8_replies_after_a_deadline_are_dropped_and_the_next_calls_are_right(serve: Serve, registry: Registry) -> None:
-    registry.register("slow", lambda x: time.sleep(0.03) or x)
+    registry.register("slow", lambda x: slowly(0.03, x))
     with rpcnb.connect(serve().address) as session:
         slow = session.get_function("slow")
         for number in range(10):
@@ -254,7 +255,7 @@ def test_c8_replies_after_a_deadline_are_dropped_and_the_next_calls_are_right(se
 
 
 def test_c8_awaited_timeouts_and_cancellations_leave_the_session_right(serve: Serve, registry: Registry) -> None:
-    registry.register("slow", lambda x: time.sleep(0.03) or x)
+    registry.register("slow", lambda x: slowly(0.03, x))
     server = serve()
 
     async def main() -> None:
@@ -311,8 +312,8 @@ def test_c8_a_copy_out_of_time_does_not_write_the_users_array_any_more(serve: Se
 
 
 def test_an_allocation_out_of_time_leaks_no_handle(serve: Serve, registry: Registry) -> None:
-    registry.register("make", lambda: time.sleep(0.01) or np.zeros(3))
-    registry.register("thing", lambda: time.sleep(0.01) or [1])
+    registry.register("make", lambda: slowly(0.01, np.zeros(3)))
+    registry.register("thing", lambda: slowly(0.01, [1]))
     server = serve()
     with rpcnb.connect(server.address) as session:
         make, thing = session.get_function("make"), session.get_function("thing")
@@ -322,14 +323,10 @@ def test_an_allocation_out_of_time_leaks_no_handle(serve: Serve, registry: Regis
                 with pytest.raises(errors.DeadlineExceeded):
                     function(timeout=0.002)
         for _ in range(20):
-            try:
+            with contextlib.suppress(errors.DeadlineExceeded):
                 session.empty((4,), timeout=0.00005)
-            except errors.DeadlineExceeded:
-                pass
-            try:
+            with contextlib.suppress(errors.DeadlineExceeded):
                 session.get_function("make", timeout=0.00005)
-            except errors.DeadlineExceeded:
-                pass
         gc.collect()
         session.call("rpc.test.addone", 1)
         eventually(lambda: len(table) == 3, "only the three functions' handles left")
@@ -552,7 +549,5 @@ if not pid:
 assert os.waitpid(pid, 0)[1] == 0
 assert session.call("rpc.test.addone", 3) == 4
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, serve().address], capture_output=True, text=True, timeout=20
-    )
+    done = subprocess.run([sys.executable, "-c", program, serve().address], capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")

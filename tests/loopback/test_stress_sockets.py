@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import threading
 import time
@@ -120,10 +121,8 @@ def test_stress_of_tasks_that_share_and_cancel(busy_server: Any) -> None:
             if rng.random() < 0.2:
                 await asyncio.sleep(rng.choice((0, 0.0005, 0.001)))
                 task.cancel()
-            try:
+            with contextlib.suppress(asyncio.CancelledError):
                 assert await task == x + ADDED[name], name
-            except asyncio.CancelledError:
-                pass
             if rng.random() < 0.3:
                 await asyncio.sleep(rng.choice((0.0008, 0.001, 0.0015)))
             count += 1

@@ -26,7 +26,7 @@ from rpcnb.runtime.eventdriven import EventHandler, create_event_driven_server
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.serving import Environment
 from rpcnb.runtime.tasks import spawn_on
-from rpcnb.values import CPU, NULL, Device, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value, dtype
+from rpcnb.values import CPU, Device, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value, dtype
 
 VOID = bytes.fromhex("0c00000000000000 04000000 01000000 00000000")
 READ, WRITE, BOTH = 1, 2, 3
@@ -210,6 +210,3 @@ class Outcome:
 
     def error(self, error: BaseException) -> None:
         self.errors.append(error)
-
-
-NO_STREAM = NULL

@@ -14,7 +14,7 @@ from runtime_wire import Client
 
 from rpcnb.errors import CopyMismatch, DeviceError
 from rpcnb.protocol.codes import Code, Limits
-from rpcnb.protocol.messages import CopyFromRemote, CopyToRemote, Return, Shutdown, Syscall
+from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Return, Shutdown, Syscall
 from rpcnb.runtime import devices
 from rpcnb.runtime.devices import ATTRIBUTES, DeviceAPI, DeviceTensor, Memory, find_device
 from rpcnb.runtime.registry import Registry
@@ -439,6 +439,87 @@ def test_a_copy_that_completes_later_pins_memory_even_over_a_shutdown() -> None:
 
 
 @pytest.mark.usefixtures("board")
+@pytest.mark.parametrize("kind", ["plain", "coroutine", "callback"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_that_a_call_uses_is_freed_after_it_even_over_a_shutdown(kind: str, fails: bool) -> None:
+    registry = Registry()
+    seen: list[list[Memory]] = []
+    ends: list[Any] = []
+
+    def use(tensor: DeviceTensor) -> None:
+        clients[0].servant.cancel()
+        seen.append(list(the_board().freed))
+        if fails:
+            raise ValueError
+
+    async def coroutine(tensor: DeviceTensor) -> None:
+        use(tensor)
+
+    def callback(done: Any, tensor: DeviceTensor) -> None:
+        assert not done.cancelled
+        ends.append(done)
+        use(tensor)
+
+    def spawn(awaitable: Any, done: Any) -> Any:
+        with pytest.raises(ValueError if fails else StopIteration) as end:
+            awaitable.send(None)
+        if fails:
+            done.error(end.value)
+        else:
+            done()
+        return lambda: None
+
+    functions: dict[str, Any] = {"plain": use, "coroutine": coroutine, "callback": callback}
+    registry.register("use", functions[kind], callback=kind == "callback")
+    clients = [Client(Environment(registry=registry, spawn=spawn))]
+    meta = clients[0].tensor((4,), device=FPGA)
+    clients[0].send(CallFunc(clients[0].find("use"), (meta,)))
+    assert seen == [[]]
+    for done in ends:
+        done.error(ValueError())
+        done.error(ValueError())
+    assert len(the_board().freed) == 1
+
+
+@pytest.mark.usefixtures("board")
+def test_a_callback_that_completes_gives_its_arguments_up(client: Client) -> None:
+    dones: list[Any] = []
+    registry = client.environment.registry
+    registry.register("t.hold", lambda done, tensor: dones.append(done), callback=True, override=True)
+    try:
+        kept = Memory(FPGA, 4, bytearray(4))
+        registry.register("t.kept", lambda: DeviceTensor(kept, (4,), dtype("uint8")), override=True)
+        meta = client.tensor((4,), device=FPGA)
+        view = client.call("t.kept")[1]
+        assert isinstance(view, TensorMeta)
+        hold = client.find("t.hold")
+        for tensor in (meta, view):
+            client.send(CallFunc(hold, (tensor,)))
+            dones.pop()(5)
+            assert client.reply() == Return((1, 5))
+    finally:
+        registry.remove("t.hold")
+        registry.remove("t.kept")
+    assert the_board().freed == []
+    client.free_data(meta)
+    assert len(the_board().freed) == 1
+
+
+@pytest.mark.usefixtures("board")
+def test_a_callback_that_completes_for_a_client_that_has_left_gives_its_arguments_up() -> None:
+    dones: list[Any] = []
+    registry = Registry()
+    registry.register("hold", lambda done, tensor: dones.append(done), callback=True)
+    client = Client(Environment(registry=registry))
+    client.send(CallFunc(client.find("hold"), (client.tensor((4,), device=FPGA),)))
+    client.servant.cancel()
+    assert the_board().freed == []
+    dones[0](5)
+    assert len(the_board().freed) == 1
+    assert client.reply() is None
+
+
+@pytest.mark.usefixtures("board")
 def test_a_failed_later_copy_is_an_error_and_unpins(client: Client) -> None:
     meta = client.tensor((4,), device=FPGA)
     board = the_board()
@@ -469,6 +550,23 @@ def test_memory_lives_until_the_last_tensor_in_it_is_freed() -> None:
     client.free(handle)
     assert len(the_board().freed) == 1
     client.send(Shutdown())
+
+
+@pytest.mark.usefixtures("board")
+def test_a_freed_tensor_leaves_the_allocation_it_lies_in() -> None:
+    registry = Registry()
+    registry.register("same", lambda tensor: DeviceTensor(tensor.memory, (2,), dtype("uint8"), 1))
+    client = Client(Environment(registry=registry))
+    meta = client.tensor((4,), device=FPGA)
+    first, second = (client.call("same", meta)[2] for _ in range(2))
+    assert first != second
+    for handle in (first, second):
+        assert isinstance(handle, Pointer)
+        client.free(handle)
+    assert client.write(meta, b"abcd") == VOID
+    assert the_board().freed == []
+    client.send(Shutdown())
+    assert len(the_board().freed) == 1
 
 
 @pytest.mark.usefixtures("board")

@@ -12,12 +12,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from runtime_wire import Client, Loop, Outcome, function_of, handle_of, module_of, object_of
+from runtime_wire import Client, Loop, function_of, handle_of, module_of, object_of
 
 import rpcnb
 from rpcnb.errors import DeviceError
 from rpcnb.protocol.codes import Code
-from rpcnb.protocol.messages import CallFunc, CopyAck, Raised, Return, Shutdown, Syscall
+from rpcnb.protocol.messages import CallFunc, Raised, Return, Shutdown, Syscall
 from rpcnb.runtime.devices import DeviceTensor
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import Registry
@@ -247,6 +247,7 @@ def test_a_result_without_a_wire_form_is_one_clear_error(client: Client, value: 
         (1j, 74),
         (np.complex64(1j), 74),
         (np.datetime64("2020-01-01"), 74),
+        (np.dtype("f4"), 74),
         (len, 68),
         (Module(), 73),
     ],
@@ -565,11 +566,3 @@ def test_an_encoding_of_a_subclass_is_honoured(registry: Registry) -> None:
     client = Client(Environment(registry=registry, local_session=Loud))
     assert client.call("testing.echo", 21) == (1, 42)
     client.send(Shutdown())
-
-
-def test_an_empty_read_is_an_empty_ack(client: Client) -> None:
-    from rpcnb.protocol.messages import CopyFromRemote
-
-    meta = client.tensor((0,))
-    assert client.ask(CopyFromRemote(meta, 0, memoryview(b""))) == CopyAck()
-    assert Outcome().results == []

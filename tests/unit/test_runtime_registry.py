@@ -11,9 +11,15 @@ from typing import Any
 
 import pytest
 
-import rpcnb
 from rpcnb.errors import FunctionNotFound
-from rpcnb.runtime.registry import REGISTRY, Registry
+from rpcnb.runtime.registry import (
+    REGISTRY,
+    Registry,
+    get_global_func,
+    list_global_func_names,
+    register_func,
+    remove_global_func,
+)
 
 CELL: contextvars.ContextVar[str] = contextvars.ContextVar("cell", default="none")
 
@@ -40,55 +46,55 @@ def cell_function(name: str, body: str) -> Callable[[], str]:
 
 
 def test_register_func_is_call_and_decorator() -> None:
-    @rpcnb.register_func
+    @register_func
     def plain_name() -> int:
         return 1
 
-    @rpcnb.register_func("t.second")
+    @register_func("t.second")
     def second() -> int:
         return 2
 
     def third() -> int:
         return 3
 
-    assert rpcnb.register_func("t.third", third) is third
+    assert register_func("t.third", third) is third
     assert [REGISTRY.get(name) is not None for name in ("plain_name", "t.second", "t.third")] == [True] * 3
     assert (plain_name(), second()) == (1, 2)
-    assert rpcnb.get_global_func("t.third") is third
-    assert "t.second" in rpcnb.list_global_func_names()
-    rpcnb.remove_global_func("t.second")
-    rpcnb.remove_global_func("t.never")
-    assert rpcnb.get_global_func("t.second", allow_missing=True) is None
+    assert get_global_func("t.third") is third
+    assert "t.second" in list_global_func_names()
+    remove_global_func("t.second")
+    remove_global_func("t.never")
+    assert get_global_func("t.second", allow_missing=True) is None
     with pytest.raises(FunctionNotFound, match=r"no function is registered as 't\.second'"):
-        rpcnb.get_global_func("t.second")
+        get_global_func("t.second")
 
 
 def test_a_taken_name_needs_override() -> None:
-    rpcnb.register_func("t.f", len)
+    register_func("t.f", len)
     with pytest.raises(ValueError, match=r"function 't\.f' is registered already; pass override=True"):
-        rpcnb.register_func("t.f", max)
-    assert rpcnb.get_global_func("t.f") is len
-    rpcnb.register_func("t.f", max, override=True)
-    assert rpcnb.get_global_func("t.f") is max
+        register_func("t.f", max)
+    assert get_global_func("t.f") is len
+    register_func("t.f", max, override=True)
+    assert get_global_func("t.f") is max
 
 
 @pytest.mark.usefixtures("notebook")
 def test_running_a_cell_again_replaces_its_function() -> None:
-    rpcnb.register_func("t.cell", cell_function("f", "old"))
-    rpcnb.register_func("t.cell", cell_function("f", "new"))
-    found = rpcnb.get_global_func("t.cell")
+    register_func("t.cell", cell_function("f", "old"))
+    register_func("t.cell", cell_function("f", "new"))
+    found = get_global_func("t.cell")
     assert found is not None
     assert found() == "new"
     with pytest.raises(ValueError, match="registered already"):
-        rpcnb.register_func("t.cell", cell_function("g", "another function"))
+        register_func("t.cell", cell_function("g", "another function"))
     with pytest.raises(ValueError, match="registered already"):
-        rpcnb.register_func("t.cell", len)
+        register_func("t.cell", len)
 
 
 def test_outside_a_notebook_main_is_not_a_cell() -> None:
-    rpcnb.register_func("t.script", cell_function("f", "old"))
+    register_func("t.script", cell_function("f", "old"))
     with pytest.raises(ValueError, match="registered already"):
-        rpcnb.register_func("t.script", cell_function("f", "new"))
+        register_func("t.script", cell_function("f", "new"))
 
 
 def test_ipython_imported_without_a_shell_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from rpcnb.protocol.messages import (
     CopyAck,
     CopyFromRemote,
     CopyToRemote,
-    InitServer,
     Raised,
     Return,
     Shutdown,
@@ -146,6 +145,7 @@ def test_a_callback_encodes_its_result_once_somebody_waits() -> None:
     assert callback.cancelled
     callback(6)
     assert done.results == [(1, 5)]
+    assert [str(error) for error in done.errors] == ["nobody waits for the result any more"]
 
 
 def test_a_callback_turns_what_cannot_be_encoded_and_texts_into_errors() -> None:
@@ -186,8 +186,7 @@ def test_the_base_sessions_synchronous_methods_raise() -> None:
     assert session.send_exception(ValueError("x")) == Raised("x", "ValueError", "(no Python frames)")
 
 
-def test_helpers_speak_the_wire() -> None:
-    client = Client(init=None)
-    assert client.ask(InitServer()) == VOID
+def test_an_empty_read_is_an_empty_ack() -> None:
+    client = Client()
     assert client.ask(CopyFromRemote(client.tensor((0,)), 0, memoryview(b""))) == CopyAck()
     client.send(Shutdown())
