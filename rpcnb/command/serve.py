@@ -17,6 +17,7 @@ from rpcnb.net.address import is_loopback, show_address
 from rpcnb.net.loopthread import call_in_loop
 from rpcnb.net.runfiles import publish, write_atomically
 from rpcnb.net.server import Server
+from rpcnb.runtime.libraries import ffi_global_names
 from rpcnb.runtime.registry import REGISTRY
 
 if TYPE_CHECKING:
@@ -34,13 +35,16 @@ def serve(options: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     sys.setswitchinterval(_SWITCH_INTERVAL)
+    before = ffi_global_names()
     for name in options.load:
         _load(name)
+    # What the operator's modules registered with apache-tvm-ffi may be called; its own globals are there by import.
+    loaded = ffi_global_names() - (before or _ffi_own_names())
     if options.demo:
         from rpcnb.demo import register_demo
 
         register_demo(REGISTRY)
-    server = _make_server(options)
+    server = _make_server(options, loaded)
     shaped = None
     published: Path | None = None
     try:
@@ -80,7 +84,13 @@ def _load(name: str) -> None:
         importlib.import_module(name)
 
 
-def _make_server(options: argparse.Namespace) -> Server:
+def _ffi_own_names() -> frozenset[str]:
+    """Return the globals that apache-tvm-ffi itself brings."""
+    own = ("ffi.", "testing.")
+    return frozenset(name for name in ffi_global_names() if name.startswith(own))
+
+
+def _make_server(options: argparse.Namespace, ffi_names: frozenset[str]) -> Server:
     token: str | bool | None = options.token
     if options.token_file:
         token = Path(options.token_file).read_text().strip()
@@ -110,6 +120,7 @@ def _make_server(options: argparse.Namespace) -> Server:
         expose_ffi=options.expose_ffi,
         trusted_paths=options.trusted_paths,
         insecure=options.insecure,
+        ffi_names=ffi_names,
     )
 
 

@@ -7,11 +7,12 @@ cancellation can tear the stream.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, DeadlineExceeded, NotAnRpcServer, RpcError
-from rpcnb.net.dial import expired, explain_errno, greet, tune
+from rpcnb.net.dial import expired, explain_errno, found_hosts, greet, look_up, tune
 from rpcnb.net.wire import Ticket, Wire, stop_waiting
 
 if TYPE_CHECKING:
@@ -122,11 +123,8 @@ class AsyncLink:
 async def dial(address: Address, key: ClientKey, deadline: Deadline) -> tuple[socket.socket, KeyText]:
     """Resolve, connect and shake hands within ``deadline``."""
     phase = "resolve"
-    loop = asyncio.get_running_loop()
     try:
-        found = await asyncio.wait_for(
-            loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM), deadline.left()
-        )
+        found = found_hosts(address, await asyncio.wait_for(_look_up(address), deadline.left()))
         phase = "connect"
         sock = await _connect(found, address, deadline)
         phase = "handshake"
@@ -135,10 +133,24 @@ async def dial(address: Address, key: ClientKey, deadline: Deadline) -> tuple[so
         except BaseException:
             sock.close()
             raise
-    except socket.gaierror as error:
-        raise ConnectFailed(str(address), phase, f"no such host ({error.strerror})") from None
     except (asyncio.TimeoutError, DeadlineExceeded):
         raise expired(str(address), phase, deadline.exceeded()) from None
+
+
+async def _look_up(address: Address) -> Any:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def report(found: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+            loop.call_soon_threadsafe(settle, found)
+
+    def settle(found: Any) -> None:
+        if not future.done():
+            future.set_result(found)
+
+    look_up(address, report)
+    return await future
 
 
 async def _connect(found: list[Any], address: Address, deadline: Deadline) -> socket.socket:

@@ -30,7 +30,7 @@ from rpcnb.protocol.codes import MAGIC_DUPLICATE, VERSION, Role
 from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from rpcnb.net.address import Address
     from rpcnb.net.interrupt import Guard
@@ -111,35 +111,45 @@ def expired(address: str, phase: str, error: DeadlineExceeded) -> ConnectFailed:
     return ConnectFailed(address, phase, seen)
 
 
-def resolve(address: Address, deadline: Deadline, guard: Guard) -> list[tuple[Any, ...]]:
-    """Resolve a host name in a daemon thread, abandoned on expiry: getaddrinfo has no time limit.
+def look_up(address: Address, report: Callable[[list[tuple[Any, ...]] | OSError], object]) -> None:
+    """Resolve a host name in a daemon thread, which may be abandoned: getaddrinfo has no time limit.
 
-    Returns:
-        What ``socket.getaddrinfo`` returns.
+    Args:
+        address: Host and port.
+        report: Gets what ``socket.getaddrinfo`` returned or raised, in that thread; for numbers at once.
     """
-    answers: queue.SimpleQueue[list[tuple[Any, ...]] | OSError] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
-            answers.put(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
+            report(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
         except OSError as error:
-            answers.put(error)
+            report(error)
 
     if _is_numeric(address.host):
         ask()
     else:
         threading.Thread(target=ask, name="rpcnb-resolve", daemon=True).start()
+
+
+def found_hosts(address: Address, found: list[tuple[Any, ...]] | OSError) -> list[tuple[Any, ...]]:
+    """Return what a look-up found, or raise ConnectFailed."""
+    if isinstance(found, OSError):
+        raise ConnectFailed(str(address), "resolve", f"no such host ({found.strerror})") from None
+    return found
+
+
+def resolve(address: Address, deadline: Deadline, guard: Guard) -> list[tuple[Any, ...]]:
+    """Resolve a host name, interruptibly; returns what ``socket.getaddrinfo`` returns."""
+    answers: queue.SimpleQueue[list[tuple[Any, ...]] | OSError] = queue.SimpleQueue()
+    look_up(address, answers.put)
     while True:
         try:
             left = deadline.left()
-            found = guard.wait(lambda limit: answers.get(timeout=limit), left)
-        except queue.Empty:
+            return found_hosts(address, guard.wait(lambda limit: answers.get(timeout=limit), left))
+        except queue.Empty:  # noqa: PERF203  # a tick went by
             continue
         except DeadlineExceeded as error:
             raise expired(str(address), "resolve", error) from None
-        if isinstance(found, OSError):
-            raise ConnectFailed(str(address), "resolve", f"no such host ({found.strerror})") from None
-        return found
 
 
 def _is_numeric(host: str) -> bool:

@@ -58,7 +58,8 @@ class Server:
         is_proxy: TVM's keyword; not available in this version.
         tracker_addr: TVM's keyword; not available in this version.
         key: Key that clients must name.
-        load_library: Libraries to load at start: paths, or TVM's text with ``:`` between them.
+        load_library: Libraries to load at start: paths, or TVM's text with ``:`` between them. What they register
+            with apache-tvm-ffi may be called.
         custom_addr: Address that others should use to reach this server; shown in what is to be pasted.
         silent: Log at level DEBUG instead of INFO.
         no_fork: TVM's keyword; there is never a fork.
@@ -74,6 +75,7 @@ class Server:
         insecure: Allow to listen beyond loopback without a token.
         run: Where plain functions run unless their registration says otherwise: ``thread``, ``loop``, ``kernel``.
         registry: Functions to serve; the global registry by default.
+        ffi_names: Globals of apache-tvm-ffi that clients may call besides the harmless ones.
         loop: A running tornado IOLoop to live on; by default one in a daemon thread of its own.
 
     Attributes:
@@ -111,6 +113,7 @@ class Server:
         insecure: bool = False,
         run: str = "thread",
         registry: Registry | None = None,
+        ffi_names: frozenset[str] = frozenset(),
         loop: IOLoop | None = None,
     ) -> None:
         if is_proxy or tracker_addr:
@@ -148,7 +151,14 @@ class Server:
         self._closed = False
         self._listeners: list[socket.socket] = []
         try:
-            self._prepare(load_library, server_init_callback)
+            self.environment.ffi_names = ffi_names
+            if load_library:
+                from rpcnb.runtime.libraries import load_libraries
+
+                paths = load_library.split(":") if isinstance(load_library, str) else load_library
+                self.environment.ffi_names |= load_libraries(paths)
+            if server_init_callback is not None:
+                server_init_callback()
             self._listeners = _listen(host, port, port_end)
             self.host, self.port = host, int(self._listeners[0].getsockname()[1])
             call_in_loop(self.io_loop, self._start)
@@ -178,18 +188,6 @@ class Server:
         from rpcnb.net.hop import connect_constructor
 
         self.environment.constructors["rpc.Connect"] = connect_constructor
-
-    @staticmethod
-    def _prepare(load_library: str | Sequence[str] | None, callback: Callable[[], object] | None) -> None:
-        if load_library:
-            from pathlib import Path
-
-            from rpcnb.runtime.libraries import load_library as load
-
-            for path in load_library.split(":") if isinstance(load_library, str) else load_library:
-                load(Path(path))
-        if callback is not None:
-            callback()
 
     # -- on the loop ---------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
@@ -25,9 +26,9 @@ from rpcnb.runtime.serving import Module
 from rpcnb.values import Device, DType
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-__all__ = ["find_ffi_global", "link_library", "load_library"]
+__all__ = ["ffi_global_names", "find_ffi_global", "link_library", "load_libraries", "load_library"]
 
 _SLOT = re.compile(rb"\0(__TVM[A-Za-z0-9_]+)(?=\0)")
 _LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
@@ -123,8 +124,6 @@ class _Backend:
 @cache
 def _install_backend() -> _Backend | None:
     """Register the callbacks unless TVM's own runtime is in this process."""
-    import sys
-
     if "tvm" in sys.modules:
         return None
     backend = _Backend()
@@ -253,6 +252,24 @@ class FFIModule(Module):
             self.module.import_module(child.module)
         else:
             super().import_module(child)
+
+
+def ffi_global_names() -> frozenset[str]:
+    """Return the names of apache-tvm-ffi's globals; none where it has not been imported."""
+    ffi = sys.modules.get("tvm_ffi")
+    if ffi is None:
+        return frozenset()
+    listing = ffi.get_global_func("ffi.FunctionListGlobalNamesFunctor")()
+    return frozenset(str(listing(index)) for index in range(listing(-1)))
+
+
+def load_libraries(paths: Iterable[str]) -> frozenset[str]:
+    """Load libraries at an operator's wish; returns the names of the FFI globals that they registered."""
+    _ffi()  # its own globals are there once it is imported
+    before = ffi_global_names()
+    for path in paths:
+        load_library(Path(path))
+    return ffi_global_names() - before
 
 
 def find_ffi_global(name: str) -> Callable[..., Any] | None:

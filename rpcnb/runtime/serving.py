@@ -79,6 +79,7 @@ class Environment:
         registry: Functions that clients find.
         native: Compiled libraries may be loaded and linked.
         expose_ffi: All globals of apache-tvm-ffi may be called, not only the allow-list.
+        ffi_names: Globals of apache-tvm-ffi that may be called besides the allow-list: what the operator loaded.
         trusted_paths: File names may leave the session's directory, as in stock TVM.
         default_run: Where plain functions run unless their registration says otherwise.
         spawn: Starts an awaitable and completes ``done`` with its outcome; returns what cancels it.
@@ -90,6 +91,7 @@ class Environment:
     limits: Limits = field(default_factory=Limits)
     native: bool = False
     expose_ffi: bool = False
+    ffi_names: frozenset[str] = frozenset()
     trusted_paths: bool = False
     default_run: str = "thread"
     spawn: Callable[[Any, Done], Callable[[], object]] = spawn_anywhere

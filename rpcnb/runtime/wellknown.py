@@ -199,7 +199,8 @@ def find_well_known(session: LocalServingSession, name: str) -> ServedFunction |
     if found is not None:
         function, run = found
         return ServedFunction(name, functools.partial(function, session), "plain", run)
-    if name in _FFI_ALLOWED or session.environment.expose_ffi:
+    environment = session.environment
+    if name in _FFI_ALLOWED or name in environment.ffi_names or environment.expose_ffi:
         from rpcnb.runtime.libraries import find_ffi_global
 
         function_of_ffi = find_ffi_global(name)

@@ -51,7 +51,7 @@ class Peer:
     def __init__(self, log: Path) -> None:
         ours, theirs = multiprocessing.Pipe()
         self._log = log
-        paths = [str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        paths = [str(HERE), str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "RPCNB_STOCK_PEER": "1"}
         command = [sys.executable, "-c", f"import stock_peer; stock_peer.main({theirs.fileno()})"]
         with log.open("wb") as output:
@@ -119,11 +119,14 @@ def main(descriptor: int) -> None:
             except BaseException:
                 result = False, traceback.format_exc()
             pipe.send(result)
+    for server in _SERVERS:  # the tests have ended without closing us
+        server.terminate()
     os._exit(0)
 
 
 def plain(value: Any) -> Any:
     """Return the value without classes that only TVM has (its ``str`` is a subclass)."""
+    kind: Any
     for kind in (bool, int, float, str, bytes):
         if isinstance(value, kind):
             return kind(value)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import pytest
+from conftest import eventually
 
 import rpcnb
 from rpcnb.session.session import Session
@@ -30,7 +31,7 @@ TOKEN = "board-token"
 JOBS = ("matmul", "parallel", "conv")
 
 
-# -- in the child with stock TVM ---------------------------------------------------------------------------------------
+# -- in the child with stock TVM -------------------------------------------------------------------------------------
 
 
 def compile_jobs(folder: str) -> list[str]:
@@ -104,7 +105,7 @@ def run_as_stock(port: int, folder: str, suffix: str, arrays: dict[str, Any]) ->
     return found
 
 
-# -- the board ---------------------------------------------------------------------------------------------------------
+# -- the board -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -146,8 +147,6 @@ def start_board(board_python: str, tmp_path_factory: pytest.TempPathFactory) -> 
         command = [board_python, "-m", "rpcnb", "serve", "--port", "0", "--silent", "--ready-file", str(ready)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         boards.append(subprocess.Popen([*command, *options], env=environment, stdin=subprocess.DEVNULL))
-        from conftest import eventually
-
         eventually(lambda: ready.exists() or boards[-1].poll() is not None, "the ready file", 30)
         assert boards[-1].poll() is None
         port: int = json.loads(ready.read_text())["port"]
@@ -168,7 +167,8 @@ def board(start_board: Callable[..., int]) -> int:
 
 
 def connect(port: int) -> Session:
-    return rpcnb.connect("127.0.0.1", port, key="board", token=TOKEN)
+    session: Session = rpcnb.connect("127.0.0.1", port, key="board", token=TOKEN)
+    return session
 
 
 def job_arrays() -> dict[str, tuple[list[np.ndarray[Any, Any]], tuple[int, ...]]]:
@@ -218,7 +218,7 @@ def test_our_client_runs_a_compiled_job_on_a_board_without_tvm(
         module(*remote, result)  # TVM marks the first function as main
         with pytest.raises(rpcnb.FunctionNotFound, match="no function 'absent'"):
             module["absent"]
-        with pytest.raises(rpcnb.RemoteError, match="(?i)mismatch|expect"):
+        with pytest.raises(rpcnb.RemoteError, match=r"(?i)mismatch|expect"):
             module[name](remote[0], remote[1], session.empty((3,), "float32"))
         module[name](*inputs, result)  # arrays are uploaded for the call
         np.testing.assert_allclose(result.numpy(), expected(name, inputs), rtol=1e-4)
@@ -267,7 +267,7 @@ def test_two_sessions_run_a_parallel_job_at_once(board: int, compiled: Path) -> 
             np.testing.assert_allclose(result.numpy(), expected("parallel", inputs), rtol=1e-4)
 
 
-# -- libraries that cannot be loaded ------------------------------------------------------------------------------------
+# -- libraries that cannot be loaded ---------------------------------------------------------------------------------
 
 
 def one_line(board: int, file: Path | None, name: str) -> str:
@@ -279,8 +279,9 @@ def one_line(board: int, file: Path | None, name: str) -> str:
             session.load_module(name)
         assert info.value.remote_type == "LibraryError"
         assert session.call("rpc.test.addone", 41) == 42
-        assert "\n" not in info.value.message
-        return info.value.message
+        text: str = info.value.message
+        assert "\n" not in text
+        return text
 
 
 def test_a_library_with_an_unfilled_slot_is_refused_naming_it(board: int, tmp_path: Path) -> None:
@@ -327,7 +328,7 @@ def test_without_trust_no_library_is_loaded(start_board: Callable[..., int], com
         assert session.load_module("matmul.so")["matmul"] is not None
 
 
-# -- TVM's tutorial -----------------------------------------------------------------------------------------------------
+# -- TVM's tutorial --------------------------------------------------------------------------------------------------
 
 CHANGED = {
     "from tvm import rpc": "import rpcnb as rpc",

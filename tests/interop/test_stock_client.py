@@ -519,7 +519,7 @@ def test_a_stock_client_drives_the_event_driven_server(stock: Peer) -> None:
         thread = threading.Thread(target=relay, args=(listener, seen))
         thread.start()
         port = listener.getsockname()[1]
-        ((back, other, _),) = stock.run(relayed_round_trip, port, [np.arange(1 << 16, dtype="float32")])
+        ((back, _, _),) = stock.run(relayed_round_trip, port, [np.arange(1 << 16, dtype="float32")])
         np.testing.assert_array_equal(back, np.arange(1 << 16, dtype="float32"))
         thread.join(10)
         assert not thread.is_alive()

@@ -215,7 +215,7 @@ def test_files_at_a_stock_server(session: Session, tmp_path: Path) -> None:
     session.remove("small.txt")
     with pytest.raises(rpcnb.RemoteError):
         session.download("small.txt")
-    with pytest.raises(rpcnb.FunctionNotFound, match="tvm.rpc.server.listdir"):
+    with pytest.raises(rpcnb.FunctionNotFound, match=r"tvm\.rpc\.server\.listdir"):
         session.listdir()
 
 
@@ -245,8 +245,9 @@ def test_threads_share_a_stock_session(session: Session) -> None:
 
     def work(base: int) -> None:
         for index in range(100):
-            if add_one(base + index) != base + index + 1:
-                failures.append((base, index))
+            result = add_one(base + index)
+            if result != base + index + 1:
+                failures.append(result)
 
     threads = [threading.Thread(target=work, args=(1000 * number,)) for number in range(4)]
     for thread in threads:

@@ -524,13 +524,7 @@ def test_a_local_session_is_a_session() -> None:
 
 def test_subclasses_of_the_serving_session_serve(serve: Serve, registry: Registry) -> None:
     def later(method: Callable[..., object], *args: Any) -> None:
-        def run() -> None:
-            try:
-                method(*args)
-            except Exception as error:
-                args[-1].error(error)
-
-        threading.Timer(0.01, run).start()
+        threading.Timer(0.01, method, args).start()
 
     class SlowDevice(LocalServingSession):
         is_async = True
