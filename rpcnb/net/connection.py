@@ -110,10 +110,10 @@ class Connection:
             log.warning("%s: refused %s: wrong key or token", server.name, self.peer)
             self._send_last(refusal())
             return
+        full = ""
         if server.full:
             log.warning("%s: refused %s: %d sessions are open", server.name, self.peer, server.max_sessions)
-            self._send_last(refusal())
-            return
+            full = f"server is full: max_sessions={server.max_sessions} are open; try again later"
         self.key = key
         options = {"-rpcnb": EXTENSION} if key.features is not None else {}
         answer = hello(key_text(Role.SERVER, server.key, options))
@@ -125,6 +125,7 @@ class Connection:
             name=server.name,
             on_completed=self._completed,
             route=self._route,
+            refusal=full,
         )
         servant.extended = key.features is not None
         self.servant = servant
@@ -325,8 +326,11 @@ class Connection:
                 return False
             if servant.parked is not None or servant.over or self.ended or not hot:
                 return False
-            if endpoint.payload_left > _PIECE or not self._serve_quickly(servant):
+            if endpoint.payload_left > _PIECE:
                 return False
+            with servant.entered():
+                if not self._serve_quickly(servant):
+                    return False
 
     def _serve_quickly(self, servant: Servant) -> bool:
         """Wait for input in a worker, and serve calls the short way; False when the hot time or the stream is over."""
@@ -355,7 +359,9 @@ class Connection:
             except OSError:
                 sent = 0  # the general way finds out why
             if sent < len(reply):
-                servant.output.add([memoryview(reply)[sent:]])
+                with servant.lock:
+                    if not servant.over:  # else the session's last words are out already
+                        servant.output.add([memoryview(reply)[sent:]])
                 return True
             if servant.over:
                 return True

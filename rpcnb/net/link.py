@@ -152,9 +152,16 @@ class Link:
             with wire.lock:
                 if self._pumping or wire.garbage or not wire.alone:
                     return None
-                ticket = wire.send_call(handle, args, packet)
+                ticket = wire.send_call(packet)
                 self._pumping = True
             try:
+                if not wire.out and not self._polls_write:
+                    guard.poll(self._poll, _FOREVER)
+                    with wire.lock:
+                        wire.fill()  # nothing happens if the poll was woken for another reason
+                        if ticket.done and not (wire.tickets or wire.out or self._sleepers):
+                            self._pumping = False
+                            return ticket
                 self._pump(ticket, bool(wire.out), NO_DEADLINE, guard)
                 if not ticket.done:
                     self.wait(ticket, NO_DEADLINE, guard)

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 PIECE = 4 << 20  # bytes per system call at most: an interrupt is looked for between two of them
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 _GATHER = 64  # buffers per system call
+_CALL = CallFunc(0)  # stands for every call made the short way: only what kind of request it is matters
 _ZEROS = memoryview(bytes(1 << 20))
 
 
@@ -124,11 +125,10 @@ class Wire:
         """Tell whether nothing is owed, nothing is to be sent, and the connection lives."""
         return not self.tickets and not self.out and self.ended is None
 
-    def send_call(self, handle: int, args: tuple[Any, ...], packet: bytes) -> Ticket:
+    def send_call(self, packet: bytes) -> Ticket:
         """Send a call whose packet has been made by the short way; nothing else waits to be sent."""
-        request = CallFunc(handle, args)
-        self.endpoint.note_sent(request)
-        ticket = Ticket(request)
+        self.endpoint.note_sent(_CALL)
+        ticket = Ticket(_CALL)
         ticket.value = NOT_PLAIN
         self.tickets.append(ticket)
         try:
@@ -185,10 +185,12 @@ class Wire:
     def fill(self) -> None:
         """Receive once, and settle the tickets whose replies are complete."""
         endpoint = self.endpoint
-        if self.quick_ack and len(self.tickets) > 1 and _QUICKACK is not None:
+        quick = False
+        if len(self.tickets) == 1:
+            quick = self.tickets[0].value is NOT_PLAIN and endpoint.idle
+        elif self.quick_ack and _QUICKACK is not None:
             self.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
         view = endpoint.get_buffer()
-        quick = len(self.tickets) == 1 and self.tickets[0].value is NOT_PLAIN and endpoint.idle
         try:
             count = self._receive(view if len(view) <= PIECE else view[:PIECE])
         except (BlockingIOError, InterruptedError):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import LimitExceeded
@@ -40,7 +41,7 @@ from rpcnb.runtime.output import Output, staging
 from rpcnb.runtime.serving import _ENVIRONMENT, _SESSION, Environment, ServingSession
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
 
     from rpcnb.protocol.endpoint import Endpoint
     from rpcnb.protocol.messages import Message, Reply
@@ -106,6 +107,7 @@ class Servant:
         on_reply: Called when a completion has queued a reply that is to be sent at once.
         route: Called with a request and its place (``thread``, ``loop`` or ``kernel``); takes it over and returns True,
             or returns False to have it performed here and now.
+        refusal: Why no session can be opened now; the answer to kInitServer, after which the conversation is over.
         plain: Host only synchronous sessions, as a blocking server does.
     """
 
@@ -118,6 +120,7 @@ class Servant:
         on_completed: Callable[[], None] = _nothing,
         on_reply: Callable[[], None] = _nothing,
         route: Callable[[Message, str], bool] | None = None,
+        refusal: str = "",
         plain: bool = False,
     ) -> None:
         self.endpoint = endpoint
@@ -126,13 +129,14 @@ class Servant:
         self.on_completed = on_completed
         self.on_reply = on_reply
         self.route = route
+        self.refusal = refusal
         self.plain = plain
         self.lock = threading.RLock()
         self.output = Output()
         self.session: ServingSession | None = None
         self.parked: Completion | None = None
         self.running: str | None = None  # what a worker is performing
-        self._calls_plainly = False  # nobody overrides how the session calls
+        self._plain_session: LocalServingSession | None = None  # the session, if nobody overrides how it calls
         self.extended = False  # the peer is rpcnb: exceptions carry class and traceback
         self.over = False
         self._copy: tuple[CopyToRemote, memoryview | None, Exception | None] | None = None
@@ -189,21 +193,22 @@ class Servant:
             self._answer(self.exception(error))
 
     def call_quickly(self, data: memoryview, nbytes: int) -> bytes | None:
-        """Perform the plain call that the bytes are, in a worker, by the short way.
+        """Perform the plain call that the bytes are, in a worker inside :meth:`entered`, by the short way.
 
         Returns:
             The reply, empty if it went to the output; None if the general way must be taken: nothing was called.
         """
-        session = self.session
-        found = read_call(data, nbytes) if nbytes >= CALL_BYTES and self._calls_plainly else None
-        if found is None or not isinstance(session, LocalServingSession):  # None once another thread has cancelled
+        session = self._plain_session
+        if session is None or nbytes < CALL_BYTES:
+            return None
+        found = read_call(data, nbytes)
+        if found is None:
             return None
         entry = session.table.entry(found[0])
         if entry is None or entry.kind is not HandleKind.FUNCTION or entry.thing.run != "thread":
             return None
         function = entry.thing
         self.running = function.name
-        token = _SESSION.set(session)
         try:
             result = function.call(*found[1])
             reply = write_result(result)
@@ -212,10 +217,17 @@ class Servant:
         except (Exception, SystemExit) as error:
             reply = None
             self._queue(self.exception(error))
+        self.running = None
+        return b"" if reply is None or self.over else reply
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Make the session the current one for everything that a worker runs meanwhile."""
+        token = _SESSION.set(self._plain_session)
+        try:
+            yield
         finally:
             _SESSION.reset(token)
-            self.running = None
-        return reply if reply is not None and not self.over else b""
 
     def _queue(self, reply: Reply) -> None:
         """Queue a reply that the endpoint does not know of."""
@@ -308,7 +320,7 @@ class Servant:
                 return
             self.over = True
             parked, self.parked = self.parked, None
-            session, self.session = self.session, None
+            session, self.session, self._plain_session = self.session, None, None
             cancel_init, self._cancel_init = self._cancel_init, None
         if parked is not None:
             parked.cancelled = True
@@ -334,9 +346,9 @@ class Servant:
         session = self.session
         if session is None or self.plain:
             session = self._ready()
-        elif self._calls_plainly:
+        elif (local := self._plain_session) is not None:
             # A plain function of a plain session, the commonest: 2.5 us less than by a completion.
-            values = session.call_plain(message.handle, message.args)  # type: ignore[attr-defined]  # a local session
+            values = local.call_plain(message.handle, message.args)
             if values is not None:
                 self._answer(Return(values))
                 self.on_reply()
@@ -421,6 +433,10 @@ class Servant:
             raise LimitExceeded(
                 "Check failed: (serving_session_ == nullptr) is false: Server has already been initialized"
             )
+        if self.refusal:
+            self._answer(self.exception(LimitExceeded(self.refusal)))
+            self.over = True
+            return
         constructor, args = self._constructor(message)
         token = _ENVIRONMENT.set(self.environment)
         try:
@@ -443,9 +459,10 @@ class Servant:
             made.shutdown()
         else:
             self.session = made
-            self._calls_plainly = isinstance(made, LocalServingSession) and all(
+            if isinstance(made, LocalServingSession) and all(
                 getattr(type(made), name) is getattr(LocalServingSession, name) for name in _CALLING
-            )
+            ):
+                self._plain_session = made
         return _VOID
 
     def _constructor(self, message: InitServer) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rpcnb.errors import DeadlineExceeded, RpcError
 from rpcnb.net.address import Address, is_loopback, parse_address
@@ -14,6 +14,7 @@ from rpcnb.net.wire import Wire
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
+from rpcnb.session.base import SessionBase
 from rpcnb.session.session import Session, run_flow
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from rpcnb.session.aio import AsyncSession
 
 __all__ = ["connect", "connect_async"]
+
+S = TypeVar("S", bound=SessionBase)
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,12 @@ def _wire(sock: Any, answer: KeyText, address: Address) -> Wire:
     wire = Wire(sock, Endpoint(Role.CLIENT), str(address))
     wire.quick_ack = answer.features is None
     return wire
+
+
+def _opened(session: S, constructor: Sequence[Any] | None) -> S:
+    """Tell a session how it was opened."""
+    session._ops.through_stock = not session.is_rpcnb and next(iter(constructor or ()), "") == "rpc.Connect"
+    return session
 
 
 def connect(
@@ -98,7 +107,7 @@ def connect(
             raise
     if enable_logging:
         log.debug("session with %s opened, key %r", address, address.key)
-    return Session(link, address.key, answer)
+    return _opened(Session(link, address.key, answer), session_constructor_args)
 
 
 async def connect_async(
@@ -136,4 +145,4 @@ async def connect_async(
         raise
     if enable_logging:
         log.debug("session with %s opened, key %r", address, address.key)
-    return AsyncSession(link, address.key, answer)
+    return _opened(AsyncSession(link, address.key, answer), session_constructor_args)

@@ -86,6 +86,7 @@ class Operations:
         self.key = key
         self.garbage = garbage
         self.is_rpcnb = key.features is not None
+        self.through_stock = False  # the session goes on to another server through a stock one
         self._limit: int | None = 0 if self.is_rpcnb else None  # an rpcnb server has no packet limit
         self._helpers: dict[str, Any] = {}
         self._names: list[str] | None = None
@@ -288,7 +289,12 @@ class Operations:
         data = wire_bytes(array, kind)
         limit = yield from self._copy_limit()
         tensor.defined = False
-        yield from flows.copy_to_remote(meta, data, limit=limit, sync=self._needs_sync(meta))
+        if self._offset_gets_lost(meta):
+            stage = yield from self.empty(meta.shape, kind, tensor.device)
+            yield from flows.copy_to_remote(stage.meta, data, limit=limit)
+            yield from flows.copy_among_remote(stage.meta, meta)
+        else:
+            yield from flows.copy_to_remote(meta, data, limit=limit, sync=self._needs_sync(meta))
         tensor.defined = True
 
     def copy_from(self, tensor: RemoteTensor, out: np.ndarray[Any, Any] | None = None) -> Flow[np.ndarray[Any, Any]]:
@@ -314,6 +320,10 @@ class Operations:
         else:
             target = np.empty(meta.nbytes, np.uint8) if packed else np.empty(shape, numpy_dtype(kind))
         limit = yield from self._copy_limit()
+        if self._offset_gets_lost(meta):
+            stage = yield from self.empty(meta.shape, kind, tensor.device)
+            yield from flows.copy_among_remote(meta, stage.meta)
+            meta = stage.meta
         yield from flows.copy_from_remote(meta, byte_view(target), limit=limit, sync=self._needs_sync(meta))
         if packed:
             target = unpack(target, kind._replace(lanes=1), shape)
@@ -321,6 +331,10 @@ class Operations:
             out[...] = target
             return out
         return target
+
+    def _offset_gets_lost(self, meta: TensorMeta) -> bool:
+        """Tell whether a copy through a view would go wrong: a stock server that hops on drops the view's offset."""
+        return self.through_stock and meta.byte_offset != 0 and meta.nbytes > 0
 
     def _needs_sync(self, meta: TensorMeta) -> bool:
         """Ask stock peers to sync after a copy on an accelerator, as their own client does."""

@@ -331,6 +331,10 @@ def test_through_a_stock_server_to_ours(free_port: int, serve: Callable[..., Any
         assert session.call("rpc.test.add_to_lhs", 40)(2) == 42
         remote = session.array(np.arange(6, dtype="float32").reshape(2, 3))
         np.testing.assert_array_equal(remote.numpy(), np.arange(6, dtype="float32").reshape(2, 3))
+        view = remote.view((3,), byte_offset=12)  # the stock hop loses a copy's offset, so this is staged
+        np.testing.assert_array_equal(view.numpy(), np.array([3, 4, 5], "float32"))
+        view.copyfrom(np.array([30, 40, 50], "float32"))
+        np.testing.assert_array_equal(remote.numpy(), np.array([[0, 1, 2], [30, 40, 50]], "float32"))
         session.upload(b"abc", "file")
         assert session.listdir() == ["file"]
         with pytest.raises(rpcnb.RemoteError, match="it burns"):

@@ -69,8 +69,6 @@ def test_connecting_again_gives_the_same_session_and_new_another(cell: Cell, add
     second = cell(f"%rpc_connect {address} --key rpi --new")
     assert second is not first
     assert BOOK.current is second
-    first.close()
-    second.close()
 
 
 def test_as_binds_a_variable(cell: Cell, address: str) -> None:

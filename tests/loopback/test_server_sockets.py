@@ -214,7 +214,8 @@ def test_the_session_time_limit_in_the_midst_of_big_replies_is_clean(serve: Serv
 
 def test_sessions_beyond_their_number_are_refused(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     server = serve(max_sessions=2)
-    with rpcnb.connect(server.address), rpcnb.connect(server.address), pytest.raises(errors.KeyMismatch):
+    refused = pytest.raises(errors.RemoteError, match=r"server is full: max_sessions=2 are open; try again later")
+    with rpcnb.connect(server.address), rpcnb.connect(server.address), refused:
         rpcnb.connect(server.address)
     eventually(lambda: server.sessions == 0)
     rpcnb.connect(server.address).close()

@@ -86,6 +86,24 @@ def in_a_process(path: Path, lines: str, **environment: str) -> str:
 # -- whole libraries -------------------------------------------------------------------------------------------------
 
 
+def test_names_of_the_ffi_and_what_loading_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ffi.Shape" in libraries.ffi_global_names() or "tvm_ffi" not in sys.modules
+    loaded: list[Path] = []
+
+    def load(path: Path) -> None:
+        libraries._ffi().register_global_func("rpcnb.test.added", lambda: 7)
+        loaded.append(path)
+
+    monkeypatch.setattr(libraries, "load_library", load)
+    try:
+        assert libraries.load_libraries(["a.so"]) == {"rpcnb.test.added"}
+    finally:
+        libraries._ffi().remove_global_func("rpcnb.test.added")
+    assert loaded == [Path("a.so")]
+    monkeypatch.delitem(sys.modules, "tvm_ffi")
+    assert libraries.ffi_global_names() == frozenset()
+
+
 def test_a_library_is_loaded_and_its_function_called(tmp_path: Path) -> None:
     path = compile_to(tmp_path / "m.so")
     lines = "module = load_library(path)\nprint(module.get_function('inc')(41), module.get_function('nope'))"

@@ -444,9 +444,11 @@ def test_the_short_way_answers_plain_calls_with_the_same_bytes(registry: Registr
     registry.register("root", lambda: rpcnb.workpath())
     client = Client(Environment(registry=registry))
     addone, echo = client.find("rpc.test.addone"), client.find("testing.echo")
-    assert short(client, addone, 41) == packet(Return((1, 42)))
-    assert short(client, echo) == packet(Return((0, None)))
-    assert short(client, client.find("root")).endswith(str(client.local.files.root).encode())
+    root = client.find("root")
+    with client.servant.entered():
+        assert short(client, addone, 41) == packet(Return((1, 42)))
+        assert short(client, echo) == packet(Return((0, None)))
+        assert short(client, root).endswith(str(client.local.files.root).encode())
     assert client.servant.running is None
     assert not client.servant.output
     client.send(Shutdown())
@@ -487,7 +489,7 @@ def test_the_short_way_leaves_everything_else_to_the_general_one(registry: Regis
         assert short(client, handle) is None
     assert short(client, addone, b"bytes") is None
     assert client.servant.call_quickly(memoryview(b"12345678"), 8) is None
-    client.servant.session = None  # another thread has just cancelled
+    client.servant.cancel()  # in another thread, just now
     assert short(client, addone, 1) is None
 
 
@@ -572,3 +574,14 @@ def test_a_stale_pointer_to_free_is_an_error_and_null_is_ignored() -> None:
     assert client.ask(Syscall(Code.FREE_HANDLE, (None,))) == VOID
     assert "never issued" in client.error(Syscall(Code.FREE_HANDLE, (Pointer(9),))).text
     assert client.feed(packet(Shutdown()), BOTH) == 0
+
+
+def test_a_full_server_says_so_at_init_and_ends() -> None:
+    endpoint, client = Endpoint(Role.SERVER), Endpoint(Role.CLIENT)
+    servant = Servant(endpoint, Environment(), refusal="server is full")
+    endpoint.receive_data(b"".join(client.send(InitServer())))
+    servant.advance()
+    assert servant.over
+    client.receive_data(b"".join(servant.output.first(9)))
+    assert client.next_message() == Raised("server is full")
+    servant.cancel()
