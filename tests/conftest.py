@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +17,17 @@ import pytest
 
 import rpcnb
 from rpcnb.runtime.registry import Registry
+from rpcnb.runtime.tasks import _background_loop
 
 # Threads of the process itself, not of a test: one I/O thread, one loop for sessions without a server, TVM's pool.
 LASTING_THREADS = ("rpcnb-io", "rpcnb-tasks", "rpcnb-parallel", "pytest_timeout")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _private_runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _lasting_things(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Make what lasts as long as the process before any test is watched for leaks."""
+    _background_loop()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with SIG_IGN
     os.environ["RPCNB_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("runtime") / "rpcnb")
 
 

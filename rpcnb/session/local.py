@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import RpcError
@@ -55,6 +56,7 @@ class _LocalLink:
         self.wire = Wire(_Pipe(self._inbox), Endpoint(Role.CLIENT), self.peer)  # type: ignore[arg-type]  # a socket's stand-in
         self.garbage = self.wire.garbage
         self.dropped = False
+        self._ready: deque[Any] = deque()
         self._handler = create_event_driven_server(self._deliver, "local", "client:", environment=environment)
         self._handler.servant.extended = True
         self._thread = threading.Thread(target=self._serve, name="rpcnb-local", daemon=True)
@@ -70,7 +72,22 @@ class _LocalLink:
             if self.wire.ended is None:
                 self.wire.endpoint.receive_data(data)
                 self.wire.settle()
+        self._resume_ready()
         return len(data)
+
+    def _resume_ready(self) -> None:
+        while self._ready:
+            self._ready.popleft().resume()
+
+    def resume_when_done(self, ticket: Ticket, operation: Any) -> bool:
+        with self.wire.lock:
+            if ticket.done:
+                return True
+            ticket.waker = lambda: self._ready.append(operation)
+            return False
+
+    def settle_in_background(self) -> None:
+        """Nothing is to be done: the handler's thread delivers."""
 
     def send(self, request: Request) -> Ticket:
         with self.wire.lock:
@@ -116,6 +133,7 @@ class _LocalLink:
         with self.wire.lock:
             self.garbage.clear()
             self.wire.shutdown()
+        self._resume_ready()
 
 
 class LocalSession(Session):

@@ -68,9 +68,9 @@ class Pending(Future[Any]):
 
     @property
     def state(self) -> str:
-        """``queued``, ``sent``, ``done``, ``failed`` or ``cancelled``."""
+        """``sent``, ``done``, ``failed`` or ``cancelled``."""
         if not self.done():
-            return "sent" if self._tickets and self._tickets[0].request is not None else "queued"
+            return "sent"
         if self.cancelled():
             return "cancelled"
         return "failed" if self.exception(0) is not None else "done"
@@ -106,16 +106,13 @@ class Pending(Future[Any]):
             step = next(flow)
         while True:
             if ticket is not None:
+                if ticket in self._tickets:  # its reply is the flow's now, also what that brought
+                    self._tickets.remove(ticket)
                 step = flow.send(ticket.reply) if ticket.reply is not None else flow.throw(ticket.failure)
-            if type(step) is Send:
-                ticket = None
+            while type(step) is Send:
                 sent = link.send(step.request)
                 self._tickets.append(sent)
                 step = flow.send(sent)
-                while type(step) is Send:
-                    sent = link.send(step.request)
-                    self._tickets.append(sent)
-                    step = flow.send(sent)
             if type(step) is Wait:
                 ticket = step.ticket
             else:
@@ -137,10 +134,11 @@ class Pending(Future[Any]):
             self._become_cancelled()
         else:
             super().set_exception(error)
-        self._settled.done = True
-        if self._settled.waker is not None:
-            self._settled.waker()
         self._tickets.clear()
+        with self.session._link.wire.lock:  # or a caller that begins to wait just now would sleep on
+            self._settled.done = True
+            if self._settled.waker is not None:
+                self._settled.waker()
 
     def _become_cancelled(self) -> None:
         """A running future cannot be cancelled in the standard library; ours can."""
