@@ -16,6 +16,7 @@ holds the GIL stalls every server in its process; only a helper process would no
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -73,7 +74,8 @@ class Server:
         expose_ffi: Let clients call every global function of apache-tvm-ffi.
         trusted_paths: Let file names leave a session's directory, as in stock TVM.
         insecure: Allow to listen beyond loopback without a token.
-        run: Where plain functions run unless their registration says otherwise: ``thread``, ``loop``, ``kernel``.
+        run: Where plain functions run unless their registration says otherwise: ``thread``, ``loop``, or ``kernel``
+            (the event loop in which the server was made; ``thread`` if there was none).
         registry: Functions to serve; the global registry by default.
         ffi_names: Globals of apache-tvm-ffi that clients may call besides the harmless ones.
         loop: A running tornado IOLoop to live on; by default one in a daemon thread of its own.
@@ -126,7 +128,7 @@ class Server:
         self.token = self._choose_token(host, token, insecure)
         self.limits = limits or Limits()
         self.max_sessions = max_sessions
-        self.kernel: Callable[[Callable[[], None]], object] | None = None
+        self.kernel = _kernel_loop()
         self._level = logging.DEBUG if silent else logging.INFO
         self._gate = Gate(key, self.token, time.monotonic, self.limits.auth_failures)
         self._own_loop = LoopThread("rpcnb-server") if loop is None else None
@@ -345,6 +347,14 @@ class Server:
         state = "closed" if self._closed else f"{self._sessions} sessions"
         key = f", key {self.key!r}" if self.key else ""
         return f"<Server {self.address}{key}, token {'set' if self.token else 'none'}, {state}>"
+
+
+def _kernel_loop() -> Callable[[Callable[[], None]], object] | None:
+    """In a notebook's kernel (or any running loop) return what runs a function on its loop, for ``run="kernel"``."""
+    try:
+        return asyncio.get_running_loop().call_soon_threadsafe
+    except RuntimeError:
+        return None
 
 
 def _listen(host: str, port: int, port_end: int) -> list[socket.socket]:

@@ -84,6 +84,10 @@ class PacketReader:
         self.limits = limits or Limits()
         self.owed: deque[Request] = deque()  # client: requests whose replies have not come
         self.sink_for = sink_for
+        # What a limit might refuse is looked at piece by piece.
+        limit = min(self.limits.call, self.limits.bytes_argument, self.limits.text)
+        self._whole = min(_WHOLE, limit)
+        self._bulk = min(_BULK, limit)
         self._decode = self._decode_request if role is Role.SERVER else self._decode_reply
         self._view = memoryview(bytearray(_FIRST_BUFFER))
         self._start = 0
@@ -198,7 +202,7 @@ class PacketReader:
                 if nbytes == 0:
                     self._start += 8
                     continue
-            if nbytes < _WHOLE and nbytes >= 4 and code != 7 and code != 8:
+            if nbytes < self._whole and nbytes >= 4 and code != 7 and code != 8:
                 if have < 8 + nbytes:
                     return None
                 start = self._start + 12
@@ -427,7 +431,7 @@ class PacketReader:
         plain = 0  # bytes consumed outside bytes payloads
         while len(values) < count:
             stop = min(self._end, self._start + self._left)
-            bulk = is_bulk(self._view, self._start, stop, _BULK)
+            bulk = is_bulk(self._view, self._start, stop, self._bulk)
             if bulk is not None:
                 plain += bulk[1] if bulk[0] == 66 else bulk[1] + bulk[2]
                 self._check_plain(plain)

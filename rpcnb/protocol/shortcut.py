@@ -14,10 +14,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rpcnb.values import Value
 
-__all__ = ["CALL_BYTES", "NOT_PLAIN", "read_call", "read_result", "write_call", "write_result"]
+__all__ = [
+    "CALL_BYTES",
+    "MOST_ARGS",
+    "MOST_TEXT",
+    "NOT_PLAIN",
+    "read_call",
+    "read_result",
+    "write_call",
+    "write_result",
+]
 
 NOT_PLAIN: Any = object()  # what read_result returns for anything but one plain result
 CALL_BYTES = 24  # a call without arguments
+MOST_ARGS = 16  # values of the longest call that takes the short way
+MOST_TEXT = 256  # bytes of the longest text that does
 
 _CALL = struct.Struct("<QiQi")  # length, kCallFunc, handle, number of arguments
 _RESULT = struct.Struct("<Qiiiq")  # length, kReturn, 2 values: int, the type index
@@ -26,7 +37,6 @@ _FLOAT_RESULT = struct.Struct("<Qiiiqid")
 _WORD = struct.Struct("<iq")
 _FLOAT = struct.Struct("<id")
 _I64 = 1 << 63
-_TEXT = 256  # bytes of the longest text that takes the short way
 _NONE = b"\0\0\0\0"
 
 
@@ -44,7 +54,7 @@ def write_call(handle: int, args: tuple[Any, ...]) -> bytes | None:
         elif kind is float:
             body += _FLOAT.pack(3, value)
         elif kind is str:
-            if not value.isascii() or len(value) > _TEXT or "\0" in value:
+            if not value.isascii() or len(value) > MOST_TEXT or "\0" in value:
                 return None
             body += _WORD.pack(8, len(value)) + value.encode()
         elif value is None:
@@ -57,7 +67,7 @@ def write_call(handle: int, args: tuple[Any, ...]) -> bytes | None:
 def read_call(data: memoryview, nbytes: int) -> tuple[int, tuple[Value, ...]] | None:
     """Return handle and arguments if the ``nbytes`` bytes are exactly one call with plain arguments, or None."""
     length, code, handle, count = _CALL.unpack_from(data)
-    if length != nbytes - 8 or code != 3 or not 0 <= count <= 16:
+    if length != nbytes - 8 or code != 3 or not 0 <= count <= MOST_ARGS:
         return None
     if not count:
         return (handle, ()) if nbytes == CALL_BYTES else None
@@ -75,7 +85,7 @@ def read_call(data: memoryview, nbytes: int) -> tuple[int, tuple[Value, ...]] | 
             values.append(word)
         elif index == 3:
             values.append(_FLOAT.unpack_from(data, pos)[1])
-        elif index == 8 and 0 <= word <= _TEXT and pos + 12 + word <= nbytes:
+        elif index == 8 and 0 <= word <= MOST_TEXT and pos + 12 + word <= nbytes:
             try:
                 values.append(str(data[pos + 12 : pos + 12 + word], "ascii"))
             except UnicodeDecodeError:
@@ -99,7 +109,7 @@ def write_result(value: Any) -> bytes | None:
         return _RESULT.pack(24, 4, 2, 1, 0) + _NONE
     if kind is float:
         return _FLOAT_RESULT.pack(32, 4, 2, 1, 3, 3, value)
-    if kind is str and value.isascii() and len(value) <= _TEXT and "\0" not in value:
+    if kind is str and value.isascii() and len(value) <= MOST_TEXT and "\0" not in value:
         size = len(value)
         text: bytes = value.encode()
         return _RESULT.pack(32 + size, 4, 2, 1, 11 if size <= 7 else 65) + _WORD.pack(8, size) + text

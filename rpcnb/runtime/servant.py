@@ -34,7 +34,7 @@ from rpcnb.protocol.messages import (
     Syscall,
     encode_packet,
 )
-from rpcnb.protocol.shortcut import CALL_BYTES, read_call, write_result
+from rpcnb.protocol.shortcut import CALL_BYTES, MOST_ARGS, MOST_TEXT, read_call, write_result
 from rpcnb.runtime.handles import HandleKind
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.output import Output, staging
@@ -459,8 +459,12 @@ class Servant:
             made.shutdown()
         else:
             self.session = made
-            if isinstance(made, LocalServingSession) and all(
-                getattr(type(made), name) is getattr(LocalServingSession, name) for name in _CALLING
+            limits = self.environment.limits
+            ordinary = limits.args >= MOST_ARGS and limits.text >= MOST_TEXT
+            if (
+                ordinary
+                and isinstance(made, LocalServingSession)
+                and all(getattr(type(made), name) is getattr(LocalServingSession, name) for name in _CALLING)
             ):
                 self._plain_session = made
         return _VOID

@@ -15,15 +15,19 @@ import asyncio
 import inspect
 import struct
 import time
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import FunctionNotFound, InvalidHandle
+from rpcnb.runtime.devices import find_device
 from rpcnb.runtime.handles import HandleKind
 from rpcnb.runtime.serving import Module, ServedFunction
+from rpcnb.values import CPU, Device
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
+    from rpcnb.runtime.devices import DeviceAPI
     from rpcnb.runtime.local import LocalServingSession
 
 __all__ = ["make_evaluator"]
@@ -34,6 +38,22 @@ class _Pause:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+
+
+class _Sync:
+    """The evaluator wants the work of a device's default stream to end."""
+
+    def __init__(self, api: DeviceAPI, device: Device) -> None:
+        self._api = api
+        self._device = device
+
+    def block(self) -> None:
+        """Wait in this thread."""
+        ended: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._api.synchronize(self._device, None, ended.put)
+        error = ended.get()
+        if error is not None:
+            raise error
 
 
 def make_evaluator(
@@ -61,10 +81,14 @@ def make_evaluator(
     target = _find(session, module, name)
     before = _find(session, None, preproc) if preproc else None
     flush = _cache_flusher(cache_flush_bytes)
+    device = Device(device_type, device_id)
+    api = find_device(device) if device != CPU else None
 
     def measure(args: tuple[Any, ...]) -> Generator[Any, Any, bytes]:
         """Yield awaitables and pauses; both drivers below run it."""
         yield target.call(*args)
+        if api is not None:
+            yield _Sync(api, device)
         calls, results = number, []
         for index in range(repeat):
             if before is not None:
@@ -75,6 +99,8 @@ def make_evaluator(
                 start = time.perf_counter()
                 for _ in range(calls):
                     yield target.call(*args)
+                if api is not None:
+                    yield _Sync(api, device)  # the work that the calls have only begun counts too
                 seconds = time.perf_counter() - start
                 milliseconds = seconds * 1000
                 zeros += seconds == 0
@@ -105,6 +131,8 @@ def _drive(steps: Generator[Any, Any, bytes]) -> bytes:
             return result
         if isinstance(step, _Pause):
             time.sleep(step.seconds)
+        elif isinstance(step, _Sync):
+            step.block()
 
 
 async def _drive_async(steps: Generator[Any, Any, bytes]) -> bytes:
@@ -116,6 +144,8 @@ async def _drive_async(steps: Generator[Any, Any, bytes]) -> bytes:
             return result
         if isinstance(step, _Pause):
             await asyncio.sleep(step.seconds)
+        elif isinstance(step, _Sync):
+            await asyncio.get_running_loop().run_in_executor(None, step.block)
         elif inspect.isawaitable(step):
             await step
 

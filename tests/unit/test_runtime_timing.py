@@ -13,9 +13,13 @@ import pytest
 from runtime_wire import Client, Loop, handle_of, module_of
 
 from rpcnb.protocol.messages import CallFunc, Raised, Return, Shutdown
-from rpcnb.runtime import timing
+from rpcnb.runtime import devices, timing
+from rpcnb.runtime.devices import DeviceAPI
+from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import Registry
 from rpcnb.runtime.serving import Environment, Module
+from rpcnb.runtime.timing import make_evaluator
+from rpcnb.values import Device
 
 
 class Clock:
@@ -252,3 +256,38 @@ def test_an_asynchronous_preproc_is_waited_for(
 def test_an_error_of_the_measured_function_is_the_evaluators(client: Client) -> None:
     handle = evaluator(client, "rpc.test.except")
     assert client.call_error(handle, "abc") == "abc"
+
+
+class _Lagging(DeviceAPI):
+    """A device whose work ends when its stream is waited for."""
+
+    device_type = 12
+
+    def __init__(self) -> None:
+        self.waits = 0
+        self.error: BaseException | None = None
+
+    def synchronize(self, device: Device, stream: Any, done: Any) -> None:
+        self.waits += 1
+        done(self.error)
+
+
+def test_a_devices_stream_is_waited_for_before_the_clock_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def later() -> int:
+        return 1
+
+    api = _Lagging()
+    monkeypatch.setitem(devices._APIS, 12, api)
+    registry = Registry()
+    registry.register("plain", lambda: 1)
+    registry.register("later", later)
+    session = LocalServingSession(Environment(registry=registry))
+    plain = make_evaluator(session, None, "plain", 12, 0, 3, 2)
+    assert len(plain.call()) == 16
+    assert api.waits == 3  # after the warm-up and after each repeat
+    asyncio.run(make_evaluator(session, None, "later", 12, 0, 3, 2).call())
+    assert api.waits == 6
+    api.error = RuntimeError("the stream broke")
+    with pytest.raises(RuntimeError, match="the stream broke"):
+        plain.call()
+    session.shutdown()
