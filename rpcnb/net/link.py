@@ -156,7 +156,11 @@ class Link:
                 self._pumping = True
             try:
                 if not wire.out and not self._polls_write:
-                    guard.poll(self._poll, _FOREVER)
+                    try:
+                        guard.poll(self._poll, _FOREVER)
+                    except BaseException:
+                        self._leave()
+                        raise
                     with wire.lock:
                         wire.fill()  # nothing happens if the poll was woken for another reason
                         if ticket.done and not (wire.tickets or wire.out or self._sleepers):
