@@ -14,8 +14,9 @@ import logging
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rpcnb import events
 from rpcnb.errors import RemoteProtocolError
 from rpcnb.net.dial import tune
 from rpcnb.net.watcher import READ, WRITE
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from rpcnb.net.server import Server
     from rpcnb.protocol.messages import Message
 
-__all__ = ["Connection"]
+__all__ = ["ClientState", "Connection"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,24 @@ _GATHER = 64
 _HOT_TIME = struct.pack("ll", 0, 1000)
 _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
 _LINGER = 5.0  # seconds for the last replies of a session that ends
+
+
+class ClientState(NamedTuple):
+    """What a client's session is doing at the server.
+
+    Attributes:
+        peer: Address of the client.
+        state: ``idle``, ``busy``, ``running`` (a plain function) or ``parked`` (waiting for a completion).
+        function: What is in progress.
+        age: Seconds a parked request has waited.
+        queued: Bytes of requests behind it.
+    """
+
+    peer: str
+    state: str
+    function: str
+    age: float
+    queued: int
 
 
 class Connection:
@@ -59,12 +78,26 @@ class Connection:
         self.closed = False
         self.ended = False  # the client's stream has ended, or the server wants the end
         self.deadline: Any = None  # the handshake's, then the session's timer
+        self._parked_since = ("", 0.0)
         self._handshake = Handshake(server.limits.key)
         tune(sock)
         if _NOW:
             # The loop asks with MSG_DONTWAIT and a worker waits in the call itself: no system call at hand-over.
             sock.setblocking(True)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _HOT_TIME)
+
+    def describe(self) -> ClientState:
+        """Return what this client's session is doing; from any thread."""
+        servant = self.servant
+        assert servant is not None
+        parked, running = servant.parked, servant.running
+        if parked is not None:
+            state, function, age = "parked", parked.name, time.monotonic() - parked.since
+        elif running is not None:
+            state, function, age = "running", running, 0.0
+        else:
+            state, function, age = servant.endpoint.state.value, "", 0.0
+        return ClientState(self.peer, state, function, age, servant.endpoint.buffered)
 
     # -- handshake -----------------------------------------------------------------------------------------------
 
@@ -108,11 +141,13 @@ class Connection:
         key = KeyText.parse(text)
         if not server.admits(text, self.address):
             log.warning("%s: refused %s: wrong key or token", server.name, self.peer)
+            server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong key or token")
             self._send_last(refusal())
             return
         full = ""
         if server.full:
             log.warning("%s: refused %s: %d sessions are open", server.name, self.peer, server.max_sessions)
+            server.tell(events.ConnectionRejected, peer=self.peer, reason="full")
             full = f"server is full: max_sessions={server.max_sessions} are open; try again later"
         self.key = key
         options = {"-rpcnb": EXTENSION} if key.features is not None else {}
@@ -124,6 +159,7 @@ class Connection:
             server.environment,
             name=server.name,
             on_completed=self._completed,
+            on_parked=self._parked,
             route=self._route,
             refusal=full,
         )
@@ -366,8 +402,14 @@ class Connection:
             if servant.over:
                 return True
 
+    def _parked(self, function: str) -> None:
+        self._parked_since = (function, time.monotonic())
+        self.server.tell(events.RequestParked, peer=self.peer, function=function)
+
     def _completed(self) -> None:
         """A parked request got its reply, in any thread: send it at once, then let the loop go on."""
+        function, since = self._parked_since
+        self.server.tell(events.RequestCompleted, peer=self.peer, function=function, seconds=time.monotonic() - since)
         self._flush()
         self._to_loop(self.ready)
 

@@ -25,9 +25,10 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from rpcnb import events
 from rpcnb.errors import AccessDenied
 from rpcnb.net.address import is_loopback, show_address
-from rpcnb.net.connection import Connection
+from rpcnb.net.connection import ClientState, Connection
 from rpcnb.net.loopthread import LoopThread, call_in_loop
 from rpcnb.net.watcher import make_watcher
 from rpcnb.net.workers import WorkerPool
@@ -84,6 +85,7 @@ class Server:
         host: Where it listens.
         port: Likewise; the real one.
         token: What clients must present, or None.
+        observers: Who is told of its events.
 
     Raises:
         OSError: No port of the range is free.
@@ -146,6 +148,7 @@ class Server:
         if registry is not None:
             self.environment.registry = registry
         self._install_constructors()
+        self.observers = events.Observers(events.observers)
         self.workers = WorkerPool("rpcnb")
         self._connections: dict[Connection, None] = {}  # in order of arrival
         self._half_open: Counter[str] = Counter()
@@ -270,6 +273,7 @@ class Server:
         self.io_loop.remove_timeout(connection.deadline)
         connection.deadline = None
         log.log(self._level, "%s: session of %s opened", self.name, connection.peer)
+        self.tell(events.ConnectionAccepted, peer=connection.peer)
         self._hook("tvm.rpc.server.start")
 
     def _forget_half_open(self, connection: Connection) -> None:
@@ -289,6 +293,11 @@ class Server:
             log.log(self._level, "%s: session of %s ended", self.name, connection.peer)
             self._hook("tvm.rpc.server.shutdown")
 
+    def tell(self, kind: type[Any], **facts: Any) -> None:
+        """Tell the observers, if there are any."""
+        if self.observers:
+            self.observers.tell(kind(source=self.name, time=time.monotonic(), **facts))
+
     def _hook(self, name: str) -> None:
         entry = self.environment.registry.get(name)
         if entry is not None:
@@ -303,6 +312,11 @@ class Server:
     def address(self) -> str:
         """``host:port`` to connect to."""
         return show_address(self.host, self.port)
+
+    @property
+    def pending(self) -> list[ClientState]:
+        """What each client's session is doing: its state, the function in progress and its age, requests behind it."""
+        return [connection.describe() for connection in list(self._connections) if connection.servant is not None]
 
     @property
     def sessions(self) -> int:

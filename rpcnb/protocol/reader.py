@@ -464,7 +464,8 @@ class PacketReader:
         if sink is None:
             limit, name = (self.limits.bytes_argument, "bytes_argument") if kind == 66 else (self.limits.text, "text")
             if nbytes > limit:
-                raise LimitExceeded(f"value of {nbytes} bytes exceeds {name}={limit}")
+                noun = "value" if kind == 66 else "text"
+                raise LimitExceeded(f"{noun} of {nbytes} bytes exceeds {name}={limit}")
         if nbytes > self._left:
             raise RemoteProtocolError(f"expected {nbytes} bytes, got the end of the packet after {self._left}")
         chunks: list[bytes] = []

@@ -67,6 +67,10 @@ def _nothing() -> None:
     pass
 
 
+def _ignore(name: str) -> None:
+    pass
+
+
 class Completion:
     """The ``done`` of one request in progress; exactly the first call counts.
 
@@ -104,6 +108,7 @@ class Servant:
         environment: What the server's sessions share.
         name: Of the server, for messages (stock: ``SockServerLoop``).
         on_completed: Called, in the completing thread, after a parked request has got its reply.
+        on_parked: Called with the name of a request that has been parked, under the servant's lock.
         on_reply: Called when a completion has queued a reply that is to be sent at once.
         route: Called with a request and its place (``thread``, ``loop`` or ``kernel``); takes it over and returns True,
             or returns False to have it performed here and now.
@@ -118,6 +123,7 @@ class Servant:
         *,
         name: str = "server",
         on_completed: Callable[[], None] = _nothing,
+        on_parked: Callable[[str], None] = _ignore,
         on_reply: Callable[[], None] = _nothing,
         route: Callable[[Message, str], bool] | None = None,
         refusal: str = "",
@@ -127,6 +133,7 @@ class Servant:
         self.environment = environment
         self.name = name
         self.on_completed = on_completed
+        self.on_parked = on_parked
         self.on_reply = on_reply
         self.route = route
         self.refusal = refusal
@@ -289,6 +296,7 @@ class Servant:
         with self.lock:
             if not completion.finished and not self.over:
                 self.parked = completion
+                self.on_parked(completion.name)
 
     def complete(self, completion: Completion, make: Callable[[Any], Reply], outcome: Any) -> None:
         """Answer the request of ``completion``, once."""
@@ -353,7 +361,8 @@ class Servant:
                 self._answer(Return(values))
                 self.on_reply()
                 return
-        self._begin("call", Return, lambda done: session.async_call(message.handle, message.args, done))
+        name = self.describe(message)
+        self._begin(name, Return, lambda done: session.async_call(message.handle, message.args, done))
 
     def _copy_from(self, message: CopyFromRemote) -> None:
         session, meta, nbytes = self._ready(), message.meta, message.nbytes

@@ -29,6 +29,7 @@ from rpcnb.session.remote import (
     _timing_options,
 )
 from rpcnb.session.session import _named_call
+from rpcnb.session.watch import Watch
 
 if TYPE_CHECKING:
     import os
@@ -77,6 +78,10 @@ class AsyncSession(SessionBase):
     async def _run(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
         if timeout is None:
             timeout = self.timeout
+        run = self._run_observed if self.observers else self._run_quietly
+        return await run(flow, timeout, what)
+
+    async def _run_quietly(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
         if timeout is None:
             return await await_flow(self._link, flow)
         deadline = Deadline(timeout, what)
@@ -84,6 +89,17 @@ class AsyncSession(SessionBase):
             return await asyncio.wait_for(await_flow(self._link, flow), timeout)
         except asyncio.TimeoutError:
             raise deadline.exceeded() from None
+
+    async def _run_observed(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
+        """Run a flow and tell the observers how it went."""
+        watch = Watch(self, what)
+        try:
+            result = await self._run_quietly(flow, timeout, what)
+        except BaseException as error:
+            watch.ended(error)
+            raise
+        watch.ended(None)
+        return result
 
     async def get_function(self, name: str, *, timeout: float | None = None) -> AsyncRemoteFunction:
         """Return the remote function registered as ``name``; as :meth:`Session.get_function`."""
@@ -169,6 +185,7 @@ class AsyncSession(SessionBase):
 
     async def close(self) -> None:
         """End the session; the server releases everything it held. Idempotent; never waits."""
+        self._closing()
         self._link.close()
 
     async def __aenter__(self) -> AsyncSession:

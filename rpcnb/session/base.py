@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import time
 from typing import TYPE_CHECKING, Any
 
+from rpcnb import events
 from rpcnb.errors import SessionClosed, SessionTimeout
 from rpcnb.protocol.endpoint import State
 from rpcnb.session.operations import Operations
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SessionBase"]
 
+log = logging.getLogger(__name__)
+
 _numbers = itertools.count(1)
 
 
@@ -27,6 +32,8 @@ class SessionBase:
         name: ``session-1``; in messages and panels.
         peer: Address of the server.
         timeout: Seconds that every operation may take unless it names its own; None for ever.
+        observers: Who is told of the session's events.
+        peak_bytes: Largest ``held_bytes`` so far.
     """
 
     _types: tuple[Any, Any, Any, Any, Any]
@@ -37,6 +44,10 @@ class SessionBase:
         self.timeout = timeout
         self._link = link
         self._key = key
+        self.observers = events.Observers(events.observers)
+        self.peak_bytes = 0
+        self._told_end = False
+        self._held = 0  # bytes of tensors allocated and not freed
         self._ops = Operations(self, self._types, link.peer, answer, link.garbage)
 
     @property
@@ -80,6 +91,25 @@ class SessionBase:
     def fn(self) -> Any:
         """Remote functions as attributes: ``session.fn.demo.add(1, 2)``."""
         return FunctionNames(self)
+
+    def _tell(self, kind: type[Any], **facts: Any) -> None:
+        """Tell the observers, if there are any."""
+        if self.observers:
+            self.observers.tell(kind(source=self.name, time=time.monotonic(), **facts))
+
+    def _count_memory(self, nbytes: int) -> None:
+        """Note that a tensor was allocated (or freed: negative)."""
+        self._held += nbytes
+        if nbytes > 0:
+            self.peak_bytes = max(self.peak_bytes, self._held)
+        if self.observers and nbytes:
+            kind = events.MemoryAllocated if nbytes > 0 else events.MemoryFreed
+            self._tell(kind, nbytes=abs(nbytes), held=self._held)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the server's memory that tensors of this session hold."""
+        return self._held
 
     def _note(self, request: Request) -> None:
         """Note a release; no lock, no I/O, so that a finalizer may call it anywhere."""
@@ -131,6 +161,18 @@ class SessionBase:
     def webgpu(self, index: int = 0) -> Any:
         """Return a WebGPU device of the server."""
         return self.device("webgpu", index)
+
+    def _opened(self) -> None:
+        self._tell(events.SessionOpened, peer=self.peer, key=self.server_key)
+
+    def _closing(self) -> None:
+        """Tell of the end, and of what was still allocated."""
+        if self._link.wire.ended is None and self._held:
+            log.debug("%s closes with %d bytes allocated", self.name, self._held)
+        if not self._told_end:
+            self._told_end = True
+            reason = self._link.wire.ended
+            self._tell(events.SessionClosed, peer=self.peer, reason="" if reason is None else str(reason))
 
     def __repr__(self) -> str:
         kind = "rpcnb" if self.is_rpcnb else "stock TVM"

@@ -49,6 +49,7 @@ def _wire(sock: Any, answer: KeyText, address: Address) -> Wire:
 
 def _opened(session: S, constructor: Sequence[Any] | None) -> S:
     """Tell a session how it was opened."""
+    session._opened()
     session._ops.through_stock = not session.is_rpcnb and next(iter(constructor or ()), "") == "rpc.Connect"
     return session
 

@@ -250,6 +250,7 @@ class Operations:
         if extents and min(extents) < 0:
             raise CopyMismatch(f"cannot allocate shape {extents}")
         handle = yield from flows.allocate(meta, mem_scope)
+        self.session._count_memory(meta.nbytes)
         return self.tensor_type(self.session, meta._replace(data=handle), 0)
 
     def wire_device(self, device: Any) -> Device:

@@ -14,7 +14,6 @@ on the same session, or the I/O thread. Callbacks of the user run in the I/O thr
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
 from concurrent.futures import CancelledError, Future
@@ -27,6 +26,7 @@ from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.net.wire import Ticket
 from rpcnb.protocol.flows import Send, Wait
 from rpcnb.session.remote import RemoteFunction
+from rpcnb.session.watch import Watch, new_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from rpcnb.session.session import Session
 
 __all__ = ["Pending", "record"]
-
-_numbers = itertools.count(1)
 
 
 class Pending(Future[Any]):
@@ -52,7 +50,7 @@ class Pending(Future[Any]):
 
     def __init__(self, session: Session, flow: Flow[Any], function: str, timeout: float | None) -> None:
         super().__init__()
-        self.id = next(_numbers)
+        self.id = new_number()
         self.session = session
         self.function = function
         self.submitted = time.monotonic()
@@ -65,6 +63,7 @@ class Pending(Future[Any]):
         self._settled = Ticket(None)  # what a blocked caller waits for
         self._lock = threading.Lock()
         self._timer: iothread.Timer | None = None
+        self._watch: Watch | None = None
 
     @property
     def state(self) -> str:
@@ -80,6 +79,8 @@ class Pending(Future[Any]):
     def start(self) -> None:
         """Send the first request; called once, by the session."""
         self.set_running_or_notify_cancel()
+        if self.session.observers:
+            self._watch = Watch(self.session, self.function, self.id)
         self.session._pending[self.id] = self
         if self.deadline is not None:
             self._timer = iothread.IO_THREAD.call_at(self.deadline, self._expire)
@@ -135,6 +136,8 @@ class Pending(Future[Any]):
         else:
             super().set_exception(error)
         self._tickets.clear()
+        if self._watch is not None:
+            self._watch.ended(error)
         with self.session._link.wire.lock:  # or a caller that begins to wait just now would sleep on
             self._settled.done = True
             if self._settled.waker is not None:

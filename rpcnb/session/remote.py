@@ -100,7 +100,7 @@ class RemoteFunction(_Function):
             DeadlineExceeded: It took longer than ``timeout``.
         """
         session = self.session
-        if timeout is None and session.timeout is None:
+        if timeout is None and session.timeout is None and not session.observers:
             ticket = session._link.call(self.handle, args)  # the short way, if nothing speaks against it
             if ticket is not None:
                 if ticket.value is not NOT_PLAIN:
@@ -288,6 +288,8 @@ class _Tensor:
             return
         self.freed = True
         if self._owner is None:
+            if not self._handle:
+                self.session._count_memory(-self.meta.nbytes)
             self.session._note(release_handle(self._handle) if self._handle else release_data(self.meta))
 
     def __del__(self) -> None:

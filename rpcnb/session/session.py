@@ -39,6 +39,7 @@ from rpcnb.session.remote import (
     TimingResult,
     _timing_options,
 )
+from rpcnb.session.watch import Watch
 
 if TYPE_CHECKING:
     import os
@@ -94,8 +95,22 @@ class Session(SessionBase):
         if timeout is None:
             timeout = self.timeout
         deadline = NO_DEADLINE if timeout is None else Deadline(timeout, what)
+        if self.observers:
+            return self._run_observed(flow, deadline, what)
         with Guard() as guard:
             return run_flow(self._link, flow, deadline, guard)
+
+    def _run_observed(self, flow: Flow[Any], deadline: Deadline, what: str) -> Any:
+        """Run a flow and tell the observers how it went; outside the guard."""
+        watch = Watch(self, what)
+        try:
+            with Guard() as guard:
+                result = run_flow(self._link, flow, deadline, guard)
+        except BaseException as error:
+            watch.ended(error)
+            raise
+        watch.ended(None)
+        return result
 
     @property
     def pending(self) -> list[Pending]:
@@ -240,6 +255,7 @@ class Session(SessionBase):
     def close(self) -> None:
         """End the session; the server releases everything it held. Idempotent; never waits."""
         self._finalizer.detach()
+        self._closing()
         self._link.close()
 
     def __enter__(self) -> Session:

@@ -548,7 +548,7 @@ def test_a_driver_without_callbacks_is_told_nothing(registry: Registry) -> None:
     handle = handle_of(driver.client.next_message().values)  # type: ignore[union-attr]  # a Return
     driver.send(CallFunc(handle))
     assert driver.servant.parked is not None
-    assert driver.servant.parked.name == "call"
+    assert driver.servant.parked.name == "later"
     dones[0](1)
     assert driver.reply() == Return((1, 1))
     driver.servant.cancel()

@@ -1,0 +1,222 @@
+"""Facts told to observers.
+
+::
+
+    unsubscribe = session.observers.subscribe(print)      # or server.observers, or rpcnb.events.observers for all
+    ...
+    unsubscribe()
+
+The core states what has happened; it does not know who listens, and a listener cannot break a call: one that raises
+is logged and removed. Observers are called in the thread where the fact came about, and must be quick. Nobody
+listening costs one look at a list.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Observer = Callable[["Event"], object]
+
+__all__ = [
+    "CallCancelled",
+    "CallFailed",
+    "CallFinished",
+    "CallSent",
+    "ConnectionAccepted",
+    "ConnectionRejected",
+    "Event",
+    "MemoryAllocated",
+    "MemoryFreed",
+    "Observers",
+    "RequestCompleted",
+    "RequestParked",
+    "SessionClosed",
+    "SessionOpened",
+    "TransferFinished",
+    "TransferProgress",
+    "TransferStarted",
+    "observers",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened.
+
+    Attributes:
+        source: Name of the session or server.
+        time: ``time.monotonic()`` of this process.
+    """
+
+    source: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOpened(Event):
+    """A client's session was opened with ``peer``, serving ``key``."""
+
+    peer: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionClosed(Event):
+    """A client's session ended; ``reason`` is empty if its user closed it."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call(Event):
+    call: int
+    function: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallSent(_Call):
+    """An operation is on its way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallFinished(_Call):
+    """An operation ended well after ``seconds``."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallFailed(_Call):
+    """An operation ended with ``error`` after ``seconds``."""
+
+    seconds: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallCancelled(_Call):
+    """An operation was given up after ``seconds``: cancelled, interrupted, or its time was over."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Transfer(Event):
+    transfer: int
+    what: str
+    direction: str
+    moved: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferStarted(_Transfer):
+    """Bytes begin to move ``up`` or ``down``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferProgress(_Transfer):
+    """``moved`` of ``total`` bytes have moved; at most ten a second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferFinished(_Transfer):
+    """A transfer ended; ``error`` is empty if it ended well."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryAllocated(Event):
+    """A session holds ``nbytes`` more of its server's memory, ``held`` in all."""
+
+    nbytes: int
+    held: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFreed(Event):
+    """A session holds ``nbytes`` less of its server's memory, ``held`` in all."""
+
+    nbytes: int
+    held: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionAccepted(Event):
+    """A server opened a session for the client ``peer``."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionRejected(Event):
+    """A server refused the client ``peer``."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestParked(Event):
+    """A server waits for the completion of what ``peer`` asked: ``function``."""
+
+    peer: str
+    function: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestCompleted(Event):
+    """A parked request got its reply after ``seconds``."""
+
+    peer: str
+    function: str
+    seconds: float
+
+
+class Observers:
+    """Who listens to one source.
+
+    Args:
+        parent: Observers that are told too.
+    """
+
+    __slots__ = ("_list", "_parent")
+
+    def __init__(self, parent: Observers | None = None) -> None:
+        self._list: tuple[Observer, ...] = ()
+        self._parent = parent
+
+    def __bool__(self) -> bool:
+        return bool(self._list) or (self._parent is not None and bool(self._parent._list))
+
+    def subscribe(self, observer: Observer) -> Callable[[], None]:
+        """Tell ``observer`` of every event from now on; returns what ends that."""
+        self._list = (*self._list, observer)
+
+        def unsubscribe() -> None:
+            self._list = tuple(one for one in self._list if one is not observer)
+
+        return unsubscribe
+
+    def tell(self, event: Event) -> None:
+        """Tell everybody of ``event``; one who raises is logged and removed."""
+        for observer in self._list:
+            try:
+                observer(event)
+            except Exception:  # noqa: PERF203  # one's trouble is not another's
+                log.exception("an observer failed on %s and is removed", type(event).__name__)
+                self._list = tuple(one for one in self._list if one is not observer)
+        if self._parent is not None:
+            self._parent.tell(event)
+
+
+observers = Observers()
