@@ -102,8 +102,13 @@ class Connection:
     # -- handshake -----------------------------------------------------------------------------------------------
 
     def ready(self) -> None:
-        """Take the loop's word that the socket is ready."""
-        if self.closed or self.in_worker:
+        """Take the loop's word that the socket is ready, or that a worker has given the connection back."""
+        if self.servant is not None:
+            with self.servant.lock:  # a worker that is giving it back has finished with it
+                owned = not self.in_worker
+            if not owned:
+                return
+        if self.closed:
             return
         try:
             if self.servant is None:
@@ -184,26 +189,31 @@ class Connection:
         """Serve on the loop for a turn, then wait for the socket again."""
         servant = self.servant
         assert servant is not None
-        self._advance(servant)
+        if self._advance(servant):
+            return  # another's now, who may have given it back already: not to be looked at again
         for _ in range(_TURNS):
-            if self.in_worker or self.closed or not self._wants_input(servant):
+            if self.closed or not self._wants_input(servant):
                 break
             count = self._receive(servant, _NOW)
             if count <= 0:
                 break
-            self._advance(servant)
-        if not self.in_worker and not self.closed:
+            if self._advance(servant):
+                return
+        if not self.closed:
             self._flush()
             self._wait_or_close()
 
-    def _advance(self, servant: Servant) -> None:
-        """Perform what has arrived, and again what waited for room in the output."""
-        servant.advance()
-        while servant.output and not self.in_worker and self._flush() and servant.endpoint.buffered:
+    def _advance(self, servant: Servant) -> bool:
+        """Perform what has arrived, and again what waited for room in the output; True once it was passed on."""
+        if servant.advance():
+            return True
+        while servant.output and self._flush() and servant.endpoint.buffered:
             before = servant.endpoint.buffered
-            servant.advance()
+            if servant.advance():
+                return True
             if servant.endpoint.buffered == before:
                 break
+        return False
 
     def _receive(self, servant: Servant, flags: int) -> int:
         """Receive once; returns the bytes, 0 at the end of the stream, -1 if there are none now."""
@@ -320,13 +330,17 @@ class Connection:
         """Let the loop own the connection again; from a worker."""
         servant.running = None
         waits = not (self.ended or servant.over or servant.output or servant.parked is not None)
-        self.in_worker = False
-        if waits and not servant.endpoint.buffered:
-            try:
-                self.server.watcher.arm(self.fd, READ)
-                return
-            except OSError:
-                pass  # closed meanwhile
+        # With the lock: the loop, woken by an earlier completion, must not serve between these two.
+        with servant.lock:
+            self.in_worker = False
+            if self.closed:
+                return  # its descriptor may be another connection's by now
+            if waits and not servant.endpoint.buffered:
+                try:
+                    self.server.watcher.arm(self.fd, READ)
+                    return
+                except OSError:
+                    pass  # closed meanwhile
         self._to_loop(self.ready)
 
     def _work(self, message: Message) -> None:
@@ -446,8 +460,9 @@ class Connection:
         """End the connection and release everything; a running plain function ends by itself, unheard."""
         if self.closed:
             return
-        self.closed = True
-        self.ended = True
+        with self.servant.lock if self.servant is not None else contextlib.nullcontext():
+            self.closed = True
+            self.ended = True
         if self.deadline is not None:
             self.server.io_loop.remove_timeout(self.deadline)
         self.server.watcher.remove(self.fd)

@@ -56,6 +56,8 @@ class IOThread:
         self._thread: threading.Thread | None = None
         self._arrivals: deque[Link] = deque()
         self.watched: weakref.WeakSet[Link] = weakref.WeakSet()  # links whose finalizers may leave work
+        # Links whose sessions were dropped; finalizers append here, without a lock and without I/O.
+        self.dropped: deque[Link] = deque()
         self._calls: deque[Callable[[], object]] = deque()
         self._timers: list[Timer] = []
         self._wake: int = -1
@@ -122,10 +124,12 @@ class IOThread:
                     self._do(heapq.heappop(self._timers).function)
                 for link in list(self.watched):
                     self._do(link.housekeeping)
+                while self.dropped:
+                    self._do(self.dropped.popleft().close)
 
     def _patience(self) -> float | None:
         """Return how long nothing is to be done."""
-        seconds = _FLUSH_EVERY if self.watched else None
+        seconds = _FLUSH_EVERY if self.watched or self.dropped else None
         if self._timers:
             left = max(0.0, self._timers[0].at - time.monotonic())
             seconds = left if seconds is None else min(seconds, left)

@@ -74,7 +74,6 @@ class Link:
         self.wire = wire
         self.peer = wire.peer
         self.garbage = wire.garbage
-        self.dropped = False
         # Pending operations whose reply has come; resumed by whoever received it, outside the lock.
         self.ready: deque[Any] = deque()
         self._pumping = False
@@ -324,10 +323,7 @@ class Link:
             return selectors.EVENT_READ | (selectors.EVENT_WRITE if blocked else 0)
 
     def housekeeping(self) -> None:
-        """Send the frees that finalizers noted; close a link whose session was dropped."""
-        if self.dropped:
-            self.close()
-            return
+        """Send the frees that finalizers noted."""
         if not self.garbage:
             return
         with self.wire.lock:

@@ -67,10 +67,14 @@ class Shaper:
         except OSError:
             writer.close()
             return
-        with contextlib.suppress(asyncio.CancelledError):  # the server's end; asyncio would log it
-            await asyncio.gather(
-                self._pump(reader, onward_writer), self._pump(onward_reader, writer), return_exceptions=True
-            )
+        try:
+            with contextlib.suppress(asyncio.CancelledError):  # the server's end; asyncio would log it
+                await asyncio.gather(
+                    self._pump(reader, onward_writer), self._pump(onward_reader, writer), return_exceptions=True
+                )
+        finally:
+            writer.close()
+            onward_writer.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Move one direction: pieces leave at the rate, and arrive a latency later."""

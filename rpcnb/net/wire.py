@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 PIECE = 4 << 20  # bytes per system call at most: an interrupt is looked for between two of them
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 _GATHER = 64  # buffers per system call
+_BULK = 1 << 16  # buffers from here on are counted
 _CALL = CallFunc(0)  # stands for every call made the short way: only what kind of request it is matters
 _ZEROS = memoryview(bytes(1 << 20))
 
@@ -48,10 +49,11 @@ class Ticket:
         error: Why there will be none, once ``done``.
         waker: Called when done, by whoever received the reply.
         abandoned: Nobody waits; what the reply brings is released.
+        moved: Bytes of its bulk data that have moved, either way.
         value: For a call made the short way: the plain result, or NOT_PLAIN if there is a ``reply`` instead.
     """
 
-    __slots__ = ("abandoned", "done", "error", "reply", "request", "value", "waker")
+    __slots__ = ("abandoned", "done", "error", "moved", "reply", "request", "value", "waker")
 
     def __init__(self, request: Request | None) -> None:
         self.request = request
@@ -60,6 +62,7 @@ class Ticket:
         self.done = False
         self.abandoned = False
         self.value: Any = None
+        self.moved = 0
         self.waker: Callable[[], object] | None = None
 
     @property
@@ -117,7 +120,7 @@ class Wire:
         self.tickets.append(ticket)
         payload = request.payload if type(request) is CopyToRemote else None
         for buffer in buffers:
-            self.out.append((buffer, ticket if buffer is payload else None))
+            self.out.append((buffer, ticket if buffer is payload or len(buffer) >= _BULK else None))
         return ticket
 
     @property
@@ -164,7 +167,7 @@ class Wire:
                 self._drain_then_fail(error)
                 return True
             self.bytes_sent += sent
-            if len(out) == 1 and sent == len(out[0][0]):
+            if len(out) == 1 and sent == len(out[0][0]) and out[0][1] is None:
                 out.popleft()
             elif not self._consume(sent):
                 return False
@@ -175,6 +178,8 @@ class Wire:
         out = self.out
         while sent:
             buffer, ticket = out[0]
+            if ticket is not None:
+                ticket.moved += min(sent, len(buffer))
             if sent < len(buffer):
                 out[0] = (memoryview(buffer)[sent:], ticket)
                 return False
@@ -213,7 +218,14 @@ class Wire:
                     ticket.waker()
                 return
         endpoint.received(count)
+        if endpoint.bulk_left or count > _BULK:
+            self._count_received(count)
         self.settle()
+
+    def _count_received(self, nbytes: int) -> None:
+        """Note that a part of the first reply's bulk data has come."""
+        if self.tickets:
+            self.tickets[0].moved += nbytes
 
     def settle(self) -> None:
         """Settle the tickets whose replies have arrived."""

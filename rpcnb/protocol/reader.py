@@ -114,6 +114,11 @@ class PacketReader:
         return self._payload_left
 
     @property
+    def bulk_left(self) -> int:
+        """Bytes still to come of a packet that is taken piece by piece."""
+        return self._payload_left or (self._left if self._parser is not None else 0)
+
+    @property
     def bytes_needed(self) -> int:
         """Bytes without which nothing new can be said: a reader that must not read ahead asks for these."""
         have = self._end - self._start

@@ -55,7 +55,6 @@ class _LocalLink:
         self.peer = "this process"
         self.wire = Wire(_Pipe(self._inbox), Endpoint(Role.CLIENT), self.peer)  # type: ignore[arg-type]  # a socket's stand-in
         self.garbage = self.wire.garbage
-        self.dropped = False
         self._ready: deque[Any] = deque()
         self._handler = create_event_driven_server(self._deliver, "local", "client:", environment=environment)
         self._handler.servant.extended = True
@@ -122,9 +121,7 @@ class _LocalLink:
         stop_waiting(self.wire, tickets)
 
     def housekeeping(self) -> None:
-        if self.dropped:
-            self.close()
-        elif self.garbage:
+        if self.garbage:
             with self.wire.lock:
                 self.wire.queue_garbage()
                 self.wire.flush()

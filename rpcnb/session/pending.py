@@ -59,6 +59,7 @@ class Pending(Future[Any]):
         self.deadline = self._limit.at
         self._flow = flow
         self._tickets: list[Ticket] = []
+        self._moved = 0  # bulk bytes of the tickets that are done
         self._waits_for: Ticket | None = None
         self._settled = Ticket(None)  # what a blocked caller waits for
         self._lock = threading.Lock()
@@ -109,6 +110,7 @@ class Pending(Future[Any]):
             if ticket is not None:
                 if ticket in self._tickets:  # its reply is the flow's now, also what that brought
                     self._tickets.remove(ticket)
+                    self._moved += ticket.moved
                 step = flow.send(ticket.reply) if ticket.reply is not None else flow.throw(ticket.failure)
             while type(step) is Send:
                 sent = link.send(step.request)
@@ -135,6 +137,7 @@ class Pending(Future[Any]):
             self._become_cancelled()
         else:
             super().set_exception(error)
+        self._moved += sum(ticket.moved for ticket in self._tickets)
         self._tickets.clear()
         if self._watch is not None:
             self._watch.ended(error)
@@ -189,7 +192,7 @@ class Pending(Future[Any]):
         return super().exception(0)
 
     def _block(self, timeout: float | None) -> None:
-        if self._settled.done:
+        if self.done():
             return
         if iothread.IO_THREAD.is_current():
             raise DeadlockError(f"waiting for {self.function} in the thread that would have to finish it")
@@ -205,6 +208,11 @@ class Pending(Future[Any]):
         """Wait in the running event loop; cancelling that gives the operation up."""
         return asyncio.wrap_future(self).__await__()
 
+    @property
+    def moved(self) -> int:
+        """Bytes of bulk data that have moved so far."""
+        return self._moved + sum(ticket.moved for ticket in list(self._tickets))
+
     def __repr__(self) -> str:
         age = (self.finished or time.monotonic()) - self.submitted
         return f"<Pending {self.id}: {self.function or 'operation'}, {self.state}, {age:.1f} s, {self.session.name}>"
@@ -219,11 +227,16 @@ class _Recorded(Exception):  # not an error: it carries the flow out of the meth
 class _Recorder:
     """Stands in for an object whose method is submitted: what it would run is recorded instead."""
 
+    _target: Any
+
     def __init__(self, target: Any) -> None:
-        self._target = target
+        object.__setattr__(self, "_target", target)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._target, name, value)
 
     @property
     def session(self) -> _Recorder:

@@ -39,6 +39,7 @@ from rpcnb.session.remote import (
     TimingResult,
     _timing_options,
 )
+from rpcnb.session.transfers import Transfer, describe_transfer
 from rpcnb.session.watch import Watch
 
 if TYPE_CHECKING:
@@ -126,16 +127,24 @@ class Session(SessionBase):
             operation: A bound method of this session, or of its functions, tensors or modules.
             args: Its arguments.
             timeout: Seconds for the whole operation.
-            options: Its keyword arguments.
+            options: Its keyword arguments; and for copies and files ``progress``, called with the transfer at most
+                ten times a second and once at the end, in the I/O thread.
 
         Returns:
-            A :class:`Pending`.
+            A :class:`Pending`; for copies and files a :class:`~rpcnb.session.transfers.Transfer`.
 
         Raises:
             TypeError: ``operation`` is not one of this session's.
         """
+        progress = options.pop("progress", None)
         flow, what = record(self, operation, args, options)
-        return self._submit(flow, timeout, what)
+        limit = self.timeout if timeout is None else timeout
+        moving = describe_transfer(operation, args)
+        if moving is None:
+            return self._submit(flow, timeout, what)
+        transfer = Transfer(self, flow, what, limit, moving, progress)
+        transfer.start()
+        return transfer
 
     def _submit(self, flow: Flow[Any], timeout: float | None, what: str) -> Pending:
         pending = Pending(self, flow, what, self.timeout if timeout is None else timeout)
@@ -274,4 +283,4 @@ def _named_call(session: SessionBase, name: str, args: tuple[Any, ...]) -> Flow[
 
 def _drop(link: Any) -> None:
     """Have the link of a session that was dropped closed by the I/O thread; a finalizer takes no lock."""
-    link.dropped = True
+    iothread.IO_THREAD.dropped.append(link)
