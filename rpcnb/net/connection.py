@@ -398,22 +398,22 @@ class Connection:
             if not count:
                 self.ended = True
                 return False
-            reply = quickly(view, count) if idle else None
-            if reply is None:
+            reply, served = quickly(view, count) if idle else (b"", 0)
+            if reply:
+                try:
+                    sent = send(reply, _NOW)
+                except OSError:
+                    sent = 0  # the general way finds out why
+                if sent < len(reply):
+                    with servant.lock:
+                        if not servant.over:  # else the session's last words are out already
+                            servant.output.add([memoryview(reply)[sent:]])
+                    idle = False
+            if served < count:
                 endpoint.received(count)
+                endpoint.skip(served)
                 return True
-            if not reply:
-                return True  # it went to the output
-            try:
-                sent = send(reply, _NOW)
-            except OSError:
-                sent = 0  # the general way finds out why
-            if sent < len(reply):
-                with servant.lock:
-                    if not servant.over:  # else the session's last words are out already
-                        servant.output.add([memoryview(reply)[sent:]])
-                return True
-            if servant.over:
+            if servant.over or servant.output.size or not idle:
                 return True
 
     def _parked(self, function: str) -> None:

@@ -101,6 +101,16 @@ class Link:
                 self._signal()  # the pump must watch for writability
         return ticket
 
+    def send_calls(self, handle: int, calls: list[tuple[Any, ...]]) -> list[Ticket]:
+        """Queue calls of one function, and send what the socket takes."""
+        wire = self.wire
+        with wire.lock:
+            wire.queue_garbage()
+            tickets = wire.queue_calls(handle, calls)
+            if not wire.flush() and self._pumping:
+                self._signal()
+        return tickets
+
     def _signal(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
             os.write(self._wake_writer, b"\0")

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import RemoteProtocolError, RpcError, SessionClosed, SessionLost, SessionTimeout
 from rpcnb.protocol.endpoint import State
 from rpcnb.protocol.flows import TIMEOUT_PREFIX, undo
-from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Raised, Shutdown
-from rpcnb.protocol.shortcut import NOT_PLAIN, read_result
+from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Raised, Shutdown, encode_packet
+from rpcnb.protocol.shortcut import NOT_PLAIN, read_result, write_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,6 +146,25 @@ class Wire:
             self.out.append((memoryview(packet)[sent:], None))
         return ticket
 
+    def queue_calls(self, handle: int, calls: list[tuple[Any, ...]]) -> list[Ticket]:
+        """Queue many calls of one function, plain ones by the short way and all in as few buffers as can be.
+
+        Raises:
+            ArgumentError: A value cannot travel; nothing is queued.
+        """
+        if self.ended is not None:
+            raise self.ended
+        packets = [write_call(handle, args) or b"".join(encode_packet(CallFunc(handle, args))) for args in calls]
+        tickets = []
+        for _ in calls:
+            self.endpoint.note_sent(_CALL)
+            ticket = Ticket(_CALL)
+            ticket.value = NOT_PLAIN
+            tickets.append(ticket)
+        self.tickets.extend(tickets)
+        self.out.append((b"".join(packets), None))
+        return tickets
+
     def queue_garbage(self) -> None:
         """Queue the releases that were noted; their replies are dropped."""
         while self.garbage and self.ended is None:
@@ -190,9 +209,10 @@ class Wire:
     def fill(self) -> None:
         """Receive once, and settle the tickets whose replies are complete."""
         endpoint = self.endpoint
-        quick = False
-        if len(self.tickets) == 1:
-            quick = self.tickets[0].value is NOT_PLAIN and endpoint.idle
+        tickets = self.tickets
+        alone = False
+        if len(tickets) == 1:
+            alone = tickets[0].value is NOT_PLAIN and endpoint.idle
         elif self.quick_ack and _QUICKACK is not None:
             self.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
         view = endpoint.get_buffer()
@@ -207,20 +227,31 @@ class Wire:
             self._ended_by_peer()
             return
         self.bytes_received += count
-        if quick:
+        if alone:  # a single call that was made the short way, the commonest
             value = read_result(view, count)
             if value is not NOT_PLAIN:
-                ticket = self.tickets.popleft()
-                endpoint.note_answered()
-                ticket.value = value
-                ticket.done = True
-                if ticket.waker is not None:
-                    ticket.waker()
+                self._settle_plainly(value)
                 return
         endpoint.received(count)
+        while tickets and tickets[0].value is NOT_PLAIN:
+            value = endpoint.take_result()
+            if value is NOT_PLAIN:
+                break
+            self._settle_plainly(value)
+        if endpoint.idle:
+            return
         if endpoint.bulk_left or count > _BULK:
             self._count_received(count)
         self.settle()
+
+    def _settle_plainly(self, value: Any) -> None:
+        """Settle the first ticket, of a call made the short way, with its plain result."""
+        ticket = self.tickets.popleft()
+        self.endpoint.note_answered()
+        ticket.value = value
+        ticket.done = True
+        if ticket.waker is not None:
+            ticket.waker()
 
     def _count_received(self, nbytes: int) -> None:
         """Note that a part of the first reply's bulk data has come."""

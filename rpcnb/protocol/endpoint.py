@@ -196,9 +196,9 @@ class Endpoint(PacketReader):
         self.owed.append(request)
 
     def note_answered(self) -> None:
-        """Client: note that the only reply that was owed has been read elsewhere (the short way)."""
+        """Client: note that the first reply that was owed has been read elsewhere (the short way)."""
         self.owed.popleft()
-        if self.state is State.BUSY:  # not closed by our own shutdown meanwhile
+        if not self.owed and self.state is State.BUSY:  # not closed by our own shutdown meanwhile
             self.state = State.IDLE
 
     def send(self, message: Message) -> list[Buffer]:

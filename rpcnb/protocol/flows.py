@@ -16,8 +16,9 @@ Source:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from rpcnb.errors import RemoteError, RemoteProtocolError, SessionTimeout
@@ -34,11 +35,13 @@ from rpcnb.protocol.messages import (
     Return,
     Syscall,
 )
+from rpcnb.protocol.shortcut import NOT_PLAIN
 from rpcnb.values import NULL, Device, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value
 
 __all__ = [
     "Flow",
     "Send",
+    "SendCalls",
     "TensorResult",
     "Wait",
     "allocate",
@@ -74,6 +77,14 @@ class Send:
 
 
 @dataclass(slots=True)
+class SendCalls:
+    """Send calls of one function in one go; the flow gets their tickets, whose ``outcome`` may be plain values."""
+
+    handle: int
+    calls: list[tuple[Value, ...]]
+
+
+@dataclass(slots=True)
 class Wait:
     """Wait for the reply to an earlier request; the flow gets it."""
 
@@ -90,7 +101,7 @@ class TensorResult:
 
 T = TypeVar("T")
 Result = Value | TensorResult
-Flow = Generator[Request | Send | Wait, Any, T]
+Flow = Generator[Request | Send | SendCalls | Wait, Any, T]
 
 
 def result_of(reply: Reply) -> tuple[Value, ...]:
@@ -195,6 +206,39 @@ def call_function(handle: int, args: tuple[Value, ...], wrap: Callable[[Result],
             return values[1]
         return wrap(call_result(values))
     return wrap(call_result(result_of(reply)))
+
+
+def map_calls(
+    handle: int, calls: Iterable[tuple[Value, ...]], window: int, wrap: Callable[[Result], Any] = _as_it_is
+) -> Flow[list[Any]]:
+    """Call a packed function many times, ``window`` calls in one go and two windows on the way.
+
+    Returns:
+        Results in order; in the place of one that failed, its exception.
+    """
+    results: list[Any] = []
+    batches: deque[list[Any]] = deque()
+    rest = iter(calls)
+    while chunk := list(islice(rest, window)):
+        batches.append((yield SendCalls(handle, chunk)))
+        if len(batches) > 1:
+            yield from _collect_calls(batches.popleft(), results, wrap)
+    while batches:
+        yield from _collect_calls(batches.popleft(), results, wrap)
+    return results
+
+
+def _collect_calls(tickets: list[Any], results: list[Any], wrap: Callable[[Result], Any]) -> Flow[None]:
+    reply = yield Wait(tickets[-1])  # replies come in order: the others are there too
+    for ticket in tickets:
+        if ticket.value is not NOT_PLAIN:
+            results.append(ticket.value)
+            continue
+        reply = ticket.result()
+        try:
+            results.append(wrap(call_result(result_of(reply))))
+        except (RemoteError, RemoteProtocolError) as error:  # one call's failure is its own
+            results.append(error)
 
 
 def free_handle(handle: int) -> Flow[None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rpcnb.errors import LimitExceeded, RemoteProtocolError, RpcError
 from rpcnb.protocol.codes import Code, Limits, Role
@@ -31,6 +31,7 @@ from rpcnb.protocol.messages import (
     Syscall,
 )
 from rpcnb.protocol.sequence import decode_tensor, decode_values, is_bulk
+from rpcnb.protocol.shortcut import NOT_PLAIN, read_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -168,6 +169,24 @@ class PacketReader:
             self._payload_left -= nbytes
         else:
             self._end += nbytes
+
+    def take_result(self) -> Any:
+        """Client: take the next packet if it is whole and a plain result; else NOT_PLAIN, and nothing is taken."""
+        start = self._start
+        have = self._end - start
+        if have < 32 or self._parser is not None or self._payload_message is not None:
+            return NOT_PLAIN
+        nbytes = 8 + _LENGTH.unpack_from(self._view, start)[0]
+        if nbytes > have:
+            return NOT_PLAIN
+        value = read_result(self._view[start : start + nbytes], nbytes)
+        if value is not NOT_PLAIN:
+            self._start = start + nbytes
+        return value
+
+    def skip(self, nbytes: int) -> None:
+        """Server: leave out bytes at the start of the buffer that were served the short way."""
+        self._start += nbytes
 
     def receive_data(self, data: Buffer) -> None:
         """Take bytes that were received elsewhere (copies them)."""

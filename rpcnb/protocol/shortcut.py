@@ -19,6 +19,7 @@ __all__ = [
     "MOST_ARGS",
     "MOST_TEXT",
     "NOT_PLAIN",
+    "call_length",
     "read_call",
     "read_result",
     "write_call",
@@ -34,6 +35,7 @@ _CALL = struct.Struct("<QiQi")  # length, kCallFunc, handle, number of arguments
 _RESULT = struct.Struct("<Qiiiq")  # length, kReturn, 2 values: int, the type index
 _INT_RESULT = struct.Struct("<Qiiiqiq")
 _FLOAT_RESULT = struct.Struct("<Qiiiqid")
+_LENGTH = struct.Struct("<Q")
 _WORD = struct.Struct("<iq")
 _FLOAT = struct.Struct("<id")
 _I64 = 1 << 63
@@ -62,6 +64,11 @@ def write_call(handle: int, args: tuple[Any, ...]) -> bytes | None:
         else:
             return None
     return _CALL.pack(16 + len(body), 3, handle, len(args)) + body
+
+
+def call_length(data: memoryview, pos: int) -> int:
+    """Return the bytes of the packet at ``pos``."""
+    return 8 + int(_LENGTH.unpack_from(data, pos)[0])
 
 
 def read_call(data: memoryview, nbytes: int) -> tuple[int, tuple[Value, ...]] | None:

@@ -34,7 +34,7 @@ from rpcnb.protocol.messages import (
     Syscall,
     encode_packet,
 )
-from rpcnb.protocol.shortcut import CALL_BYTES, MOST_ARGS, MOST_TEXT, read_call, write_result
+from rpcnb.protocol.shortcut import CALL_BYTES, MOST_ARGS, MOST_TEXT, call_length, read_call, write_result
 from rpcnb.runtime.handles import HandleKind
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.output import Output, staging
@@ -56,6 +56,8 @@ _NOT_INITIALIZED = (
     "Need to call InitRemoteSession first before any further actions"
 )
 _VOID = Return()
+_PATIENCE = 0.0005  # seconds for which finished replies wait for others that go out with them
+_ENOUGH = 1 << 16  # bytes of replies that go out at once
 _CONGESTED = 4 << 20  # bytes of unread replies beyond which no further request is performed
 
 
@@ -199,33 +201,51 @@ class Servant:
         except (Exception, SystemExit) as error:  # a function's sys.exit() is its own failure, not the server's end
             self._answer(self.exception(error))
 
-    def call_quickly(self, data: memoryview, nbytes: int) -> bytes | None:
-        """Perform the plain call that the bytes are, in a worker inside :meth:`entered`, by the short way.
+    def call_quickly(self, data: memoryview, nbytes: int) -> tuple[bytes, int]:
+        """Perform plain calls that the bytes begin with, in a worker inside :meth:`entered`, by the short way.
+
+        It stops before what is not plain, and after a call that took long, so that finished replies need not wait.
 
         Returns:
-            The reply, empty if it went to the output; None if the general way must be taken: nothing was called.
+            The replies, and how many of the bytes have been served; none if the general way must be taken.
         """
         session = self._plain_session
-        if session is None or nbytes < CALL_BYTES:
-            return None
-        found = read_call(data, nbytes)
-        if found is None:
-            return None
-        entry = session.table.entry(found[0])
-        if entry is None or entry.kind is not HandleKind.FUNCTION or entry.thing.run != "thread":
-            return None
-        function = entry.thing
-        self.running = function.name
-        try:
-            result = function.call(*found[1])
-            reply = write_result(result)
-            if reply is None:
-                self._queue(Return(session.encode_return(result)))
-        except (Exception, SystemExit) as error:
-            reply = None
-            self._queue(self.exception(error))
-        self.running = None
-        return b"" if reply is None or self.over else reply
+        if session is None:
+            return b"", 0
+        pos, replies = 0, b""
+        give_up = 0.0
+        while nbytes - pos >= CALL_BYTES:
+            length = call_length(data, pos)
+            if not CALL_BYTES <= length <= nbytes - pos:
+                break
+            found = read_call(data[pos : pos + length] if pos else data, length)
+            entry = session.table.entry(found[0]) if found is not None else None
+            if found is None or entry is None or entry.kind is not HandleKind.FUNCTION or entry.thing.run != "thread":
+                break
+            function = entry.thing
+            self.running = function.name
+            pos += length
+            try:
+                result = function.call(*found[1])
+                reply = write_result(result)
+                others = [] if reply is not None else encode_packet(Return(session.encode_return(result)))
+            except (Exception, SystemExit) as error:
+                reply, others = None, encode_packet(self.exception(error))
+            self.running = None
+            if self.over:
+                return b"", pos
+            if reply is None:  # perhaps bulk: it goes out from where it is
+                with self.lock:
+                    self.output.add([replies, *others])
+                return b"", pos
+            if pos == nbytes and not replies:
+                return reply, pos  # a single call, the commonest
+            replies += reply
+            now = time.monotonic()
+            give_up = give_up or now + _PATIENCE
+            if now > give_up or len(replies) > _ENOUGH:
+                break
+        return replies, pos
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -235,12 +255,6 @@ class Servant:
             yield
         finally:
             _SESSION.reset(token)
-
-    def _queue(self, reply: Reply) -> None:
-        """Queue a reply that the endpoint does not know of."""
-        with self.lock:
-            if not self.over:
-                self.output.add(encode_packet(reply))
 
     def _dispatch(self, message: Message) -> None:
         if isinstance(message, Syscall):

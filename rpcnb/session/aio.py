@@ -61,7 +61,7 @@ async def await_flow(link: Any, flow: Flow[Any]) -> Any:
                 await link.wait(ticket)
             if ticket in tickets:
                 tickets.remove(ticket)  # what the reply brings is the flow's from now on
-            step = flow.send(ticket.reply) if ticket.reply is not None else flow.throw(ticket.error)
+            step = flow.send(ticket.reply) if ticket.error is None else flow.throw(ticket.error)
     except StopIteration as end:
         return end.value
     except BaseException:

@@ -14,6 +14,8 @@ from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
 from rpcnb.protocol.handshake import EXTENSION, KeyText
+from rpcnb.protocol.messages import CallFunc
+from rpcnb.protocol.shortcut import NOT_PLAIN
 from rpcnb.runtime.eventdriven import create_event_driven_server
 from rpcnb.runtime.serving import Environment
 from rpcnb.session.session import Session
@@ -106,6 +108,12 @@ class _LocalLink:
             self.abandon([ticket])
             raise
         return ticket
+
+    def send_calls(self, handle: int, calls: list[tuple[Any, ...]]) -> list[Ticket]:
+        tickets = [self.send(CallFunc(handle, args)) for args in calls]
+        for ticket in tickets:
+            ticket.value = NOT_PLAIN
+        return tickets
 
     def wait(self, ticket: Ticket, deadline: Deadline, guard: Guard) -> None:
         gate = threading.Lock()

@@ -177,6 +177,13 @@ class Operations:
             tensor.free()
         return result
 
+    def arguments(self, args: tuple[Any, ...]) -> tuple[Value, ...]:
+        """Turn the arguments of one call into wire values; arrays are refused here."""
+        for value in args:
+            if type(value) not in _PLAIN:
+                return tuple(self.argument(index, value) for index, value in enumerate(args))
+        return args
+
     def argument(self, index: int, value: Any) -> Value:
         """Turn one argument into a wire value.
 

@@ -111,7 +111,7 @@ class Pending(Future[Any]):
                 if ticket in self._tickets:  # its reply is the flow's now, also what that brought
                     self._tickets.remove(ticket)
                     self._moved += ticket.moved
-                step = flow.send(ticket.reply) if ticket.reply is not None else flow.throw(ticket.failure)
+                step = flow.send(ticket.reply) if ticket.error is None else flow.throw(ticket.error)
             while type(step) is Send:
                 sent = link.send(step.request)
                 self._tickets.append(sent)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.net import iothread
 from rpcnb.net.interrupt import Guard
 from rpcnb.net.link import NO_DEADLINE, Deadline
-from rpcnb.protocol.flows import Send, Wait
+from rpcnb.protocol.flows import Send, SendCalls, Wait
 from rpcnb.session.base import SessionBase
 from rpcnb.session.pending import Pending, record
 from rpcnb.session.remote import (
@@ -64,6 +64,11 @@ def run_flow(link: Any, flow: Flow[Any], deadline: Deadline, guard: Guard) -> An
                 tickets.append(ticket)
                 step = flow.send(ticket)
                 continue
+            if type(step) is SendCalls:
+                sent = link.send_calls(step.handle, step.calls)
+                tickets += sent
+                step = flow.send(sent)
+                continue
             if type(step) is Wait:
                 ticket = step.ticket
                 if not ticket.done:
@@ -72,7 +77,7 @@ def run_flow(link: Any, flow: Flow[Any], deadline: Deadline, guard: Guard) -> An
                     tickets.remove(ticket)  # what the reply brings is the flow's from now on
             else:
                 ticket = link.exchange(step, deadline, guard)
-            step = flow.send(ticket.reply) if ticket.reply is not None else flow.throw(ticket.error)
+            step = flow.send(ticket.reply) if ticket.error is None else flow.throw(ticket.error)
     except StopIteration as end:
         return end.value
     except BaseException:

@@ -19,7 +19,7 @@ from rpcnb.errors import RemoteError, RemoteProtocolError, SessionTimeout
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import MAGIC_MISMATCH, Code, Role
 from rpcnb.protocol.endpoint import Endpoint, State
-from rpcnb.protocol.flows import Flow, Send, Wait
+from rpcnb.protocol.flows import Flow, Send, SendCalls, Wait
 from rpcnb.protocol.handshake import Handshake, KeyText, hello, key_text, refusal
 from rpcnb.protocol.messages import (
     CallFunc,
@@ -329,6 +329,7 @@ class Line:
                 elif isinstance(step, Wait):
                     outcome = self.reply()
                 else:
+                    assert not isinstance(step, SendCalls)
                     self.send(step)
                     outcome = self.reply()
         except StopIteration as end:

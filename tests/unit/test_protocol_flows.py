@@ -10,7 +10,7 @@ import pytest
 from rpcnb.errors import RemoteError, RemoteProtocolError, SessionTimeout
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Code
-from rpcnb.protocol.flows import Flow, Send, TensorResult, Wait, call_result, result_of, undo
+from rpcnb.protocol.flows import Flow, Send, SendCalls, TensorResult, Wait, call_result, result_of, undo
 from rpcnb.protocol.messages import (
     CallFunc,
     CopyAck,
@@ -23,6 +23,7 @@ from rpcnb.protocol.messages import (
     Return,
     Syscall,
 )
+from rpcnb.protocol.shortcut import NOT_PLAIN
 from rpcnb.values import CPU, NULL, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value
 
 META = TensorMeta(7, CPU, (20,), DType(0, 32), 16)
@@ -46,8 +47,50 @@ def run(flow: Flow[Any], *replies: Reply) -> tuple[list[Request], Any]:
             assert step.ticket < len(asked)
             outcome = next(waiting)
         else:
+            assert not isinstance(step, SendCalls)
             asked.append(step)
             outcome = next(waiting)
+
+
+class Settled:
+    """A ticket that is done: with a plain value, or with a reply."""
+
+    def __init__(self, value: Any = NOT_PLAIN, reply: Reply | None = None) -> None:
+        self.value = value
+        self.reply = reply
+
+    def result(self) -> Reply:
+        assert self.reply is not None
+        return self.reply
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 100])
+def test_many_calls_go_in_windows_two_of_them_on_the_way(window: int) -> None:
+    failed = Settled(reply=Raised("no"))
+    outcomes = [Settled(0), Settled(reply=Return((11, "one"))), failed, Settled(reply=Return()), Settled(4)]
+    flow = flows.map_calls(7, [(number,) for number in range(5)], window, lambda result: (result,))
+    sent: list[tuple[Any, ...]] = []
+    on_the_way = most = 0
+    step = next(flow)
+    with pytest.raises(StopIteration) as end:  # noqa: PT012  # whichever step is the last
+        while True:
+            if isinstance(step, SendCalls):
+                assert step.handle == 7
+                tickets = outcomes[len(sent) : len(sent) + len(step.calls)]
+                sent += step.calls
+                on_the_way += len(tickets)
+                most = max(most, on_the_way)
+                step = flow.send(tickets)
+            else:
+                assert isinstance(step, Wait)
+                on_the_way -= min(window, on_the_way)
+                step = flow.send(None)
+    results = end.value.value
+    assert sent == [(number,) for number in range(5)]
+    assert most <= 2 * window
+    assert [results[0], results[1], results[4]] == [0, ("one",), 4]
+    assert isinstance(results[2], RemoteError)
+    assert isinstance(results[3], RemoteProtocolError)
 
 
 SIMPLE: list[tuple[Flow[Any], Request, Reply, Any]] = [

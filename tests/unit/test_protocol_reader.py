@@ -26,6 +26,7 @@ from rpcnb.protocol.messages import (
     Syscall,
     encode_packet,
 )
+from rpcnb.protocol.shortcut import NOT_PLAIN
 from rpcnb.values import CPU, NULL, DType, ModuleRef, Pointer, TensorMeta, Value
 
 KIB = 1 << 10
@@ -590,3 +591,41 @@ def test_a_servers_shutdown_is_read() -> None:
 def test_texts_behind_an_exceptions_traceback_are_ignored() -> None:
     text = struct.pack("<iQ", 8, 1) + b"a"
     assert feed(client(CallFunc(1)), framed(struct.pack("<ii", 5, 4) + text * 4), 1000) == [Raised("a", "a", "a")]
+
+
+def test_whole_plain_results_are_taken_from_the_buffer() -> None:
+    client = Endpoint(Role.CLIENT)
+    plain, text, other = (b"".join(encode_packet(Return(values))) for values in ((1, 5), (11, "abc"), (12, b"x")))
+    client.receive_data(plain + text + other + plain[:20])
+    assert client.take_result() == 5
+    assert client.take_result() == "abc"
+    assert client.take_result() is NOT_PLAIN  # not a plain one
+    client.note_sent(CallFunc(1))
+    assert client.next_message() == Return((12, b"x"))
+    assert client.take_result() is NOT_PLAIN  # not whole
+    client.receive_data(plain[20:35])
+    assert client.take_result() is NOT_PLAIN  # nor now
+    client.receive_data(plain[35:])
+    assert client.take_result() == 5
+    assert client.take_result() is NOT_PLAIN
+    assert client.buffered == 0
+
+
+def test_what_was_served_the_short_way_is_left_out() -> None:
+    server = Endpoint(Role.SERVER)
+    first, second = (b"".join(encode_packet(CallFunc(handle))) for handle in (1, 2))
+    server.receive_data(first + second)
+    server.skip(len(first))
+    assert server.next_message() == CallFunc(2)
+
+
+def test_bulk_left_counts_a_packet_that_is_taken_piece_by_piece() -> None:
+    server = Endpoint(Role.SERVER)
+    assert server.bulk_left == 0
+    data = b"".join(encode_packet(CallFunc(1, (bytes(1 << 18),))))
+    server.receive_data(data[:1000])
+    assert server.next_message() is None
+    assert server.bulk_left == len(data) - 1000
+    server.receive_data(data[1000:])
+    assert server.next_message() == CallFunc(1, (bytes(1 << 18),))
+    assert server.bulk_left == 0

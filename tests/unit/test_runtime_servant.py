@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -434,27 +435,33 @@ def test_calls_and_copies_within_a_device_are_offered_to_the_route(registry: Reg
     driver.servant.cancel()
 
 
-def short(client: Client, handle: int, *args: Any) -> Any:
-    """What the short way makes of a call."""
+def quickly(client: Client, data: bytes) -> tuple[bytes, int]:
+    """What the short way makes of bytes: replies, and how many bytes it has served."""
+    with client.servant.entered():
+        return client.servant.call_quickly(memoryview(data), len(data))
+
+
+def short(client: Client, handle: int, *args: Any) -> bytes:
+    """What the short way makes of a call; nothing if it leaves it to the general way."""
     data = packet(CallFunc(handle, args))
-    return client.servant.call_quickly(memoryview(data), len(data))
+    reply, served = quickly(client, data)
+    assert served in (0, len(data))
+    return reply
 
 
 def test_the_short_way_answers_plain_calls_with_the_same_bytes(registry: Registry) -> None:
     registry.register("root", lambda: rpcnb.workpath())
     client = Client(Environment(registry=registry))
     addone, echo = client.find("rpc.test.addone"), client.find("testing.echo")
-    root = client.find("root")
-    with client.servant.entered():
-        assert short(client, addone, 41) == packet(Return((1, 42)))
-        assert short(client, echo) == packet(Return((0, None)))
-        assert short(client, root).endswith(str(client.local.files.root).encode())
+    assert short(client, addone, 41) == packet(Return((1, 42)))
+    assert short(client, echo) == packet(Return((0, None)))
+    assert short(client, client.find("root")).endswith(str(client.local.files.root).encode())
     assert client.servant.running is None
     assert not client.servant.output
     client.send(Shutdown())
 
 
-def test_the_short_way_queues_other_results_and_errors(registry: Registry) -> None:
+def test_the_short_way_answers_other_results_and_errors_too(registry: Registry) -> None:
     def leave() -> None:
         raise SystemExit(3)
 
@@ -470,11 +477,53 @@ def test_the_short_way_queues_other_results_and_errors(registry: Registry) -> No
         ("leave", Raised("3")),
     )
     for name, reply in expected:
-        handle = client.find(name)
+        data = packet(CallFunc(client.find(name)))
+        assert quickly(client, data) == (b"", len(data))
         output = client.servant.output
-        assert short(client, handle) == b""
-        assert output.first(9) == [packet(reply)]
+        assert b"".join(output.first(9)) == packet(reply)
         output.clear()
+    client.send(Shutdown())
+
+
+def test_the_short_way_keeps_the_order_of_replies_of_all_kinds(registry: Registry) -> None:
+    client = Client(Environment(registry=registry))
+    addone, echo = client.find("rpc.test.addone"), client.find("testing.echo")
+    registry.register("bytes", lambda: b"x")
+    calls = packet(CallFunc(addone, (1,)), CallFunc(client.find("bytes")), CallFunc(echo, (2,)))
+    assert quickly(client, calls) == (b"", 28 + 8 + 24)
+    assert b"".join(client.servant.output.first(9)) == packet(Return((1, 2)), Return((12, b"x")))
+    client.servant.output.clear()
+    client.send(Shutdown())
+
+
+def test_the_short_way_serves_many_calls_at_once_and_stops_at_what_is_not_plain(registry: Registry) -> None:
+    client = Client(Environment(registry=registry))
+    addone = client.find("rpc.test.addone")
+    calls = packet(*(CallFunc(addone, (number,)) for number in range(5)))
+    replies = packet(*(Return((1, number + 1)) for number in range(5)))
+    assert quickly(client, calls) == (replies, len(calls))
+    assert quickly(client, calls + calls[:30]) == (replies, len(calls))
+    assert quickly(client, bytes(8) + calls) == (b"", 0)
+    other = packet(CallFunc(addone, (b"x",)))
+    assert quickly(client, calls + other + calls) == (replies, len(calls))
+    assert quickly(client, b"12345678") == (b"", 0)
+    client.send(Shutdown())
+
+
+def test_the_short_way_does_not_hold_replies_back(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.register("long", lambda: "x" * 256)
+    client = Client(Environment(registry=registry))
+    addone, long = client.find("rpc.test.addone"), client.find("long")
+    calls = packet(*(CallFunc(addone, (number,)) for number in range(5)))
+    times = iter((1.0, 1.0001, 2.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    replies, served = quickly(client, calls)  # the third call took a second
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
+    assert (replies, served) == (packet(*(Return((1, number + 1)) for number in range(3))), 3 * len(calls) // 5)
+    calls = packet(*[CallFunc(long)] * 300)
+    replies, served = quickly(client, calls)
+    assert 0 < served < len(calls)
+    assert 1 << 16 <= len(replies) < 70_000
     client.send(Shutdown())
 
 
@@ -486,11 +535,17 @@ def test_the_short_way_leaves_everything_else_to_the_general_one(registry: Regis
     client = Client(Environment(registry=registry))
     addone, thing = client.find("rpc.test.addone"), handle_of(client.call("ffi.Shape", 1))
     for handle in (client.find("coroutine"), client.find("loop"), thing, 5):
-        assert short(client, handle) is None
-    assert short(client, addone, b"bytes") is None
-    assert client.servant.call_quickly(memoryview(b"12345678"), 8) is None
+        assert not short(client, handle)
+    assert not short(client, addone, b"bytes")
     client.servant.cancel()  # in another thread, just now
-    assert short(client, addone, 1) is None
+    assert not short(client, addone, 1)
+
+
+def test_the_short_way_is_silent_once_the_session_is_over(registry: Registry) -> None:
+    client = Client(Environment(registry=registry))
+    registry.register("end", lambda: client.servant.cancel())
+    data = packet(CallFunc(client.find("end")))
+    assert quickly(client, data) == (b"", len(data))
 
 
 @pytest.mark.parametrize("name", ["call", "async_call", "encode_return", "placement"])
@@ -500,10 +555,10 @@ def test_a_subclass_that_overrides_calling_is_never_passed_by(name: str) -> None
 
     client = Client(Environment(local_session=type("Sub", (LocalServingSession,), {name: overridden})))
     handle = client.find("rpc.test.addone")
-    assert short(client, handle, 1) is None
+    assert not short(client, handle, 1)
     assert client.call(handle, 1) == (1, 2)
     client.send(Shutdown())
-    assert short(Client(init=None), handle, 1) is None
+    assert not short(Client(init=None), handle, 1)
 
 
 def test_the_short_way_after_the_end_says_nothing(registry: Registry) -> None:
@@ -522,7 +577,7 @@ def test_the_short_way_after_the_end_says_nothing(registry: Registry) -> None:
     for name in ("end", "end_large"):
         clients[:] = [Client(Environment(registry=registry))]
         handle = clients[0].find(name)
-        assert short(clients[0], handle) == b""
+        assert not short(clients[0], handle)
         assert not clients[0].servant.output
 
 
