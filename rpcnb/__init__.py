@@ -59,7 +59,9 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC, "errors"})
+    from rpcnb import errors
+
+    return sorted({*__all__, *errors.__all__, "events", "values"})
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -95,6 +95,8 @@ def _make_server(options: argparse.Namespace, ffi_names: frozenset[str]) -> Serv
     if options.token_file:
         token = Path(options.token_file).read_text().strip()
     if options.no_token:
+        if token is not None:
+            raise ValueError("--no-token and a token exclude each other")
         token = False
     session = None
     if options.session:
@@ -154,15 +156,19 @@ def _content(options: argparse.Namespace, server: Server, port: int, *, secret: 
 def _announce(options: argparse.Namespace, server: Server, port: int) -> None:
     """Say where it listens, and what to paste."""
     host = options.custom_addr or _outside(options.host)
-    key = f" --key {options.key}" if options.key else ""
+    address = show_address(host, port)
+    key, named = (f" --key {options.key}", f", key={options.key!r}") if options.key else ("", "")
     lines = [f"rpcnb serves on {show_address(options.host, port)}, key {options.key!r}"]
-    paste = f"  notebook:   %rpc_connect {show_address(host, port)}{key}"
     if server.token is None:
-        lines += [paste, "  no token: whoever can reach this port may call its functions"]
-    elif is_loopback(options.host):
-        lines += [f"{paste}        (this user's own clients find the token)"]
+        lines.append("  no token:   whoever can reach this port may call its functions")
     else:
-        lines += [f"{paste}        (asks for the token)"]
+        own = "; this user's own clients here find it by themselves" if is_loopback(options.host) else ""
+        lines.append(f"  token:      {server.token}{own}")
+        named += f", token={server.token!r}"
+    lines += [
+        f"  notebook:   %load_ext rpcnb, then %rpc_connect {address}{key}        (asks for the token where it must)",
+        f"  Python:     rpcnb.connect({address!r}{named})",
+    ]
     if server.token is not None:
         lines.append(f"  stock TVM:  rpc.connect({host!r}, {port}, key={f'{options.key} -token={server.token}'!r})")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -6,6 +6,8 @@ Each has a plain Python twin: ``%rpc_connect`` is :func:`rpcnb.connect`, ``%rpc_
 from __future__ import annotations
 
 import fnmatch
+import getpass
+import os
 import sys
 from functools import wraps
 from pathlib import Path
@@ -15,7 +17,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from rpcnb.errors import RpcError
+from rpcnb.errors import KeyMismatch, RpcError
 from rpcnb.jupyter.sessions import BOOK
 
 if TYPE_CHECKING:
@@ -69,15 +71,27 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         if options.name is not None and not options.name.isidentifier():
             raise UsageError(f"--as expects a variable's name, got {options.name!r}")
         token = Path(options.token_file).read_text().strip() if options.token_file else None
-        session, fresh = BOOK.connect(
-            options.address or _default_address(),
-            key=options.key,
-            name=options.name,
-            new=options.new,
-            token=token,
-            timeout=options.timeout,
-            session_timeout=options.session_timeout,
-        )
+        address = options.address or _default_address()
+
+        def open_session(token: str | None) -> tuple[Session, bool]:
+            return BOOK.connect(
+                address,
+                key=options.key,
+                name=options.name,
+                new=options.new,
+                token=token,
+                timeout=options.timeout,
+                session_timeout=options.session_timeout,
+            )
+
+        try:
+            session, fresh = open_session(token or BOOK.tokens.get(address))
+        except KeyMismatch:
+            asked = _ask_token(address)
+            if asked is None:
+                raise
+            session, fresh = open_session(asked)
+            BOOK.tokens[address] = asked
         kind = "rpcnb" if session.is_rpcnb else "stock TVM"
         key = f", key {session.server_key}" if session.server_key else ""
         _say(f"{'connected to' if fresh else 'still connected to'} {session.peer}{key} ({kind})")
@@ -122,6 +136,17 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         options = parse_argstring(self.rpc_functions, line)
         for name in fnmatch.filter(BOOK.find(options.session).list_functions(), options.pattern):
             _say(name)
+
+
+def _ask_token(address: str) -> str | None:
+    """Ask for a server's token, once per kernel and address; never where nobody can answer."""
+    if os.environ.get("RPCNB_NONINTERACTIVE") == "1" or address in BOOK.asked:
+        return None
+    BOOK.asked.add(address)
+    try:
+        return getpass.getpass(f"token of {address}: ").strip() or None
+    except (EOFError, NotImplementedError):  # a front end without input
+        return None
 
 
 def _default_address() -> str:

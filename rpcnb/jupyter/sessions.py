@@ -21,10 +21,14 @@ class SessionBook:
     Attributes:
         sessions: Open sessions by name, the latest last.
         board: The demo board, once ``%rpc_connect demo`` has started it.
+        tokens: Tokens that were asked for and accepted, by address.
+        asked: Addresses whose token was asked for.
     """
 
     sessions: dict[str, Session] = field(default_factory=dict)
     board: DemoBoard | None = None
+    tokens: dict[str, str] = field(default_factory=dict, repr=False)
+    asked: set[str] = field(default_factory=set)
     _opened: dict[tuple[str, str, str], Session] = field(default_factory=dict)
 
     @property

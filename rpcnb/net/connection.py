@@ -192,22 +192,26 @@ class Connection:
         if self._advance(servant):
             return  # another's now, who may have given it back already: not to be looked at again
         for _ in range(_TURNS):
-            if self.closed or not self._wants_input(servant):
+            if self.closed or servant.more or not self._wants_input(servant):
                 break
             count = self._receive(servant, _NOW)
             if count <= 0:
                 break
             if self._advance(servant):
                 return
-        if not self.closed:
-            self._flush()
+        if self.closed:
+            return
+        self._flush()
+        if servant.more:
+            self._to_loop(self.ready)  # behind what other sessions wait for
+        else:
             self._wait_or_close()
 
     def _advance(self, servant: Servant) -> bool:
         """Perform what has arrived, and again what waited for room in the output; True once it was passed on."""
         if servant.advance():
             return True
-        while servant.output and self._flush() and servant.endpoint.buffered:
+        while servant.output and not servant.more and self._flush() and servant.endpoint.buffered:
             before = servant.endpoint.buffered
             if servant.advance():
                 return True
@@ -322,9 +326,11 @@ class Connection:
         """Perform a call on the kernel's loop, then give the connection back."""
         servant = self.servant
         assert servant is not None
-        servant.perform(message)
-        self._flush()
-        self._give_back(servant)
+        try:
+            servant.perform(message)
+        finally:  # an interrupt of the kernel, say
+            self._flush()
+            self._give_back(servant)
 
     def _give_back(self, servant: Servant) -> None:
         """Let the loop own the connection again; from a worker."""
@@ -372,6 +378,9 @@ class Connection:
         while True:
             if servant.advance():
                 return True
+            if servant.more:
+                self._flush()
+                continue
             if output and not self._flush():
                 return False
             if servant.parked is not None or servant.over or self.ended or not hot:

@@ -7,6 +7,7 @@ handshake is a generator over bytes, so that the blocking and the awaiting diall
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import os
 import queue
@@ -92,7 +93,8 @@ def greet(key: ClientKey, address: str) -> Generator[bytes | None, bytes, KeyTex
             raise KeyMismatch(
                 address,
                 "handshake",
-                f"it does not serve key {key.key!r}, or the token is missing or wrong (wrong key or token)",
+                f"wrong key or token: it does not serve key {key.key!r}, or the token is missing or wrong; "
+                "pass key= and token= (--key K --token-file F), as the server printed them when it started",
             )
 
 
@@ -124,6 +126,8 @@ def look_up(address: Address, report: Callable[[list[tuple[Any, ...]] | OSError]
             report(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
         except OSError as error:
             report(error)
+        except UnicodeError as error:  # a label of more than 63 letters, say
+            report(OSError(0, f"not a host name: {error}"))
 
     if _is_numeric(address.host):
         ask()
@@ -153,7 +157,11 @@ def resolve(address: Address, deadline: Deadline, guard: Guard) -> list[tuple[An
 
 
 def _is_numeric(host: str) -> bool:
-    return host.replace(".", "").isdecimal() or ":" in host
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False  # also "1.2.3": the resolver would ask the network, and a server's loop must not wait for that
+    return True
 
 
 def tune(sock: socket.socket) -> None:

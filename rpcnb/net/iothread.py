@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ class IOThread:
         """Look after the finalizers of ``link``."""
         self._start()
         self.watched.add(link)
-        if len(self.watched) == 1:
-            self._signal()  # it may be sleeping without end
+        self._signal()  # it may be sleeping without end
 
     def _signal(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
@@ -114,18 +114,26 @@ class IOThread:
                         with contextlib.suppress(BlockingIOError):
                             os.read(wake, 4096)
                     else:
-                        selector.unregister(key.fileobj)
-                        self._drive(selector, key.data)
+                        with contextlib.suppress(KeyError, ValueError):  # closed and replaced meanwhile
+                            selector.unregister(key.fileobj)
+                        self._do(partial(self._drive, selector, key.data))
                 while self._arrivals:
-                    self._drive(selector, self._arrivals.popleft())
+                    self._do(partial(self._drive, selector, self._arrivals.popleft()))
                 while self._calls:
                     self._do(self._calls.popleft())
                 while self._timers and self._timers[0].at <= time.monotonic():
                     self._do(heapq.heappop(self._timers).function)
-                for link in list(self.watched):
+                for link in self._all_watched():
                     self._do(link.housekeeping)
                 while self.dropped:
                     self._do(self.dropped.popleft().close)
+
+    def _all_watched(self) -> list[Link]:
+        while True:
+            try:
+                return list(self.watched)
+            except RuntimeError:  # noqa: PERF203  # another thread opened or closed a session meanwhile
+                continue
 
     def _patience(self) -> float | None:
         """Return how long nothing is to be done."""
@@ -148,9 +156,9 @@ class IOThread:
         """Move bytes of an adopted link, and watch it again if more is to come."""
         events = link.step_in_background()
         if events and link.wire.sock.fileno() >= 0:
-            with contextlib.suppress(KeyError):
+            with contextlib.suppress(KeyError, ValueError):
                 selector.unregister(link.wire.sock)
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # another thread closed it just now
                 selector.register(link.wire.sock, events, link)
 
 

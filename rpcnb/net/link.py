@@ -164,7 +164,7 @@ class Link:
                 ticket = wire.send_call(packet)
                 self._pumping = True
             try:
-                if not wire.out and not self._polls_write:
+                if not ticket.done and not wire.out and not self._polls_write:
                     try:
                         guard.poll(self._poll, _FOREVER)
                     except BaseException:
@@ -202,6 +202,8 @@ class Link:
                     self._sleepers.append(gate)
                 else:
                     self._pumping = True
+                    if ticket.request is None:  # of a pending operation, which may end without any reply
+                        ticket.waker = self._signal
             if gate is not None:
                 self._sleep(ticket, gate, deadline, guard)
             else:
@@ -239,6 +241,7 @@ class Link:
                 self._leave()
             if self.ready:
                 self._resume_ready()
+                self.settle_in_background()  # what they have sent: nobody pumps any more
 
     def _resume_ready(self) -> None:
         """Go on with pending operations whose reply has come; without the lock."""
@@ -259,35 +262,46 @@ class Link:
 
     def _sleep(self, ticket: Ticket, gate: _thread.LockType, deadline: Deadline, guard: Guard) -> None:
         """Sleep until the ticket is settled or this thread should pump."""
+        staying = False
         try:
             while not guard.wait(lambda limit: gate.acquire(timeout=limit), min(deadline.left(), TICK * 4)):
                 pass
+            staying = True
         finally:
             with self.wire.lock:
                 ticket.waker = None
-                if gate in self._sleepers:
+                handed = gate not in self._sleepers  # the pump has given us its role
+                if not handed:
                     self._sleepers.remove(gate)
-                elif not ticket.done or gate.locked():
-                    self._wake_a_sleeper()  # woken to pump but leaving: pass it on
+            if handed and (ticket.done or not staying):
+                self._hand_on()
 
     def _leave(self) -> None:
         """Give up the pump's role; someone must have it while anything is owed."""
-        wire = self.wire
-        with wire.lock:
+        with self.wire.lock:
             self._pumping = False
-            if not self._sleepers and not wire.tickets and not wire.out:
-                return
-            if self._wake_a_sleeper():
-                return
-            adopt = self.wire.busy and not self._adopted and self.wire.ended is None
-            if adopt:
-                self._adopted = True
+            adopt = self._find_successor()
         if adopt:
             iothread.IO_THREAD.adopt(self)
 
-    def _wake_a_sleeper(self) -> bool:
-        if self._pumping:
+    def _hand_on(self) -> None:
+        """Pass on the pump's role that was handed to this thread, unless another has taken it meanwhile."""
+        with self.wire.lock:
+            adopt = not self._pumping and self._find_successor()
+        if adopt:
+            iothread.IO_THREAD.adopt(self)
+
+    def _find_successor(self) -> bool:
+        """Wake a sleeper to be the pump; True if there is none and the I/O thread must take over. Lock held."""
+        wire = self.wire
+        if not self._sleepers and not wire.tickets and not wire.out:
             return False
+        if self._wake_a_sleeper() or not wire.busy or self._adopted or wire.ended is not None:
+            return False
+        self._adopted = True
+        return True
+
+    def _wake_a_sleeper(self) -> bool:
         while self._sleepers:
             gate = self._sleepers.popleft()
             if gate.locked():

@@ -184,7 +184,7 @@ class Server:
         if token is False:
             if not insecure:
                 raise AccessDenied(
-                    f"a server on {host} without a token is open to everybody; pass insecure=True to allow it"
+                    f"a server on {host} without a token is open to everybody; insecure=True (--insecure) allows it"
                 )
             return None
         return new_token()
@@ -373,6 +373,8 @@ def _kernel_loop() -> Callable[[Callable[[], None]], object] | None:
 
 def _listen(host: str, port: int, port_end: int) -> list[socket.socket]:
     """Bind the first free port of the range; ``localhost`` on all its addresses."""
+    if not isinstance(port, int) or not 0 <= port < 65536:
+        raise ValueError(f"expected a port of 0 to 65535, got {port!r}")
     last: OSError | None = None
     for number in range(port, max(port_end, port + 1)) if port else (0,):
         try:
@@ -381,7 +383,12 @@ def _listen(host: str, port: int, port_end: int) -> list[socket.socket]:
             if error.errno != errno.EADDRINUSE:
                 raise
             last = error
-    raise OSError(errno.EADDRINUSE, f"no free port on {host} from {port} to {port_end - 1}") from last
+    tried = (
+        f"port {port} on {host} is taken"
+        if port_end <= port + 1
+        else f"ports {port} to {port_end - 1} on {host} are taken"
+    )
+    raise OSError(errno.EADDRINUSE, f"no free port: {tried}") from last
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,12 @@ class WorkerPool:
                 return
             thread = threading.Thread(target=self._run, args=(job,), name=f"{self._name}-worker", daemon=True)
             self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:  # no thread could be made: its place is free again
+            with self._lock:
+                self._threads.discard(thread)
+            raise
 
     def may_wait(self) -> bool:
         """Take one of the places for waiting workers; give it back with :meth:`waited`."""
@@ -73,7 +79,7 @@ class WorkerPool:
         while job is not None:
             try:
                 job()
-            except Exception:
+            except BaseException:  # the thread has a place to give back, and perhaps a backlog to work off
                 log.exception("a worker's job failed")
             job = self._next(inbox)
         with self._lock:
@@ -103,6 +109,7 @@ class WorkerPool:
                 inbox.put(None)
             self._idle.clear()
             threads = list(self._threads)
+        until = time.monotonic() + timeout
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(timeout)
+                thread.join(max(0.0, until - time.monotonic()))

@@ -484,7 +484,9 @@ class PacketReader:
     def _read_bulk(
         self, kind: int, nbytes: int, handle: int, values: list[Value]
     ) -> Generator[None, None, str | bytes | Value]:
-        sink = self.sink_for(handle, values, nbytes) if kind == 66 and self.sink_for is not None else None
+        sink = None
+        if kind == 66 and self.sink_for is not None and nbytes <= self._left:  # else it would never be ended
+            sink = self.sink_for(handle, values, nbytes)
         if sink is None:
             limit, name = (self.limits.bytes_argument, "bytes_argument") if kind == 66 else (self.limits.text, "text")
             if nbytes > limit:

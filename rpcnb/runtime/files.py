@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,8 @@ class SessionFiles:
             raise SessionClosed("the session is closed and its files are removed")
         if self._root is None:
             self._root = Path(tempfile.mkdtemp(prefix="rpcnb-"))
+            # A process that ends without closing its servers leaves no directory behind either.
+            self._remove = weakref.finalize(self, shutil.rmtree, str(self._root), ignore_errors=True)
         return self._root
 
     def path(self, name: str) -> Path:

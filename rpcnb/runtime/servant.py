@@ -57,6 +57,7 @@ _NOT_INITIALIZED = (
 )
 _VOID = Return()
 _PATIENCE = 0.0005  # seconds for which finished replies wait for others that go out with them
+_BUDGET = 500  # requests in one turn: a burst of small ones must not hold up other sessions (5 ms)
 _ENOUGH = 1 << 16  # bytes of replies that go out at once
 _CONGESTED = 4 << 20  # bytes of unread replies beyond which no further request is performed
 
@@ -148,6 +149,7 @@ class Servant:
         self._plain_session: LocalServingSession | None = None  # the session, if nobody overrides how it calls
         self.extended = False  # the peer is rpcnb: exceptions carry class and traceback
         self.over = False
+        self.more = False  # the last turn ended before what has arrived
         self._copy: tuple[CopyToRemote, memoryview | None, Exception | None] | None = None
         self._cancel_init: Callable[[], object] | None = None
         endpoint.sink_for = self._sink_for
@@ -157,13 +159,21 @@ class Servant:
     def advance(self) -> bool:
         """Perform the requests that have arrived, as far as possible now.
 
+        A driver with ``route`` gets a turn of bounded length; then ``more`` is set, and it should come again soon.
+
         Returns:
             True if one was passed to where it runs: from then on the conversation may be somebody else's.
 
         Raises:
             RemoteProtocolError: The peer broke the framing; the conversation is over.
         """
+        self.more = False
+        budget = _BUDGET
         while not self.over and self.parked is None and self.running is None:
+            if not budget and self.route is not None:
+                self.more = True
+                return False
+            budget -= 1
             if self.output.size > _CONGESTED:
                 return False  # the client does not read its replies; go on when it does
             with self.lock:
@@ -198,8 +208,10 @@ class Servant:
                 self._call(message)
             else:
                 self._dispatch(message)
-        except (Exception, SystemExit) as error:  # a function's sys.exit() is its own failure, not the server's end
+        except BaseException as error:  # a function's sys.exit() is its own failure, not the server's end
             self._answer(self.exception(error))
+            if _is_ours(error):
+                raise
 
     def call_quickly(self, data: memoryview, nbytes: int) -> tuple[bytes, int]:
         """Perform plain calls that the bytes begin with, in a worker inside :meth:`entered`, by the short way.
@@ -229,7 +241,7 @@ class Servant:
                 result = function.call(*found[1])
                 reply = write_result(result)
                 others = [] if reply is not None else encode_packet(Return(session.encode_return(result)))
-            except (Exception, SystemExit) as error:
+            except BaseException as error:  # in a worker, which no signal reaches: the function raised it
                 reply, others = None, encode_packet(self.exception(error))
             self.running = None
             if self.over:
@@ -305,8 +317,10 @@ class Servant:
         completion = Completion(self, name, finish, flush)
         try:
             start(completion)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             completion.error(error)
+            if _is_ours(error):
+                raise
         with self.lock:
             if not completion.finished and not self.over:
                 self.parked = completion
@@ -507,6 +521,11 @@ class Servant:
                 f"Check failed: (fconstructor.has_value()) is false:  Cannot find session constructor {name}"
             )
         return known, tuple(args)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Tell whether an error is meant for this process too: Ctrl-C reaches the main thread alone."""
+    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
 def _single(result: Any) -> Reply:

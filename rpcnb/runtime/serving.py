@@ -338,7 +338,7 @@ class ServingSession:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if "/rpcnb/runtime/" not in frame.filename.replace("\\", "/")]
         lines = traceback.format_list(own) if own else []
-        return Raised(str(error) or type(error).__name__, type(error).__name__, "".join(lines) or "(no Python frames)")
+        return Raised(str(error) or type(error).__name__, type(error).__name__, "".join(lines))
 
     def shutdown(self) -> None:
         """Release everything; called once, when the conversation is over."""

@@ -30,6 +30,10 @@ def spawn_on(loop: asyncio.AbstractEventLoop, awaitable: Awaitable[Any], done: D
             return await awaitable
         except SystemExit as error:  # it would end the loop, and so every session
             raise RuntimeError(f"the function called sys.exit({error.code!r})") from error
+        except KeyboardInterrupt as error:  # likewise, unless it is meant for the loop of the main thread
+            if threading.current_thread() is threading.main_thread():
+                raise
+            raise RuntimeError("the function raised KeyboardInterrupt") from error
 
     def start() -> None:
         if cancelled:

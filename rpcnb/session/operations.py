@@ -198,6 +198,8 @@ class Operations:
             return Device(value.type, value.index)
         if isinstance(value, self.tensor_type):
             self._own(index, value, "tensor")
+            if value.freed:
+                raise StaleHandle(f"argument {index} is a tensor that was freed before")
             meta: TensorMeta = value.meta
             return meta
         if isinstance(value, (self.function_type, self.module_type, self.object_type)):
@@ -283,13 +285,13 @@ class Operations:
         return self._limit
 
     def copy_to(self, tensor: RemoteTensor, source: Any) -> Flow[None]:
-        """Copy a local array into a remote tensor of the same shape (or as many elements) and type."""
+        """Copy a local array into a remote tensor of the same shape and type."""
         from rpcnb.runtime.arrays import dtype_of, lane_shape, wire_bytes
 
         meta = self._live(tensor)
         array = _local_array(source, meta)
         kind, shape = meta.dtype, lane_shape(meta.dtype, meta.shape)
-        if array.size != _count(shape) or dtype_of(array) != kind._replace(lanes=1):
+        if array.shape != shape or dtype_of(array) != kind._replace(lanes=1):
             raise CopyMismatch(
                 f"cannot copy {array.nbytes} bytes, shape {array.shape} {array.dtype}, "
                 f"into {meta.nbytes} bytes, shape {meta.shape} {kind}"

@@ -25,7 +25,7 @@ from rpcnb.net.interrupt import Guard
 from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.net.wire import Ticket
 from rpcnb.protocol.flows import Send, Wait
-from rpcnb.session.remote import RemoteFunction
+from rpcnb.session.remote import FunctionNames, RemoteFunction
 from rpcnb.session.watch import Watch, new_number
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Pending(Future[Any]):
         self._tickets: list[Ticket] = []
         self._moved = 0  # bulk bytes of the tickets that are done
         self._waits_for: Ticket | None = None
-        self._settled = Ticket(None)  # what a blocked caller waits for
+        self._settled = False
+        self._waiting: list[Ticket] = []  # what blocked callers wait for, each its own: a ticket wakes one
         self._lock = threading.Lock()
         self._timer: iothread.Timer | None = None
         self._watch: Watch | None = None
@@ -85,20 +86,26 @@ class Pending(Future[Any]):
         self.session._pending[self.id] = self
         if self.deadline is not None:
             self._timer = iothread.IO_THREAD.call_at(self.deadline, self._expire)
-        self.resume()
-        self.session._link.settle_in_background()
+        with Guard():  # an interrupt between sending and counting would tear the stream
+            self.resume()
+            self.session._link.settle_in_background()
 
     def resume(self) -> None:
         """Run the flow until it waits for a reply that has not come; whoever received the last one calls this."""
         with self._lock:
-            if self._settled.done:
+            if self._settled:
                 return
             try:
                 self._run()
+                return
             except StopIteration as end:
+                failure = None
                 self._finish(end.value, None)
             except BaseException as error:
+                failure = error
+                self.session._link.abandon(list(self._tickets))  # what else is on the way moves no user memory
                 self._finish(None, error)
+        self._tell_end(failure)
 
     def _run(self) -> None:
         link, flow = self.session._link, self._flow
@@ -139,12 +146,12 @@ class Pending(Future[Any]):
             super().set_exception(error)
         self._moved += sum(ticket.moved for ticket in self._tickets)
         self._tickets.clear()
-        if self._watch is not None:
-            self._watch.ended(error)
         with self.session._link.wire.lock:  # or a caller that begins to wait just now would sleep on
-            self._settled.done = True
-            if self._settled.waker is not None:
-                self._settled.waker()
+            self._settled = True
+            for ticket in self._waiting:
+                ticket.done = True
+                if ticket.waker is not None:
+                    ticket.waker()
 
     def _become_cancelled(self) -> None:
         """A running future cannot be cancelled in the standard library; ours can."""
@@ -157,11 +164,17 @@ class Pending(Future[Any]):
 
     def _give_up(self, error: BaseException) -> bool:
         with self._lock:
-            if self._settled.done:
+            if self._settled:
                 return False
             self.session._link.abandon(list(self._tickets))
             self._finish(None, error)
-            return True
+        self._tell_end(error)
+        return True
+
+    def _tell_end(self, error: BaseException | None) -> None:
+        """Tell the observers, outside the lock: one may use this operation."""
+        if self._watch is not None:
+            self._watch.ended(error)
 
     def _expire(self) -> None:
         self._give_up(self._limit.exceeded())
@@ -197,8 +210,17 @@ class Pending(Future[Any]):
         if iothread.IO_THREAD.is_current():
             raise DeadlockError(f"waiting for {self.function} in the thread that would have to finish it")
         limit = NO_DEADLINE if timeout is None else Deadline(timeout, self.function)
+        link, ticket = self.session._link, Ticket(None)
         with Guard() as guard:
-            self.session._link.wait(self._settled, limit, guard)
+            with link.wire.lock:
+                if self._settled:
+                    return
+                self._waiting.append(ticket)
+            try:
+                link.wait(ticket, limit, guard)
+            finally:
+                with link.wire.lock:
+                    self._waiting.remove(ticket)
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Call ``fn(pending)`` at the end, in the I/O thread."""
@@ -254,6 +276,8 @@ def record(
     Raises:
         TypeError: It is not a method of ``session`` or of something of it.
     """
+    if isinstance(operation, FunctionNames) and operation._session is session:
+        return operation._call(args), operation._prefix[:-1]
     owner = operation if isinstance(operation, RemoteFunction) else getattr(operation, "__self__", None)
     if owner is None or (owner is not session and getattr(owner, "session", None) is not session):
         raise TypeError(f"expected a method of this session or of something of it, got {operation!r}")

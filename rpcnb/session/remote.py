@@ -314,6 +314,9 @@ class _Tensor:
             raise CopyMismatch(f"a view of {meta.nbytes} bytes at {byte_offset} leaves a tensor of {self.nbytes} bytes")
         return type(self)(self.session, meta, 0, self)
 
+    def __array__(self, *args: Any, **options: Any) -> Any:
+        raise TypeError("this tensor is in the server's memory; .numpy() copies it here")
+
     def free(self) -> None:
         """Free it at the server now (with the next request) instead of at garbage collection."""
         if self.freed:

@@ -128,6 +128,9 @@ class Session(SessionBase):
     ) -> Pending:
         """Start an operation of this session and return at once: ``session.submit(tensor.numpy)``.
 
+        One session is one queue: its server performs the operations in order. For functions that should run beside
+        each other open further sessions.
+
         Args:
             operation: A bound method of this session, or of its functions, tensors or modules.
             args: Its arguments.

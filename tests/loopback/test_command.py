@@ -89,6 +89,7 @@ def test_signals_end_serve_cleanly_and_it_says_what_to_paste(serving: Any, numbe
     assert board.process.returncode == 0
     assert err == ""
     assert f"%rpc_connect {board.address} --key rpi" in out
+    assert f"rpcnb.connect('{board.address}', key='rpi', token='{run_file['token']}')" in out
     assert f"key='rpi -token={run_file['token']}'" in out
     assert not [one for one in list_servers() if one["pid"] == board.process.pid]
 
@@ -150,6 +151,7 @@ def test_a_shaped_link_takes_its_time(serving: Any) -> None:
         (["serve", "--session", "nobody"], 2, "no session constructor"),
         (["serve", "--port", "0", "--link", "fast"], 2, "expected RATE,LATENCY"),
         (["serve", "--port", "0", "--token", "a b"], 2, "letters, digits"),
+        (["serve", "--port", "70000"], 2, "0 to 65535"),
     ],
 )
 def test_errors_are_one_line_with_a_documented_code(args: list[str], code: int, text: str) -> None:

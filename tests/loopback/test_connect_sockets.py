@@ -169,3 +169,15 @@ def test_extensions_are_recognised_in_the_handshake_only(serve: Serve) -> None:
             session.call("rpc.test.except", "text")
         assert caught.value.remote_type == ""
         assert session.array([1, 2]).numpy().tolist() == [1, 2]
+
+
+def test_a_name_that_cannot_be_one_is_refused_at_once() -> None:
+    with pytest.raises(rpcnb.errors.ConnectFailed, match="not a host name"):
+        rpcnb.connect(f"{'a' * 70}.example:9090", timeout=5)
+
+
+def test_only_real_addresses_are_looked_up_without_a_thread() -> None:
+    from rpcnb.net.dial import _is_numeric
+
+    assert [_is_numeric(host) for host in ("127.0.0.1", "::1")] == [True, True]
+    assert [_is_numeric(host) for host in ("1.2.3.4.5", "no:host", "board", "")] == [False] * 4

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +60,25 @@ def test_tensor_and_empty_are_tvms_words(serve: Serve) -> None:
         made = rpcnb.tensor(np.arange(4), session.cpu())
         np.testing.assert_array_equal(made.numpy(), np.arange(4))
         assert rpcnb.empty((2, 3), "int8", session.cpu()).nbytes == 6
+        with pytest.raises(TypeError, match=r"\.numpy\(\) copies it here"):
+            np.asarray(made)
+        made.free()
+        with pytest.raises(rpcnb.errors.StaleHandle, match="argument 0 is a tensor that was freed"):
+            session.call("testing.echo", made)
+
+
+def test_names_of_the_package_can_be_completed() -> None:
+    assert {"connect", "RemoteError", "events", "Server"} <= set(dir(rpcnb))
+    assert "importlib" not in dir(rpcnb)
+
+
+def test_a_process_that_just_ends_leaves_no_directory() -> None:
+    script = (
+        "import rpcnb; server = rpcnb.Server(port=0, silent=True); session = rpcnb.connect(server.address);"
+        "session.upload(b'x', 'x'); print(session.call('tvm.rpc.server.workpath', ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert not Path(done.stdout.strip()).exists()
 
 
 def test_devices_have_tvms_names(serve: Serve) -> None:
@@ -167,7 +188,7 @@ def test_taken_ports_are_passed_over(serve: Serve) -> None:
     taken = serve()
     with rpcnb.Server(port=taken.port, port_end=taken.port + 50, silent=True) as server:
         assert server.port > taken.port
-    with pytest.raises(OSError, match="no free port"):
+    with pytest.raises(OSError, match=f"no free port: port {taken.port} on"):
         rpcnb.Server(port=taken.port, port_end=taken.port + 1)
     prepared: list[int] = []
     with rpcnb.Server(port=0, server_init_callback=lambda: prepared.append(1), silent=True):

@@ -26,9 +26,12 @@ def shell() -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
+def _closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RPCNB_NONINTERACTIVE", "1")
     yield
     BOOK.close_all()
+    BOOK.asked.clear()
+    BOOK.tokens.clear()
 
 
 class Cell:
@@ -120,6 +123,30 @@ def test_a_token_comes_from_a_file(
     cell(f"%rpc_connect {server.address} --new")
     assert "wrong key or token" in cell.err
     assert "secret-1" not in caplog.text
+    caplog.clear()
+
+
+def test_a_token_is_asked_for_once(
+    cell: Cell, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(token="secret-2")
+    asked: list[str] = []
+    monkeypatch.delenv("RPCNB_NONINTERACTIVE")
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return "secret-2"
+
+    monkeypatch.setattr("getpass.getpass", answer)
+    assert cell(f"%rpc_connect {server.address}").state == "ready"
+    assert cell(f"%rpc_connect {server.address} --new").state == "ready"
+    assert asked == [f"token of {server.address}: "]
+    assert "secret-2" not in cell.out
+    other = serve(token="secret-3")
+    cell(f"%rpc_connect {other.address}")
+    assert "wrong key or token" in cell.err
+    cell(f"%rpc_connect {other.address}")
+    assert len(asked) == 2
     caplog.clear()
 
 

@@ -157,6 +157,7 @@ def test_operations_of_several_steps_are_submitted_too(session: Any) -> None:
     session.submit(session.upload, b"content", "name").result()
     assert session.submit(session.download, "name").result() == b"content"
     assert session.submit(session.get_function("pending.add"), 1, 2).result() == 3
+    assert session.submit(session.fn.pending.add, 1, 2).result() == 3
     with pytest.raises(errors.FunctionNotFound):
         session.submit(session.get_function, "nothing.like.it").result()
 
@@ -238,3 +239,11 @@ def test_many_threads_submit_and_cancel(serve: Serve, registry: Registry) -> Non
         assert not wrong
         assert function(7) == 7
         eventually(lambda: session.pending == [])
+
+
+def test_several_threads_wait_for_one_operation(session: Any) -> None:
+    job = session.submit(session.get_function("pending.later"), 0.3, 7)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: job.result(timeout=5), range(3)))
+    assert results == [7, 7, 7]
+    assert job._waiting == []

@@ -552,3 +552,30 @@ def test_subclasses_of_the_serving_session_serve(serve: Serve, registry: Registr
         session.cpu().sync()
         with pytest.raises(errors.RemoteError):
             session.call("rpc.test.except", "x")
+
+
+@pytest.mark.parametrize("run", ["thread", "loop"])
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, KeyboardInterrupt, GeneratorExit])
+def test_whatever_a_function_raises_is_its_own_failure(
+    serve: Any, registry: Any, run: Any, kind: type[BaseException]
+) -> None:
+    def fail() -> None:
+        raise kind("mine")
+
+    registry.register("server.fail_oddly", fail, run=run)
+    with rpcnb.connect(serve().address) as session:
+        function = session.get_function("server.fail_oddly")
+        for _ in range(2):
+            with pytest.raises(rpcnb.errors.RemoteError, match="mine"):
+                function(timeout=5)
+
+
+def test_a_coroutine_that_raises_an_interrupt_leaves_the_loop_running(serve: Any, registry: Any) -> None:
+    async def fail() -> None:
+        raise KeyboardInterrupt
+
+    registry.register("server.fail_oddly", fail)
+    with rpcnb.connect(serve().address) as session:
+        for _ in range(2):
+            with pytest.raises(rpcnb.errors.RemoteError, match="KeyboardInterrupt"):
+                session.call("server.fail_oddly", timeout=5)

@@ -350,6 +350,22 @@ def test_a_bulk_argument_goes_to_its_sink(cut: int) -> None:
     assert [(handle, args[:1], nbytes) for handle, args, nbytes in asked] == [(9, ("name",), len(BULK))] * 2
 
 
+def test_a_length_beyond_its_packet_opens_no_sink() -> None:
+    opened: list[int] = []
+
+    def sink_for(handle: int, args: list[Value], nbytes: int) -> Sink | None:
+        opened.append(nbytes)
+        return None
+
+    endpoint = server(sink_for=sink_for)
+    data = bytearray(b"".join(bytes(part) for part in encode_packet(CallFunc(5, (BULK,)))))
+    assert struct.unpack_from("<Q", data, 32) == (len(BULK),)
+    struct.pack_into("<Q", data, 32, len(BULK) + 1)
+    endpoint.receive_data(data)
+    assert isinstance(endpoint.next_message(), Malformed)
+    assert opened == []
+
+
 def test_a_sink_takes_more_than_memory_would() -> None:
     endpoint = server(Limits(bytes_argument=1000), lambda handle, args, nbytes: Bucket())
     assert feed(endpoint, packet(CallFunc(9, (BULK,))), 4096) == [CallFunc(9, (f"bucket of {len(BULK)}",))]

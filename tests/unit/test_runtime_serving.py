@@ -183,7 +183,7 @@ def test_the_base_sessions_synchronous_methods_raise() -> None:
     with pytest.raises(InvalidHandle, match="never issued"):
         session.call(1, ())
     assert session.sink_for(1, (), 5) is None
-    assert session.send_exception(ValueError("x")) == Raised("x", "ValueError", "(no Python frames)")
+    assert session.send_exception(ValueError("x")) == Raised("x", "ValueError", "")
 
 
 def test_an_empty_read_is_an_empty_ack() -> None:
