@@ -640,3 +640,35 @@ def test_a_full_server_says_so_at_init_and_ends() -> None:
     client.receive_data(b"".join(servant.output.first(9)))
     assert client.next_message() == Raised("server is full")
     servant.cancel()
+
+
+def test_a_turn_is_bounded_where_there_is_a_route() -> None:
+    driver = Driver(route=lambda message, place: False)
+    driver.send(InitServer())
+    driver.reply()
+    burst = packet(*[Syscall(Code.DEV_SET_DEVICE, (CPU,))] * 700)
+    driver.servant.endpoint.receive_data(burst)
+    driver.servant.advance()
+    assert driver.servant.more
+    answered = driver.servant.output.size
+    assert answered == 500 * 20
+    driver.servant.advance()
+    assert not driver.servant.more
+    assert driver.servant.output.size == 700 * 20
+    driver.servant.cancel()
+
+
+@pytest.mark.parametrize("kind", ["plain", "callback"])
+def test_an_interrupt_of_the_main_thread_is_answered_and_goes_on(registry: Registry, kind: str) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    registry.register("interrupted", interrupted, callback=kind == "callback")
+    driver = Driver(environment=Environment(registry=registry))
+    driver.send(InitServer(), Syscall(Code.GET_GLOBAL_FUNC, ("interrupted",)))
+    driver.reply()
+    handle = handle_of(driver.client.next_message().values)  # type: ignore[union-attr]  # a Return
+    with pytest.raises(KeyboardInterrupt):
+        driver.send(CallFunc(handle))
+    assert driver.reply() == Raised("KeyboardInterrupt")
+    driver.servant.cancel()

@@ -121,3 +121,33 @@ def test_without_a_running_loop_a_thread_of_our_own_runs_it(monkeypatch: pytest.
     own.call_soon_threadsafe(own.stop)
     eventually(lambda: not own.is_running())
     own.close()
+
+
+def test_an_interrupt_of_the_main_thread_is_the_loops_own() -> None:
+    async def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    loop = asyncio.new_event_loop()
+    outcome = Outcome()
+
+    async def main() -> None:
+        spawn_on(loop, interrupted(), outcome)
+        await asyncio.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(main())
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert isinstance(outcome.errors[0], KeyboardInterrupt)
+
+
+def test_an_interrupt_raised_on_a_loop_of_another_thread_is_the_functions_failure() -> None:
+    async def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    outcome = Outcome()
+    spawn_anywhere(interrupted(), outcome)
+    eventually(lambda: outcome.errors)
+    assert "raised KeyboardInterrupt" in str(outcome.errors[0])
