@@ -51,6 +51,16 @@ class Server(_Process):
         self.kind = kind
         self.port = int(self.read())
 
+    def peak(self) -> int:
+        """Return the largest resident memory of the process so far, in bytes."""
+        children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
+        pids = [str(self.process.pid), *children.stdout.split()]
+        peaks = []
+        for pid in pids:
+            with open(f"/proc/{pid}/status") as file:
+                peaks += [int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")]
+        return max(peaks)
+
 
 class Client(_Process):
     """A client of a kind, connected to a server once ``ask`` is first used."""

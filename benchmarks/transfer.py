@@ -35,7 +35,10 @@ def main() -> None:
                         number = STOCK_COUNT[size] if "stock" in name else count
                         found = client.ask(way, size, number)
                         ratios.add(f"{way} {size} {name}", size / found["p50"])
-        memory = clients["ours"].ask("memory", 256 << 20)
+        server = stack.enter_context(Server("ours", server_cpu))
+        client = stack.enter_context(Client("ours", server.port, client_cpu))
+        here = client.ask("memory", 256 << 20)
+        there = server.peak() - (256 << 20)
     rows = []
     for size, _ in SIZES:
         for way in ("up", "down"):
@@ -52,7 +55,10 @@ def main() -> None:
                 )
     print(machine(), f"pin={chosen.pin}", f"rounds={rounds}")
     show("Copies", ("case", "client -> server", "GB/s", "x stock pair", "x raw socket"), rows)
-    print(f"\nextra memory of a 256 MiB copy up and down, client: {memory / 2**20:.1f} MiB")
+    print(
+        f"\nmemory of a 256 MiB copy up and down beyond source and destination: client {here / 2**20:.1f} MiB, "
+        f"server {there / 2**20:.1f} MiB (with what its idle process takes)"
+    )
     save(chosen.json, {name: ratios.median(name) for name in ratios.names()})
 
 
