@@ -32,9 +32,19 @@ _SWITCH_INTERVAL = 0.0005
 def serve(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit code."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_INTERVAL)
+    try:
+        return _serve_until(stop, options)
+    finally:
+        sys.setswitchinterval(interval)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _serve_until(stop: threading.Event, options: argparse.Namespace) -> int:
     before = ffi_global_names()
     for name in options.load:
         _load(name)
