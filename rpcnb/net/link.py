@@ -24,6 +24,8 @@ from rpcnb.net.wire import Ticket, Wire, stop_waiting
 from rpcnb.protocol.shortcut import write_call
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rpcnb.protocol.messages import Request
 
 __all__ = ["NO_DEADLINE", "Deadline", "Link"]
@@ -212,6 +214,7 @@ class Link:
     def _pump(self, ticket: Ticket, blocked: bool, deadline: Deadline, guard: Guard) -> None:
         """Move bytes for everyone until ``ticket`` is done, then pass the role on."""
         wire, poll = self.wire, self._poll
+        leaving = True
         try:
             while not ticket.done:
                 if blocked != self._polls_write:
@@ -228,7 +231,7 @@ class Link:
                     if wire.out:
                         blocked = not wire.flush()
                     elif ticket.done and not wire.tickets and not self._sleepers:
-                        self._pumping = False  # nothing is owed and nobody waits: the common end
+                        self._pumping = leaving = False  # nothing is owed and nobody waits: the common end
                         break
                     else:
                         blocked = False
@@ -237,7 +240,7 @@ class Link:
                 if guard.hits:
                     guard.check()
         finally:
-            if self._pumping:
+            if leaving:  # not _pumping: another thread may have the role by now
                 self._leave()
             if self.ready:
                 self._resume_ready()
@@ -309,7 +312,7 @@ class Link:
                 return True
         return False
 
-    def abandon(self, tickets: list[Any]) -> None:
+    def abandon(self, tickets: Iterable[Any]) -> None:
         """Give up an operation's tickets; what is owed is received and dropped in the background."""
         stop_waiting(self.wire, tickets)
         self.settle_in_background()

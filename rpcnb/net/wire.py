@@ -23,7 +23,7 @@ from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Rais
 from rpcnb.protocol.shortcut import NOT_PLAIN, read_result, write_call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from rpcnb.protocol.endpoint import Endpoint
     from rpcnb.protocol.messages import Reply, Request
@@ -49,11 +49,12 @@ class Ticket:
         error: Why there will be none, once ``done``.
         waker: Called when done, by whoever received the reply.
         abandoned: Nobody waits; what the reply brings is released.
+        taken: Its reply belongs to the operation that waited, with whatever it brought.
         moved: Bytes of its bulk data that have moved, either way.
         value: For a call made the short way: the plain result, or NOT_PLAIN if there is a ``reply`` instead.
     """
 
-    __slots__ = ("abandoned", "done", "error", "moved", "reply", "request", "value", "waker")
+    __slots__ = ("abandoned", "done", "error", "moved", "reply", "request", "taken", "value", "waker")
 
     def __init__(self, request: Request | None) -> None:
         self.request = request
@@ -61,6 +62,7 @@ class Ticket:
         self.error: Exception | None = None
         self.done = False
         self.abandoned = False
+        self.taken = False
         self.value: Any = None
         self.moved = 0
         self.waker: Callable[[], object] | None = None
@@ -72,7 +74,8 @@ class Ticket:
         return self.error
 
     def result(self) -> Reply:
-        """Return the reply, or raise what ended the wait for it."""
+        """Take the reply, or raise what ended the wait for it."""
+        self.taken = True
         if self.reply is None:
             raise self.failure
         return self.reply
@@ -325,7 +328,7 @@ class Wire:
     def abandon(self, ticket: Ticket) -> None:
         """Give up waiting for ``ticket``: its memory is neither read nor written any more."""
         if ticket.done:
-            if ticket.reply is not None and ticket.request is not None and not ticket.abandoned:
+            if ticket.reply is not None and ticket.request is not None and not (ticket.taken or ticket.abandoned):
                 self.garbage.extend(undo(ticket.request, ticket.reply))
             ticket.abandoned = True
             return
@@ -370,7 +373,7 @@ class Wire:
         return bool(self.tickets or self.out)
 
 
-def stop_waiting(wire: Wire, tickets: list[Any]) -> None:
+def stop_waiting(wire: Wire, tickets: Iterable[Any]) -> None:
     """Abandon the tickets of an operation that was given up."""
     with wire.lock:
         for ticket in tickets:

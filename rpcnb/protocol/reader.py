@@ -333,8 +333,6 @@ class PacketReader:
 
     # -- large packets, piece by piece ---------------------------------------------------------------------------
 
-    # -- large packets, piece by piece ---------------------------------------------------------------------------
-
     def _continue(self) -> Message | None:
         """Run the piecewise parser on what has arrived."""
         assert self._parser is not None
@@ -521,5 +519,3 @@ class PacketReader:
             return data.decode()
         except UnicodeDecodeError as error:
             raise RemoteProtocolError(f"expected UTF-8 text, got {error.reason}") from None
-
-    # -- sending -----------------------------------------------------------------------------------------------

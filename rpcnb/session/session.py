@@ -22,6 +22,7 @@ within half a second; the session and its device memory survive, and the next ca
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.net import iothread
@@ -55,7 +56,7 @@ __all__ = ["Session", "run_flow"]
 
 def run_flow(link: Any, flow: Flow[Any], deadline: Deadline, guard: Guard) -> Any:
     """Run a flow by blocking; what was asked and not answered is abandoned when it is left early."""
-    tickets: list[Any] = []
+    tickets: deque[Any] = deque()
     try:
         step: Any = next(flow)
         while True:
@@ -73,8 +74,9 @@ def run_flow(link: Any, flow: Flow[Any], deadline: Deadline, guard: Guard) -> An
                 ticket = step.ticket
                 if not ticket.done:
                     link.wait(ticket, deadline, guard)
-                if ticket in tickets:
-                    tickets.remove(ticket)  # what the reply brings is the flow's from now on
+                ticket.taken = True  # what the reply brings is the flow's from now on
+                while tickets and tickets[0].taken:
+                    tickets.popleft()
             else:
                 ticket = link.exchange(step, deadline, guard)
             step = flow.send(ticket.reply) if ticket.error is None else flow.throw(ticket.error)

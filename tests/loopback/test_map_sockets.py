@@ -14,6 +14,7 @@ import pytest
 
 import rpcnb
 from rpcnb import errors
+from rpcnb.protocol.codes import Code
 from rpcnb.runtime.registry import Registry
 
 
@@ -73,6 +74,37 @@ def test_what_cannot_travel_is_refused_and_the_session_lives(session: Any) -> No
     with pytest.raises(ValueError, match="window"):
         echo.map([1], window=0)
     assert echo.map([1, 2]) == [1, 2]
+
+
+def test_what_a_map_has_taken_is_released_once_when_it_runs_out_of_time(
+    serve: Callable[..., Any], registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+
+    def give(number: int) -> Any:
+        if number == 6:
+            release.wait(30)
+        return lambda: number
+
+    registry.register("give", give)
+    with rpcnb.connect(serve().address) as session:
+        wire = session._link.wire
+        freed: list[Any] = []
+        queue = wire.queue
+
+        def note(request: Any) -> Any:
+            if getattr(request, "code", None) is Code.FREE_HANDLE:
+                freed.append(request.args[0])
+            return queue(request)
+
+        monkeypatch.setattr(wire, "queue", note)
+        with pytest.raises(errors.DeadlineExceeded):
+            session.get_function("give").map(range(9), window=3, timeout=0.5)
+        release.set()
+        assert session.get_function("give")(1)() == 1
+        assert session.get_function("give")(2)() == 2  # the frees ride in front of it
+        assert len(freed) >= 6
+        assert len(set(freed)) == len(freed)
 
 
 def test_a_slow_function_in_a_map_is_interrupted_and_timed(session: Any) -> None:
