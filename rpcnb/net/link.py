@@ -197,7 +197,7 @@ class Link:
                 if ticket.done:
                     return
                 gate = None
-                if self._pumping:
+                if self._pumping or self.wire.ended is not None:  # nothing comes any more: nobody becomes a pump
                     gate = _thread.allocate_lock()
                     gate.acquire()
                     ticket.waker = lambda gate=gate: gate.locked() and gate.release()
@@ -207,6 +207,8 @@ class Link:
                     if ticket.request is None:  # of a pending operation, which may end without any reply
                         ticket.waker = self._signal
             if gate is not None:
+                if self.wire.ended is not None:
+                    self._resume_ready()  # an operation that learns of the end
                 self._sleep(ticket, gate, deadline, guard)
             else:
                 self._pump(ticket, bool(self.wire.out), deadline, guard)
@@ -216,7 +218,7 @@ class Link:
         wire, poll = self.wire, self._poll
         leaving = True
         try:
-            while not ticket.done:
+            while not ticket.done and wire.ended is None:
                 if blocked != self._polls_write:
                     self._polls_write = blocked
                     poll.modify(wire.sock, select.POLLIN | select.POLLOUT if blocked else select.POLLIN)
