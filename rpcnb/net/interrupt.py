@@ -29,6 +29,7 @@ _SIGINT = int(_signal.SIGINT)
 _DEFAULT = _signal.default_int_handler
 # A signal that slips in just before the system call is noticed at the next tick.
 TICK = 0.25
+_TICK_MS = int(TICK * 1000)
 
 T = TypeVar("T")
 _main = threading.main_thread().ident
@@ -121,7 +122,7 @@ class Guard:
             self._waiting = True
             if self.hits:
                 raise KeyboardInterrupt
-            ready = poller.poll(min(seconds, TICK) * 1000)
+            ready = poller.poll(_TICK_MS if seconds >= TICK else seconds * 1000)
             return ready
         finally:
             self._waiting = False

@@ -84,6 +84,7 @@ class Link:
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
+        wire.wait_in_receive()
         self._poll = select.poll()
         self._poll.register(wire.sock, select.POLLIN)
         self._poll.register(self._wake_reader, select.POLLIN)
@@ -161,22 +162,13 @@ class Link:
         wire = self.wire
         with Guard() as guard:
             with wire.lock:
-                if self._pumping or wire.garbage or not wire.alone:
+                if self._pumping or wire.tickets or wire.out or wire.garbage or wire.ended is not None:
                     return None
                 ticket = wire.send_call(packet)
                 self._pumping = True
             try:
-                if not ticket.done and not wire.out and not self._polls_write:
-                    try:
-                        guard.poll(self._poll, _FOREVER)
-                    except BaseException:
-                        self._leave()
-                        raise
-                    with wire.lock:
-                        wire.fill()  # nothing happens if the poll was woken for another reason
-                        if ticket.done and not (wire.tickets or wire.out or self._sleepers):
-                            self._pumping = False
-                            return ticket
+                if not wire.out and not ticket.done and wire.waits_in_receive and self._receive_value(wire):
+                    return ticket
                 self._pump(ticket, bool(wire.out), NO_DEADLINE, guard)
                 if not ticket.done:
                     self.wait(ticket, NO_DEADLINE, guard)
@@ -184,6 +176,26 @@ class Link:
                 self.abandon([ticket])
                 raise
             return ticket
+
+    def _receive_value(self, wire: Wire) -> bool:
+        """Wait a moment for a plain result, the commonest of all replies; True if that was all and nobody waits."""
+        view = wire.endpoint.get_buffer()
+        try:
+            count = wire.receive_soon(view)
+        except OSError as error:
+            with wire.lock:
+                wire.lost(error)
+            return False
+        except BaseException:  # a foreign signal handler's
+            self._leave()
+            raise
+        if count < 0:
+            return False
+        with wire.lock:
+            if wire.ended is None and wire.take_value(view, count) and not (wire.out or self._sleepers):
+                self._pumping = False
+                return True
+        return False
 
     def wait(self, ticket: Ticket, deadline: Deadline, guard: Guard) -> None:
         """Return when ``ticket`` is done.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
 import threading
 from collections import deque
 from itertools import islice
@@ -35,6 +36,10 @@ log = logging.getLogger(__name__)
 
 PIECE = 4 << 20  # bytes per system call at most: an interrupt is looked for between two of them
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
+_NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
+# How long a caller waits in the receiving call itself, as SO_RCVTIMEO (until the second timer tick, 8 ms): a poll
+# before it costs 2 us. An interrupt or another thread's word is noticed after that.
+_MOMENT = struct.pack("ll", 0, 1000)
 _GATHER = 64  # buffers per system call
 _BULK = 1 << 16  # buffers from here on are counted
 _CALL = CallFunc(0)  # stands for every call made the short way: only what kind of request it is matters
@@ -106,6 +111,28 @@ class Wire:
         self.quick_ack = False
         self._send = sock.send
         self._receive = sock.recv_into
+        self.waits_in_receive = False
+
+    def wait_in_receive(self) -> None:
+        """Let :meth:`receive_soon` wait, where the system can still be asked not to."""
+        if _NOW:
+            self.sock.setblocking(True)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _MOMENT)
+            self.waits_in_receive = True
+
+    def receive_soon(self, view: memoryview) -> int:
+        """Receive into the endpoint's buffer, waiting a moment; the pump alone, without the lock.
+
+        Returns:
+            Bytes; 0 at the end of the stream, -1 if none came.
+
+        Raises:
+            OSError: The connection is broken.
+        """
+        try:
+            return self._receive(view)
+        except (BlockingIOError, InterruptedError):
+            return -1
 
     # -- all below: with the lock held -----------------------------------------------------------------------------
 
@@ -126,11 +153,6 @@ class Wire:
             self.out.append((buffer, ticket if buffer is payload or len(buffer) >= _BULK else None))
         return ticket
 
-    @property
-    def alone(self) -> bool:
-        """Tell whether nothing is owed, nothing is to be sent, and the connection lives."""
-        return not self.tickets and not self.out and self.ended is None
-
     def send_call(self, packet: bytes) -> Ticket:
         """Send a call whose packet has been made by the short way; nothing else waits to be sent."""
         self.endpoint.note_sent(_CALL)
@@ -138,7 +160,7 @@ class Wire:
         ticket.value = NOT_PLAIN
         self.tickets.append(ticket)
         try:
-            sent = self._send(packet)
+            sent = self._send(packet, _NOW)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
@@ -180,9 +202,10 @@ class Wire:
             try:
                 if len(out) == 1:
                     buffer = out[0][0]
-                    sent = self._send(buffer if len(buffer) <= PIECE else memoryview(buffer)[:PIECE])
+                    sent = self._send(buffer if len(buffer) <= PIECE else memoryview(buffer)[:PIECE], _NOW)
                 else:
-                    sent = self.sock.sendmsg([memoryview(buffer)[:PIECE] for buffer, _ in islice(out, _GATHER)])
+                    parts = [memoryview(buffer)[:PIECE] for buffer, _ in islice(out, _GATHER)]
+                    sent = self.sock.sendmsg(parts, (), _NOW)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
@@ -211,30 +234,29 @@ class Wire:
 
     def fill(self) -> None:
         """Receive once, and settle the tickets whose replies are complete."""
-        endpoint = self.endpoint
-        tickets = self.tickets
-        alone = False
-        if len(tickets) == 1:
-            alone = tickets[0].value is NOT_PLAIN and endpoint.idle
-        elif self.quick_ack and _QUICKACK is not None:
+        if self.quick_ack and _QUICKACK is not None and len(self.tickets) != 1:
             self.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
-        view = endpoint.get_buffer()
+        view = self.endpoint.get_buffer()
         try:
-            count = self._receive(view if len(view) <= PIECE else view[:PIECE])
+            count = self._receive(view, min(len(view), PIECE), _NOW)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self.fail(SessionLost(f"session lost: {self.peer}: {error.strerror or error}{self._during()}"))
+            self.lost(error)
             return
+        self._take(count)
+
+    def lost(self, error: OSError) -> None:
+        """End the connection after a system call has failed."""
+        self.fail(SessionLost(f"session lost: {self.peer}: {error.strerror or error}{self._during()}"))
+
+    def _take(self, count: int) -> None:
+        """Go on with ``count`` bytes that have been received into the endpoint's buffer."""
+        endpoint, tickets = self.endpoint, self.tickets
         if count == 0:
             self._ended_by_peer()
             return
         self.bytes_received += count
-        if alone:  # a single call that was made the short way, the commonest
-            value = read_result(view, count)
-            if value is not NOT_PLAIN:
-                self._settle_plainly(value)
-                return
         endpoint.received(count)
         while tickets and tickets[0].value is NOT_PLAIN:
             value = endpoint.take_result()
@@ -246,6 +268,21 @@ class Wire:
         if endpoint.bulk_left or count > _BULK:
             self._count_received(count)
         self.settle()
+
+    def take_value(self, view: memoryview, count: int) -> bool:
+        """Go on with what has been received into ``view`` while the first ticket was of a call made the short way.
+
+        Returns:
+            It is settled and nothing else is owed.
+        """
+        tickets = self.tickets
+        value = read_result(view, count) if self.endpoint.idle else NOT_PLAIN
+        if value is NOT_PLAIN:
+            self._take(count)
+        else:
+            self.bytes_received += count
+            self._settle_plainly(value)
+        return not tickets
 
     def _settle_plainly(self, value: Any) -> None:
         """Settle the first ticket, of a call made the short way, with its plain result."""
@@ -303,7 +340,7 @@ class Wire:
         while self.ended is None:
             view = self.endpoint.get_buffer()
             try:
-                count = self._receive(view[:PIECE])
+                count = self._receive(view, min(len(view), PIECE), _NOW)
             except OSError:
                 count = 0
             if count == 0:
@@ -362,7 +399,7 @@ class Wire:
         if not self.out and self.endpoint.state is not State.CLOSED:
             try:
                 for buffer in self.endpoint.send(Shutdown()):
-                    self._send(buffer)
+                    self._send(buffer, _NOW)
             except (OSError, RpcError):
                 pass  # the peer sees the end of the stream instead
         self.fail(SessionClosed("this session is closed"))

@@ -56,6 +56,9 @@ class State(str, Enum):  # str: its hash is C's, and the table below is on the p
     CLOSED = "closed"
 
 
+_IDLE, _BUSY, _CLOSED = State.IDLE, State.BUSY, State.CLOSED  # a member by its class's name costs a look-up
+
+
 class Kind(str, Enum):
     """What a message is to the conversation."""
 
@@ -192,14 +195,16 @@ class Endpoint(PacketReader):
 
     def note_sent(self, request: Request) -> None:
         """Client: note a request whose bytes were made elsewhere (the short way)."""
-        self.state = self._after(Role.CLIENT, Kind.REQUEST)
+        if self.state is _CLOSED:
+            self._after(Role.CLIENT, Kind.REQUEST)  # raises
+        self.state = _BUSY
         self.owed.append(request)
 
     def note_answered(self) -> None:
         """Client: note that the first reply that was owed has been read elsewhere (the short way)."""
         self.owed.popleft()
-        if not self.owed and self.state is State.BUSY:  # not closed by our own shutdown meanwhile
-            self.state = State.IDLE
+        if not self.owed and self.state is _BUSY:  # not closed by our own shutdown meanwhile
+            self.state = _IDLE
 
     def send(self, message: Message) -> list[Buffer]:
         """Return the bytes of ``message`` and note it; a refused one changes nothing.

@@ -35,14 +35,14 @@ class _Pipe:
     def __init__(self, inbox: queue.SimpleQueue[bytes | None]) -> None:
         self._inbox = inbox
 
-    def send(self, data: Buffer) -> int:
+    def send(self, data: Buffer, flags: int = 0) -> int:
         self._inbox.put(bytes(data))
         return len(data)
 
-    def sendmsg(self, buffers: list[Buffer]) -> int:
+    def sendmsg(self, buffers: list[Buffer], ancillary: tuple[Any, ...] = (), flags: int = 0) -> int:
         return self.send(b"".join(buffers))
 
-    def recv_into(self, view: memoryview) -> int:
+    def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
         raise BlockingIOError
 
     def close(self) -> None:
