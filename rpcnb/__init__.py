@@ -26,6 +26,7 @@ _PUBLIC = {
     "Server": "rpcnb.net.server",
     "ServingSession": "rpcnb.runtime.serving",
     "Session": "rpcnb.session.session",
+    "cancelled": "rpcnb.runtime.current",
     "connect": "rpcnb.session.opening",
     "connect_async": "rpcnb.session.opening",
     "create_event_driven_server": "rpcnb.runtime.eventdriven",

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rpcnb import events
 from rpcnb.errors import RemoteProtocolError
 from rpcnb.net.dial import tune
+from rpcnb.net.lanes import TICKET
 from rpcnb.net.watcher import READ, WRITE
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
 from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text, refusal
 from rpcnb.protocol.messages import Raised, encode_packet
+from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.servant import Servant
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class ClientState(NamedTuple):
         function: What is in progress.
         age: Seconds a parked request has waited.
         queued: Bytes of requests behind it.
+        calls: Calls that were started and overlap: number, function and age of each.
     """
 
     peer: str
@@ -60,6 +63,7 @@ class ClientState(NamedTuple):
     function: str
     age: float
     queued: int
+    calls: tuple[tuple[int, str, float], ...] = ()
 
 
 class Connection:
@@ -73,6 +77,8 @@ class Connection:
         self.fd = sock.fileno()
         self.since = time.monotonic()
         self.key = KeyText("", "")
+        self.lane = 0  # number among its session's connections; 0 opens the session, and ends it
+        self.main: Connection | None = None  # a lane's session
         self.servant: Servant | None = None
         self.in_worker = False
         self.closed = False
@@ -97,7 +103,10 @@ class Connection:
             state, function, age = "running", running, 0.0
         else:
             state, function, age = servant.endpoint.state.value, "", 0.0
-        return ClientState(self.peer, state, function, age, servant.endpoint.buffered)
+        session = servant.session
+        started = session.calls.running if isinstance(session, LocalServingSession) else []
+        calls = tuple((call.id, call.name, time.monotonic() - call.since) for call in started)
+        return ClientState(self.peer, state, function, age, servant.endpoint.buffered, calls)
 
     # -- handshake -----------------------------------------------------------------------------------------------
 
@@ -144,6 +153,9 @@ class Connection:
     def _accept(self, text: str) -> None:
         server = self.server
         key = KeyText.parse(text)
+        if TICKET in key.options:
+            self._accept_lane(key)
+            return
         if not server.admits(text, self.address):
             log.warning("%s: refused %s: wrong key or token", server.name, self.peer)
             server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong key or token")
@@ -154,8 +166,36 @@ class Connection:
             log.warning("%s: refused %s: %d sessions are open", server.name, self.peer, server.max_sessions)
             server.tell(events.ConnectionRejected, peer=self.peer, reason="full")
             full = f"server is full: max_sessions={server.max_sessions} are open; try again later"
-        self.key = key
         options = {"-rpcnb": EXTENSION} if key.features is not None else {}
+        if options and not full:
+            options = {"-rpcnb": f"{EXTENSION},lanes", TICKET: server.lanes.issue(self)}
+        self._begin(key, options, full)
+
+    def _accept_lane(self, key: KeyText) -> None:
+        """Let a further connection of a session in, if it presents the session's ticket."""
+        server = self.server
+        found = server.lanes.find(key) if not server.throttles(self.address) else None
+        if found is None:
+            log.warning("%s: refused %s: wrong session or secret", server.name, self.peer)
+            server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong session or secret")
+            server.note_failure(self.address)
+            self._send_last(refusal())
+            return
+        main, self.lane = found
+        self.main = main
+        before = server.lanes.join(main, self.lane, self)
+        if before is not None:
+            before.close()
+        self._begin(key, {"-rpcnb": EXTENSION}, "")
+
+    def _session_of_lane(self) -> Any:
+        main = self.main
+        return None if main is None or main.servant is None or main.closed else main.servant.session
+
+    def _begin(self, key: KeyText, options: dict[str, str], full: str) -> None:
+        """Answer the handshake and begin the conversation."""
+        server = self.server
+        self.key = key
         answer = hello(key_text(Role.SERVER, server.key, options))
         if self.sock.send(answer, _NOW) != len(answer):  # pragma: no cover  # an empty send buffer takes so few bytes
             raise RemoteProtocolError("expected room for the handshake")
@@ -167,11 +207,13 @@ class Connection:
             on_parked=self._parked,
             route=self._route,
             refusal=full,
+            shares=self._session_of_lane if self.lane else None,
+            lane=self.lane,
         )
         servant.extended = key.features is not None
         self.servant = servant
         server.opened(self)
-        if key.timeout is not None:
+        if key.timeout is not None and not self.lane:
             self.deadline = server.io_loop.call_later(key.timeout, self._expire, key.options["-timeout"])
         rest = self._handshake.rest
         if rest:

@@ -17,6 +17,7 @@ holds the GIL stalls every server in its process; only a helper process would no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -29,6 +30,7 @@ from rpcnb import events
 from rpcnb.errors import AccessDenied
 from rpcnb.net.address import is_loopback, show_address
 from rpcnb.net.connection import ClientState, Connection
+from rpcnb.net.lanes import Lanes
 from rpcnb.net.loopthread import LoopThread, call_in_loop
 from rpcnb.net.watcher import make_watcher
 from rpcnb.net.workers import WorkerPool
@@ -132,6 +134,8 @@ class Server:
         self.max_sessions = max_sessions
         self.kernel = _kernel_loop()
         self._level = logging.DEBUG if silent else logging.INFO
+        self.workers = WorkerPool("rpcnb")
+        self.lanes = Lanes()
         self._gate = Gate(key, self.token, time.monotonic, self.limits.auth_failures)
         self._own_loop = LoopThread("rpcnb-server") if loop is None else None
         self.io_loop: IOLoop = loop if loop is not None else self._own_loop.io_loop  # type: ignore[union-attr]  # one is set
@@ -143,13 +147,15 @@ class Server:
             trusted_paths=trusted_paths,
             default_run=run,
             spawn=lambda awaitable, done: spawn_on(asyncio_loop, awaitable, done),
+            run_in_thread=self.workers.submit,
+            run_in_kernel=self.kernel,
+            later=self._later,
             local_session=session,
         )
         if registry is not None:
             self.environment.registry = registry
         self._install_constructors()
         self.observers = events.Observers(events.observers)
-        self.workers = WorkerPool("rpcnb")
         self._connections: dict[Connection, None] = {}  # in order of arrival
         self._half_open: Counter[str] = Counter()
         self._sessions = 0
@@ -257,9 +263,23 @@ class Server:
 
     def admits(self, text: str, address: tuple[Any, ...]) -> bool:
         """Tell whether a client with this key text may enter."""
+        return self._gate.admits(text, self._counted(address, self.token is not None))
+
+    def _counted(self, address: tuple[Any, ...], guarded: bool = True) -> str | None:
+        """Return the host under which wrong attempts are counted, if they are."""
         host = str(address[0]) if address else ""
-        counted = self.token is not None and not (self.limits.exempt_loopback and is_loopback(host))
-        return self._gate.admits(text, host if counted else None)
+        return host if guarded and not (self.limits.exempt_loopback and is_loopback(host)) else None
+
+    def throttles(self, address: tuple[Any, ...]) -> bool:
+        """Tell whether this address has guessed too often."""
+        host = self._counted(address)
+        return host is not None and self._gate.throttles(host)
+
+    def note_failure(self, address: tuple[Any, ...]) -> None:
+        """Count a wrong guess."""
+        host = self._counted(address)
+        if host is not None:
+            self._gate.note_failure(host)
 
     @property
     def full(self) -> bool:
@@ -268,10 +288,12 @@ class Server:
 
     def opened(self, connection: Connection) -> None:
         """Note that a handshake has succeeded."""
-        self._sessions += 1
         self._forget_half_open(connection)
         self.io_loop.remove_timeout(connection.deadline)
         connection.deadline = None
+        if connection.lane:
+            return
+        self._sessions += 1
         log.log(self._level, "%s: session of %s opened", self.name, connection.peer)
         self.tell(events.ConnectionAccepted, peer=connection.peer)
         self._hook("tvm.rpc.server.start")
@@ -288,7 +310,10 @@ class Server:
             return
         if connection.servant is None:
             self._forget_half_open(connection)
-        else:
+            return
+        for lane in self.lanes.leave(connection):
+            lane.close()
+        if not connection.lane:
             self._sessions -= 1
             log.log(self._level, "%s: session of %s ended", self.name, connection.peer)
             self._hook("tvm.rpc.server.shutdown")
@@ -297,6 +322,27 @@ class Server:
         """Tell the observers, if there are any."""
         if self.observers:
             self.observers.tell(kind(source=self.name, time=time.monotonic(), **facts))
+
+    def _later(self, seconds: float, function: Callable[[], object]) -> Callable[[], object]:
+        """Call ``function`` on the loop after some seconds; from any thread. Returns what cancels that."""
+        loop = self.io_loop.asyncio_loop
+        timers: list[asyncio.TimerHandle] = []
+        cancelled = False
+
+        def arm() -> None:
+            if not cancelled:
+                timers.append(loop.call_later(seconds, lambda: None if cancelled else function()))
+
+        def cancel() -> None:
+            nonlocal cancelled
+            cancelled = True
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                for timer in timers:
+                    loop.call_soon_threadsafe(timer.cancel)
+
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(arm)
+        return cancel
 
     def _hook(self, name: str) -> None:
         entry = self.environment.registry.get(name)
@@ -316,7 +362,11 @@ class Server:
     @property
     def pending(self) -> list[ClientState]:
         """What each client's session is doing: its state, the function in progress and its age, requests behind it."""
-        return [connection.describe() for connection in list(self._connections) if connection.servant is not None]
+        return [
+            connection.describe()
+            for connection in list(self._connections)
+            if connection.servant is not None and not connection.lane
+        ]
 
     @property
     def sessions(self) -> int:

@@ -59,7 +59,7 @@ class Gate:
             text: Key text of the client.
             address: Where it comes from; None is not counted.
         """
-        if address is not None and self._throttled(address):
+        if address is not None and self.throttles(address):
             return False
         # TVM's own rule: the first word, whole.
         word = text.split(None, 1)[0] if text.split() else ""
@@ -68,10 +68,15 @@ class Gate:
             given = KeyText.parse(text).options.get("-token", "")
             known &= hmac.compare_digest(given.encode(), self.token.encode())
         if not known and address is not None:
-            self._failed.setdefault(address, deque(maxlen=self._allowed)).append(self._clock())
+            self.note_failure(address)
         return known
 
-    def _throttled(self, address: str) -> bool:
+    def note_failure(self, address: str) -> None:
+        """Count a wrong attempt of this address."""
+        self._failed.setdefault(address, deque(maxlen=self._allowed)).append(self._clock())
+
+    def throttles(self, address: str) -> bool:
+        """Tell whether this address has guessed so often that it is refused unseen."""
         if len(self._failed) > 4096:
             self._failed = {one: times for one, times in self._failed.items() if self._clock() - times[-1] < _WINDOW}
         times = self._failed.get(address)

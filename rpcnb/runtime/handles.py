@@ -1,6 +1,6 @@
 """The handle table of one session: opaque numbers for things of the server.
 
-Stock TVM's handles are addresses; a wrong one crashes its server. Ours are ``serial << 32 | tag`` with a 32-bit tag
+Stock TVM's handles are addresses; a wrong one crashes its server. Ours are ``serial << 32 | tag`` with a 31-bit tag
 keyed per session: a number that was never issued is told from a stale one without remembering those, and neither
 reaches anything. Equal objects of a kind get equal handles and are counted, as clients expect (protocol.md 7).
 """
@@ -69,10 +69,13 @@ class HandleTable:
         return self._bad >= self._bad_limit
 
     def _tag(self, serial: int) -> int:
-        return int.from_bytes(blake2s(serial.to_bytes(8, "little"), key=self._key, digest_size=4).digest(), "little")
+        digest = blake2s(serial.to_bytes(8, "little"), key=self._key, digest_size=4).digest()
+        return int.from_bytes(digest, "little") & ~1
 
-    def issue(self, kind: HandleKind, thing: Any) -> Pointer:
+    def issue(self, kind: HandleKind, thing: Any, mark: bool = False) -> Pointer:
         """Return a handle for ``thing``, owned once more by the peer.
+
+        ``mark`` sets its lowest bit: a function that may answer later, which rpcnb's client starts instead of calling.
 
         Raises:
             LimitExceeded: Too many live handles.
@@ -85,7 +88,7 @@ class HandleTable:
         if len(self._entries) >= self._limit:
             raise LimitExceeded(f"session holds {len(self._entries)} handles, handles={self._limit}; free some first")
         self._serial += 1
-        handle = self._serial << 32 | self._tag(self._serial)
+        handle = self._serial << 32 | self._tag(self._serial) | mark
         self._entries[handle] = Entry(kind, thing)
         self._by_identity[identity] = handle
         return Pointer(handle)
@@ -107,7 +110,7 @@ class HandleTable:
     def unknown(self, handle: int) -> InvalidHandle:
         """Return the error for a handle that is not live, and count it if it was invented."""
         serial = handle >> 32
-        if 0 < serial <= self._serial and handle & 0xFFFFFFFF == self._tag(serial):
+        if 0 < serial <= self._serial and handle & 0xFFFFFFFE == self._tag(serial):
             return StaleHandle(f"handle {handle:#x} was freed before")
         self._bad += 1
         return InvalidHandle(f"handle {handle:#x} was never issued in this session")

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ArgumentError, InvalidHandle, ResultError
 from rpcnb.protocol.sequence import encode_call_result
+from rpcnb.runtime.current import CALL, SESSION
 from rpcnb.runtime.devices import ATTRIBUTES, DeviceTensor, Memory, find_device
 from rpcnb.runtime.files import SessionFiles
 from rpcnb.runtime.handles import HandleKind, HandleTable
 from rpcnb.runtime.registry import Registered
 from rpcnb.runtime.serving import (
     _ENVIRONMENT,
-    _SESSION,
     Callback,
     Environment,
     Module,
     ServedFunction,
     ServingSession,
     Shape,
+    bind,
     errors_to_done,
 )
 from rpcnb.values import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from rpcnb.protocol.messages import CallFunc
     from rpcnb.protocol.reader import Sink
+    from rpcnb.runtime.overlap import Calls
     from rpcnb.runtime.serving import Done
 
 __all__ = ["LocalServingSession"]
@@ -69,6 +71,17 @@ class LocalServingSession(ServingSession):
         self._uses: dict[Memory, int] = {}  # memory allocated here: its data handle, and copies on their way
         self._closed = False
         self._lock = threading.Lock()
+        self._calls: Calls | None = None
+
+    @property
+    def calls(self) -> Calls:
+        """Calls that the client has started and that overlap."""
+        if self._calls is None:
+            from rpcnb.runtime.overlap import Calls
+
+            with self._lock:
+                self._calls = self._calls or Calls(self)
+        return self._calls
 
     # -- functions -----------------------------------------------------------------------------------------------
 
@@ -78,7 +91,7 @@ class LocalServingSession(ServingSession):
         entry = registry.get(name)
         known = self._by_name.get(name)
         if known is not None and known.source is entry:
-            return self.table.issue(HandleKind.FUNCTION, known)
+            return self._issue(known)
         if entry is not None:
             served = self._serve_registered(entry)
         else:
@@ -87,7 +100,15 @@ class LocalServingSession(ServingSession):
                 return NULL
             served = other
         self._by_name[name] = served
-        return self.table.issue(HandleKind.FUNCTION, served)
+        return self._issue(served)
+
+    def _issue(self, served: ServedFunction) -> Pointer:
+        return self.table.issue(HandleKind.FUNCTION, served, served.kind in ("coroutine", "callback"))
+
+    def name_of(self, handle: int) -> str:
+        """Name the function of a handle, for people."""
+        entry = self.table.entry(handle)
+        return getattr(entry.thing, "name", "call") if entry is not None else "call"
 
     def _serve_registered(self, entry: Registered) -> ServedFunction:
         run = entry.run or self.environment.default_run
@@ -96,6 +117,8 @@ class LocalServingSession(ServingSession):
     def _find_elsewhere(self, name: str) -> ServedFunction | None:
         from rpcnb.runtime.wellknown import find_well_known
 
+        if name.startswith("rpcnb."):
+            return self.calls.serve(name)
         found = find_well_known(self, name)
         if found is not None:
             return found
@@ -163,11 +186,11 @@ class LocalServingSession(ServingSession):
             return None
         values = self.decode_args(args) if args else args
         held = self._hold(values) if values is not args else ()
-        token = _SESSION.set(self)
+        token = SESSION.set(self)
         try:
             return self.encode_return(function.call(*values))
         finally:
-            _SESSION.reset(token)
+            SESSION.reset(token)
             for memory in held:
                 self._drop(memory)
 
@@ -189,6 +212,9 @@ class LocalServingSession(ServingSession):
             done(values)
             return
         function = self._function(handle)
+        if function.kind == "raw":
+            function.call(done, args)
+            return
         arguments = self.decode_args(args)
         held = self._hold(arguments)
         if held:
@@ -202,11 +228,12 @@ class LocalServingSession(ServingSession):
             done.error(error)
 
     def _call_back(self, function: ServedFunction, arguments: Sequence[Any], done: Done) -> None:
-        token = _SESSION.set(self)
+        tokens = SESSION.set(self), CALL.set(done)
         try:
             function.call(Callback(done, self.encode_return), *arguments)
         finally:
-            _SESSION.reset(token)
+            SESSION.reset(tokens[0])
+            CALL.reset(tokens[1])
 
     def _start(self, function: ServedFunction, values: Sequence[Any], done: Done) -> None:
         cancel: Callable[[], object] | None = None
@@ -223,7 +250,8 @@ class LocalServingSession(ServingSession):
                 Callback(done, self.encode_return)(result)
 
         def launch() -> Callable[[], object]:
-            _SESSION.set(self)
+            SESSION.set(self)
+            CALL.set(done)
             cancel: Callable[[], object] = self.environment.spawn(function.call(*values), _Ended(end, done))
             return cancel
 
@@ -233,6 +261,7 @@ class LocalServingSession(ServingSession):
         with self._lock:
             if not finished:
                 self._running.add(cancel)
+        bind(done, cancel)
 
     def encode_return(self, value: Any) -> tuple[Value, ...]:
         """Encode a function's result as the sequence of its kReturn; what has no wire form gets a handle.
@@ -256,7 +285,7 @@ class LocalServingSession(ServingSession):
             if isinstance(value, np.ndarray):
                 return self._encode_tensor(_own_array(value))
         if isinstance(value, ServedFunction):
-            return (68, self.table.issue(HandleKind.FUNCTION, value))
+            return (68, self._issue(value))
         if isinstance(value, Module):
             return (73, self.table.issue(HandleKind.MODULE, value))
         if isinstance(value, (int, float)):
@@ -265,7 +294,7 @@ class LocalServingSession(ServingSession):
         if index is None and callable(value) and not isinstance(value, type):
             is_async = inspect.iscoroutinefunction(value)
             served = ServedFunction(getattr(value, "__name__", "function"), value, "coroutine" if is_async else "plain")
-            return (68, self.table.issue(HandleKind.FUNCTION, served))
+            return (68, self._issue(served))
         return (index or 74, self.table.issue(HandleKind.OBJECT, value))
 
     @staticmethod
@@ -488,6 +517,8 @@ class LocalServingSession(ServingSession):
                 return
             self._closed = True
             running, self._running = self._running, set()
+        if self._calls is not None:
+            self._calls.close()
         for cancel in running:
             cancel()
         try:
@@ -538,6 +569,9 @@ class _Releasing:
     @property
     def cancelled(self) -> bool:
         return self._done.cancelled
+
+    def bind(self, stop: Callable[[], object]) -> None:
+        bind(self._done, stop)
 
     def __call__(self, result: Any = None) -> None:
         self._end(self._done, result)

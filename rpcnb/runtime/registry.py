@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from rpcnb.errors import FunctionNotFound
+from rpcnb.runtime.current import run_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,7 @@ class Registered:
             return self.func
         context, func = self.context, self.func
         # A context cannot be entered twice at once, so each call gets a copy (a few hundred ns).
-        return lambda *args: context.copy().run(func, *args)
+        return lambda *args: run_in(context, func, args)
 
 
 class Registry:

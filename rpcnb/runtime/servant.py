@@ -35,10 +35,12 @@ from rpcnb.protocol.messages import (
     encode_packet,
 )
 from rpcnb.protocol.shortcut import CALL_BYTES, MOST_ARGS, MOST_TEXT, call_length, read_call, write_result
+from rpcnb.runtime.current import CALL, SESSION
 from rpcnb.runtime.handles import HandleKind
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.output import Output, staging
-from rpcnb.runtime.serving import _ENVIRONMENT, _SESSION, Environment, ServingSession
+from rpcnb.runtime.serving import _ENVIRONMENT, Environment, ServingSession
+from rpcnb.runtime.tasks import call_cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -58,6 +60,7 @@ _NOT_INITIALIZED = (
 _VOID = Return()
 _PATIENCE = 0.0005  # seconds for which finished replies wait for others that go out with them
 _BUDGET = 500  # requests in one turn: a burst of small ones must not hold up other sessions (5 ms)
+_MOST_STOPPED = 4096  # cancels that are remembered for requests still to come
 _ENOUGH = 1 << 16  # bytes of replies that go out at once
 _CONGESTED = 4 << 20  # bytes of unread replies beyond which no further request is performed
 
@@ -81,9 +84,13 @@ class Completion:
         name: What is in progress, for people.
         since: ``time.monotonic()`` of its start.
         flush: Its reply is sent at once even if it did not park: stock does so for calls, copies and stream waits.
+        dropped: The conversation is over; nothing is answered.
+        gives_way: What completes it when a further request arrives behind it; None: that waits.
     """
 
-    __slots__ = ("_finish", "_servant", "cancelled", "finished", "flush", "name", "since")
+    __slots__ = (
+        "_finish", "_servant", "_stop", "_stopped", "dropped", "finished", "flush", "gives_way", "name", "since",
+    )  # fmt: skip
 
     def __init__(self, servant: Servant, name: str, finish: Callable[[Any], Reply], flush: bool) -> None:
         self._servant = servant
@@ -92,7 +99,29 @@ class Completion:
         self.name = name
         self.since = time.monotonic()
         self.finished = False
-        self.cancelled = False
+        self.dropped = False
+        self.gives_way: Callable[[], object] | None = None
+        self._stop: Callable[[], object] | None = None
+        self._stopped = False
+
+    @property
+    def cancelled(self) -> bool:
+        """Tell whether nobody waits for the result any more."""
+        return self._stopped or self.dropped
+
+    def bind(self, stop: Callable[[], object]) -> None:
+        """Say what ends the operation early."""
+        self._stop = stop
+        if self._stopped:
+            stop()
+
+    def stop(self) -> None:
+        """Cancel for the client: a coroutine ends by CancelledError; anything else is answered now."""
+        self._stopped = True
+        if self._stop is not None:
+            self._stop()
+        else:
+            self.error(call_cancelled())
 
     def __call__(self, result: Any = None) -> None:
         """Complete with a result."""
@@ -117,6 +146,8 @@ class Servant:
             or returns False to have it performed here and now.
         refusal: Why no session can be opened now; the answer to kInitServer, after which the conversation is over.
         plain: Host only synchronous sessions, as a blocking server does.
+        shares: For a further connection of a session, a lane: returns the session, or None once that is over.
+        lane: Number of the lane; 0 for the connection that opens the session, and ends it.
     """
 
     def __init__(
@@ -131,8 +162,15 @@ class Servant:
         route: Callable[[Message, str], bool] | None = None,
         refusal: str = "",
         plain: bool = False,
+        shares: Callable[[], ServingSession | None] | None = None,
+        lane: int = 0,
     ) -> None:
         self.endpoint = endpoint
+        self.shares = shares
+        self.lane = lane
+        self.ordinal = 0  # of the request in progress, or the last one; kInitServer is the first
+        self._stop_at = 0  # the request that was cancelled while in progress
+        self._stopped: set[int] = set()  # cancelled before they came
         self.environment = environment
         self.name = name
         self.on_completed = on_completed
@@ -169,6 +207,9 @@ class Servant:
         """
         self.more = False
         budget = _BUDGET
+        parked = self.parked
+        if parked is not None and parked.gives_way is not None and self.endpoint.buffered:
+            parked.gives_way()
         while not self.over and self.parked is None and self.running is None:
             if not budget and self.route is not None:
                 self.more = True
@@ -180,12 +221,45 @@ class Servant:
                 message = self.endpoint.next_message()
             if message is None:
                 return False
+            if type(message) is not PayloadEnd:
+                self.ordinal += 1
+                if self._stopped and self._was_stopped(message):
+                    continue
             if self.route is not None:
                 place = self._placement(message)
                 if place != "any" and self.route(message, place):
                     return True
             self.perform(message)
         return False
+
+    @property
+    def cancelled(self) -> bool:
+        """Tell whether nobody waits for the request in progress any more."""
+        return self.over or self._stop_at == self.ordinal
+
+    def cancel_request(self, ordinal: int) -> None:
+        """End the ``ordinal``-th request early, or do not begin it; from any thread."""
+        with self.lock:
+            if ordinal < self.ordinal or self.over:
+                return  # answered
+            if ordinal > self.ordinal:
+                if len(self._stopped) < _MOST_STOPPED:
+                    self._stopped.add(ordinal)
+                return
+            self._stop_at = ordinal
+            parked = self.parked
+        if parked is not None:
+            parked.stop()
+
+    def _was_stopped(self, message: Message) -> bool:
+        """Answer a call that was cancelled before it came; anything else is performed all the same."""
+        with self.lock:
+            stopped = self.ordinal in self._stopped
+            self._stopped = {ordinal for ordinal in self._stopped if ordinal > self.ordinal}
+        if not stopped or type(message) is not CallFunc:
+            return False
+        self._answer(self.exception(call_cancelled()))
+        return True
 
     def _placement(self, message: Message) -> str:
         """Tell where a request should be performed: only calls and copies within a device can take long."""
@@ -222,7 +296,7 @@ class Servant:
             The replies, and how many of the bytes have been served; none if the general way must be taken.
         """
         session = self._plain_session
-        if session is None:
+        if session is None or self._stopped:
             return b"", 0
         pos, replies = 0, b""
         give_up = 0.0
@@ -236,6 +310,7 @@ class Servant:
                 break
             function = entry.thing
             self.running = function.name
+            self.ordinal += 1
             pos += length
             try:
                 result = function.call(*found[1])
@@ -262,11 +337,12 @@ class Servant:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Make the session the current one for everything that a worker runs meanwhile."""
-        token = _SESSION.set(self._plain_session)
+        tokens = SESSION.set(self._plain_session), CALL.set(self)
         try:
             yield
         finally:
-            _SESSION.reset(token)
+            SESSION.reset(tokens[0])
+            CALL.reset(tokens[1])
 
     def _dispatch(self, message: Message) -> None:
         if isinstance(message, Syscall):
@@ -325,6 +401,9 @@ class Servant:
             if not completion.finished and not self.over:
                 self.parked = completion
                 self.on_parked(completion.name)
+            stopped = self.parked is completion and self._stop_at == self.ordinal
+        if stopped:  # cancelled while it was being started
+            completion.stop()
 
     def complete(self, completion: Completion, make: Callable[[Any], Reply], outcome: Any) -> None:
         """Answer the request of ``completion``, once."""
@@ -332,7 +411,7 @@ class Servant:
             if completion.finished:
                 return
             completion.finished = True
-            if completion.cancelled:
+            if completion.dropped:
                 if isinstance(outcome, ServingSession):
                     outcome.shutdown()  # made for a client that is gone
                 return
@@ -359,10 +438,10 @@ class Servant:
             session, self.session, self._plain_session = self.session, None, None
             cancel_init, self._cancel_init = self._cancel_init, None
         if parked is not None:
-            parked.cancelled = True
+            parked.dropped = True
         if cancel_init is not None:
             cancel_init()
-        if session is not None:
+        if session is not None and self.shares is None:
             try:
                 session.shutdown()
             except Exception:
@@ -384,7 +463,11 @@ class Servant:
             session = self._ready()
         elif (local := self._plain_session) is not None:
             # A plain function of a plain session, the commonest: 2.5 us less than by a completion.
-            values = local.call_plain(message.handle, message.args)
+            token = CALL.set(self)
+            try:
+                values = local.call_plain(message.handle, message.args)
+            finally:
+                CALL.reset(token)
             if values is not None:
                 self._answer(Return(values))
                 self.on_reply()
@@ -474,6 +557,12 @@ class Servant:
             self._answer(self.exception(LimitExceeded(self.refusal)))
             self.over = True
             return
+        if self.shares is not None:
+            shared = self.shares()
+            if shared is None:
+                raise LimitExceeded("the session of this lane is over")
+            self._answer(self._initialized(shared))
+            return
         constructor, args = self._constructor(message)
         token = _ENVIRONMENT.set(self.environment)
         try:
@@ -493,9 +582,12 @@ class Servant:
         if not isinstance(made, ServingSession):
             raise LimitExceeded(f"session constructor returned {type(made).__name__}; expected a session")
         if self.over:
-            made.shutdown()
+            if self.shares is None:
+                made.shutdown()
         else:
             self.session = made
+            if self.extended and isinstance(made, LocalServingSession):
+                made.calls.lanes[self.lane] = self
             limits = self.environment.limits
             ordinary = limits.args >= MOST_ARGS and limits.text >= MOST_TEXT
             if (

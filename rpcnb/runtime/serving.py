@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from rpcnb.errors import InvalidHandle, ResultError, SessionClosed
 from rpcnb.protocol.codes import Code, Limits
 from rpcnb.protocol.messages import Raised
+from rpcnb.runtime.current import SESSION
 from rpcnb.runtime.registry import REGISTRY, Registered, Registry
-from rpcnb.runtime.tasks import spawn_anywhere
+from rpcnb.runtime.tasks import later_anywhere, spawn_anywhere, thread_anywhere
 from rpcnb.values import (
     NULL,
     Device,
@@ -71,6 +72,13 @@ class Done(Protocol):
         """Complete with an exception."""
 
 
+def bind(done: Done, stop: Callable[[], object]) -> None:
+    """Tell a completion what ends its operation early, if it wants to know."""
+    take = getattr(done, "bind", None)
+    if take is not None:
+        take(stop)
+
+
 @dataclass
 class Environment:
     """What the sessions of one server share.
@@ -83,6 +91,9 @@ class Environment:
         trusted_paths: File names may leave the session's directory, as in stock TVM.
         default_run: Where plain functions run unless their registration says otherwise.
         spawn: Starts an awaitable and completes ``done`` with its outcome; returns what cancels it.
+        run_in_thread: Runs a function in a worker.
+        run_in_kernel: Runs a function on the notebook kernel's loop; None where there is none.
+        later: Calls a function after some seconds; returns what cancels that.
         local_session: Default session constructor of this server; None for the registry's ``rpc.LocalSession``.
         constructors: Further session constructors of this server, by name (``rpc.Connect``).
     """
@@ -95,17 +106,20 @@ class Environment:
     trusted_paths: bool = False
     default_run: str = "thread"
     spawn: Callable[[Any, Done], Callable[[], object]] = spawn_anywhere
+    run_in_thread: Callable[[Callable[[], None]], object] = thread_anywhere
+    run_in_kernel: Callable[[Callable[[], None]], object] | None = None
+    later: Callable[[float, Callable[[], object]], Callable[[], object]] = later_anywhere
     local_session: Callable[..., Any] | None = None
     constructors: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 _ENVIRONMENT: contextvars.ContextVar[Environment | None] = contextvars.ContextVar("rpcnb_environment", default=None)
-_SESSION: contextvars.ContextVar[LocalServingSession | None] = contextvars.ContextVar("rpcnb_session", default=None)
 
 
 def current_session() -> LocalServingSession | None:
     """Inside a registered function: the session that is calling it. Elsewhere None."""
-    return _SESSION.get()
+    session: LocalServingSession | None = SESSION.get()
+    return session
 
 
 def workpath(name: str = "") -> str:
@@ -117,7 +131,7 @@ def workpath(name: str = "") -> str:
     Raises:
         LookupError: No session is calling.
     """
-    session = _SESSION.get()
+    session = SESSION.get()
     if session is None:
         raise LookupError("workpath() works inside a registered function that a session is calling")
     return str(session.files.path(name))

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
     from rpcnb.runtime.serving import Done
 
-__all__ = ["spawn_anywhere", "spawn_on"]
+__all__ = ["call_cancelled", "later_anywhere", "spawn_anywhere", "spawn_on", "thread_anywhere"]
+
+
+def call_cancelled() -> asyncio.CancelledError:
+    """Return the error of a call that its client gave up."""
+    return asyncio.CancelledError("the call was cancelled")
 
 
 def spawn_on(loop: asyncio.AbstractEventLoop, awaitable: Awaitable[Any], done: Done) -> Callable[[], object]:
@@ -46,7 +51,7 @@ def spawn_on(loop: asyncio.AbstractEventLoop, awaitable: Awaitable[Any], done: D
 
     def _report(task: asyncio.Task[Any]) -> None:
         if task.cancelled():
-            done.error(asyncio.CancelledError("the call was cancelled"))
+            done.error(call_cancelled())
         elif (error := task.exception()) is not None:
             done.error(error)
         else:
@@ -76,6 +81,19 @@ def spawn_anywhere(awaitable: Awaitable[Any], done: Done) -> Callable[[], object
     except RuntimeError:
         loop = _background_loop()
     return spawn_on(loop, awaitable, done)
+
+
+def later_anywhere(seconds: float, function: Callable[[], object]) -> Callable[[], object]:
+    """Call ``function`` after some seconds, in a thread; returns what cancels that."""
+    timer = threading.Timer(seconds, function)
+    timer.daemon = True
+    timer.start()
+    return timer.cancel
+
+
+def thread_anywhere(function: Callable[[], None]) -> None:
+    """Run ``function`` in a thread of its own."""
+    threading.Thread(target=function, name="rpcnb-call", daemon=True).start()
 
 
 @cache

@@ -165,7 +165,7 @@ def test_h5_a_handshake_cut_anywhere_is_the_same(serve: Serve, text: str) -> Non
             client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             client.send(data[:cut])
             client.send(data[cut:])
-            assert client.greeted() == answer
+            assert client.greeted().partition(b" -session=")[0] == answer.partition(b" -session=")[0]
             assert client.packet() == VOID[8:]
 
 

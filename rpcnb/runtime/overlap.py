@@ -1,0 +1,333 @@
+"""Calls that overlap: started by one request, their outcomes collected by another.
+
+Between rpcnb peers a call that may answer later goes as ``rpcnb.start(call_id, timeout_s, handle, *args)``, which is
+answered at once. The long poll ``rpcnb.next()`` returns the outcomes as one bytes value: records ``(call_id, kind,
+length)`` and a packed sequence each. ``rpcnb.cancel(call_id)`` ends one; ``rpcnb.cancel_at(lane, ordinal)`` ends the
+request that is the ``ordinal``-th of a connection of the session, kInitServer being the first. A cancel may arrive
+before its call.
+
+A parked ``rpcnb.next`` gives way: it is answered when a further request arrives behind it, so that one connection
+carries starts, cancels and the poll.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import ArgumentError, LimitExceeded, RemoteProtocolError
+from rpcnb.protocol.codes import Limits
+from rpcnb.protocol.messages import CallFunc, Raised, Return
+from rpcnb.protocol.sequence import Style, decode_values, encode_values
+from rpcnb.runtime.current import CALL
+from rpcnb.runtime.serving import ServedFunction
+from rpcnb.runtime.tasks import call_cancelled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rpcnb.runtime.local import LocalServingSession
+    from rpcnb.runtime.serving import Done
+    from rpcnb.values import Value
+
+__all__ = ["CANCEL", "CANCEL_AT", "NEXT", "START", "Calls", "Started", "read_records", "write_record"]
+
+START, NEXT, CANCEL, CANCEL_AT = "rpcnb.start", "rpcnb.next", "rpcnb.cancel", "rpcnb.cancel_at"
+RESULT, ERROR = 1, 2  # kinds of records
+POLL_SECONDS = 20.0  # a poll is answered within this time, so it tells that the server lives
+_MOST_EARLY = 1024  # cancels that are remembered for calls still to come
+_RECORD = struct.Struct("<qiQ")  # call, kind, bytes of the packed sequence
+_COUNT = struct.Struct("<i")
+
+
+def write_record(call: int, reply: Raised | Return) -> bytes:
+    """Return the record that carries the outcome of a started call."""
+    parts: list[Any] = []
+    if isinstance(reply, Return):
+        encode_values(reply.values, Style.RESULT, parts)
+    else:
+        encode_values((reply.text, reply.type_name, reply.traceback), Style.RESULT, parts)
+    body = b"".join(parts)
+    return _RECORD.pack(call, RESULT if isinstance(reply, Return) else ERROR, len(body)) + body
+
+
+def read_records(data: bytes, limits: Limits | None = None) -> list[tuple[int, Raised | Return]]:
+    """Take apart what ``rpcnb.next`` returned.
+
+    Raises:
+        RemoteProtocolError: It is not a list of records.
+    """
+    limits = limits or Limits()
+    view, pos = memoryview(data), 0
+    found: list[tuple[int, Raised | Return]] = []
+    while pos < len(view):
+        if len(view) - pos < _RECORD.size + 4:
+            raise RemoteProtocolError(f"expected a record of an outcome, got {len(view) - pos} bytes")
+        call, kind, nbytes = _RECORD.unpack_from(view, pos)
+        pos += _RECORD.size
+        end = pos + nbytes
+        if end > len(view) or nbytes < 4:
+            raise RemoteProtocolError(f"expected an outcome of {nbytes} bytes, got {len(view) - pos}")
+        (count,) = _COUNT.unpack_from(view, pos)
+        values: list[Value] = []
+        if decode_values(view, pos + 4, end, min(count, limits.args), limits, values) != end or len(values) != count:
+            raise RemoteProtocolError(f"expected {count} values of an outcome in {nbytes} bytes")
+        pos = end
+        if kind == RESULT:
+            found.append((call, Return(tuple(values))))
+        elif kind == ERROR and count == 3 and all(isinstance(value, str) for value in values):
+            found.append((call, Raised(*values)))  # type: ignore[arg-type]  # three texts
+        else:
+            raise RemoteProtocolError(f"expected a result or an error, got an outcome of kind {kind}")
+    return found
+
+
+class Started:
+    """The ``done`` of a call that was started; exactly the first outcome counts.
+
+    Attributes:
+        id: The client's number.
+        name: What runs, for people.
+        since: ``time.monotonic()`` of its start.
+    """
+
+    __slots__ = ("_calls", "_stop", "cancelled", "finished", "id", "name", "since", "timer")
+
+    def __init__(self, calls: Calls, number: int, name: str) -> None:
+        self._calls = calls
+        self._stop: Callable[[], object] | None = None
+        self.timer: Callable[[], object] | None = None  # what cancels its time limit
+        self.id = number
+        self.name = name
+        self.since = time.monotonic()
+        self.finished = False
+        self.cancelled = False
+
+    def __call__(self, result: Any = None) -> None:
+        """Complete with an encoded return sequence."""
+        self._calls.finish(self, Return(result))
+
+    def error(self, error: BaseException) -> None:
+        """Complete with an exception."""
+        self._calls.finish(self, self._calls.raised(error))
+
+    def bind(self, stop: Callable[[], object]) -> None:
+        """Say what ends the call early."""
+        self._stop = stop
+        if self.cancelled:
+            stop()
+
+    def stop(self) -> None:
+        """Cancel: a coroutine gets CancelledError; anything else is answered now, and may ask."""
+        self.cancelled = True
+        if self._stop is not None:
+            self._stop()
+        else:
+            self.error(call_cancelled())
+
+
+class Calls:
+    """The started calls of one session.
+
+    Args:
+        session: Whose functions are called.
+        most: Calls at once, those included whose outcome has not been collected.
+    """
+
+    def __init__(self, session: LocalServingSession, most: int = 65536) -> None:
+        self._session = weakref.proxy(session)
+        self._most = most
+        self._lock = threading.Lock()
+        self._running: dict[int, Started] = {}
+        self._early: dict[int, None] = {}  # cancelled before they came
+        self._outcomes: list[bytes] = []
+        self._poll: Done | None = None
+        self._polled = 0.0
+        self._timed = False
+        self._plain: deque[tuple[Started, int, tuple[Value, ...]]] = deque()
+        self._plain_runs = False
+        # lane -> its servant's cancel_request
+        self.lanes: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    @property
+    def running(self) -> list[Started]:
+        """Calls that have not ended, oldest first."""
+        with self._lock:
+            return list(self._running.values())
+
+    def serve(self, name: str) -> ServedFunction | None:
+        """Return the function of this name for the session's client."""
+        found = {START: self.start, NEXT: self.next, CANCEL: self.cancel, CANCEL_AT: self.cancel_at}.get(name)
+        return None if found is None else ServedFunction(name, found, "raw")
+
+    # -- requests: each gets its completion and the wire's values ---------------------------------------------------
+
+    def start(self, done: Done, args: tuple[Value, ...]) -> None:
+        """``rpcnb.start(call_id, timeout_s, handle, *args)``: begin a call and answer at once."""
+        number, seconds, handle, *rest = _expect(args, START, (int, (int, float), int))
+        call = Started(self, number, self._session.name_of(handle))
+        with self._lock:
+            if number in self._running:
+                raise ArgumentError(0, f"{number}, the number of a call that is running", "a new number")
+            if len(self._running) + len(self._outcomes) >= self._most:
+                raise LimitExceeded(f"{self._most} started calls are not collected yet; collect some first")
+            cancelled = self._early.pop(number, self) is None
+            self._running[number] = call
+        done((0, None))
+        if cancelled:
+            call.stop()
+            return
+        if seconds > 0:
+            call.timer = self._session.environment.later(seconds, call.stop)
+        self._begin(call, handle, tuple(rest))
+
+    def _begin(self, call: Started, handle: int, args: tuple[Value, ...]) -> None:
+        session = self._session
+        try:
+            place = session.placement(CallFunc(handle, args))
+        except Exception as error:
+            call.error(error)
+            return
+        if place == "kernel" and session.environment.run_in_kernel is not None:
+            session.environment.run_in_kernel(lambda: self._perform(call, handle, args))
+        elif place in ("thread", "kernel"):
+            with self._lock:
+                self._plain.append((call, handle, args))
+                if self._plain_runs:
+                    return
+                self._plain_runs = True
+            session.environment.run_in_thread(self._run_plain)
+        else:
+            self._perform(call, handle, args)
+
+    def _run_plain(self) -> None:
+        """In a worker: run what has been started of the plain functions, one at a time and in order."""
+        while True:
+            with self._lock:
+                if not self._plain:
+                    self._plain_runs = False
+                    return
+                call, handle, args = self._plain.popleft()
+            if not call.finished:
+                self._perform(call, handle, args)
+
+    def _perform(self, call: Started, handle: int, args: tuple[Value, ...]) -> None:
+        token = CALL.set(call)
+        try:
+            self._session.async_call(handle, args, call)
+        except BaseException as error:  # also that the session has ended meanwhile
+            call.error(error)
+        finally:
+            CALL.reset(token)
+
+    def next(self, done: Done, args: tuple[Value, ...]) -> None:
+        """``rpcnb.next()``: wait for outcomes; returns their records, none when it took too long."""
+        with self._lock:
+            before, self._poll = self._poll, None
+            data = self._take() if self._outcomes else None
+            if data is None:
+                self._poll = done
+                self._polled = time.monotonic()
+                arm = not self._timed
+                self._timed = True
+        if before is not None:
+            before((66, b""))
+        if data is not None:
+            done((66, data))
+            return
+        done.gives_way = self.give_way  # type: ignore[attr-defined]  # a servant's completion has it
+        if arm:
+            self._session.environment.later(POLL_SECONDS, self._answer_in_time)
+
+    def _take(self) -> bytes:
+        data, self._outcomes = b"".join(self._outcomes), []
+        return data
+
+    def give_way(self) -> None:
+        """Answer the poll with what there is."""
+        with self._lock:
+            poll, self._poll = self._poll, None
+            data = self._take()
+        if poll is not None:
+            poll((66, data))
+
+    def _answer_in_time(self) -> None:
+        with self._lock:
+            self._timed = False
+            left = self._polled + POLL_SECONDS - time.monotonic()
+            waits = self._poll is not None
+            if waits and left > 0.5:
+                self._timed = True
+        if waits and left > 0.5:
+            self._session.environment.later(left, self._answer_in_time)
+        elif waits:
+            self.give_way()
+
+    def cancel(self, done: Done, args: tuple[Value, ...]) -> None:
+        """``rpcnb.cancel(call_id)``: end a call early; one that is not there yet will not begin."""
+        (number,) = _expect(args, CANCEL, (int,))
+        with self._lock:
+            call = self._running.get(number)
+            if call is None:
+                self._early[number] = None
+                if len(self._early) > _MOST_EARLY:
+                    del self._early[next(iter(self._early))]
+        done((0, None))
+        if call is not None:
+            call.stop()
+
+    def cancel_at(self, done: Done, args: tuple[Value, ...]) -> None:
+        """``rpcnb.cancel_at(lane, ordinal)``: end a request of another connection of this session early."""
+        lane, ordinal = _expect(args, CANCEL_AT, (int, int))
+        done((0, None))
+        servant = self.lanes.get(lane)
+        if servant is not None:
+            servant.cancel_request(ordinal)
+
+    # -- outcomes ------------------------------------------------------------------------------------------------
+
+    def raised(self, error: BaseException) -> Raised:
+        """Return what reports an exception."""
+        try:
+            reply: Raised = self._session.send_exception(error)
+        except Exception as broken:
+            return Raised(f"{type(error).__name__} without a text: {type(broken).__name__} while making it")
+        return reply
+
+    def finish(self, call: Started, reply: Raised | Return) -> None:
+        """Keep the outcome of a call for the poll; from any thread."""
+        try:
+            record = write_record(call.id, reply)
+        except Exception as error:
+            record = write_record(call.id, self.raised(error))
+        with self._lock:
+            if call.finished:
+                return
+            call.finished = True
+            self._running.pop(call.id, None)
+            timer, call.timer = call.timer, None
+            self._outcomes.append(record)
+            poll, self._poll = self._poll, None
+            data = self._take() if poll is not None else b""
+        if timer is not None:
+            timer()
+        if poll is not None:
+            poll((66, data))
+
+    def close(self) -> None:
+        """End all calls with their session."""
+        with self._lock:
+            running, self._poll = list(self._running.values()), None
+            self._plain.clear()
+        for call in running:
+            call.stop()
+
+
+def _expect(args: tuple[Value, ...], name: str, kinds: tuple[Any, ...]) -> Any:
+    if len(args) < len(kinds) or not all(map(isinstance, args, kinds)):
+        raise ArgumentError(0, f"{args[: len(kinds)]!r} of {name}", f"{len(kinds)} numbers")
+    return args

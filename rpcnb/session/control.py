@@ -1,0 +1,258 @@
+"""The control lane: calls that overlap, and cancels, on a connection of their own.
+
+:class:`Control` starts calls at an rpcnb server (``rpcnb.start``), collects their outcomes (``rpcnb.next``, always on
+the way) and cancels. :class:`Route` is the way of one operation: a call of a function that may answer later goes over
+the control lane, everything else over a link. Both serve the sync and the async session.
+
+Source:
+    docs/design.md 1; the server's side is ``rpcnb/runtime/overlap.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import RemoteProtocolError, RpcError
+from rpcnb.net.wire import Ticket
+from rpcnb.protocol import flows
+from rpcnb.protocol.flows import Send, Wait, undo
+from rpcnb.protocol.messages import CallFunc, Raised
+from rpcnb.runtime.overlap import CANCEL, CANCEL_AT, NEXT, START, read_records
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from rpcnb.protocol.flows import Flow
+    from rpcnb.protocol.messages import Reply, Request
+
+__all__ = ["Control", "Route", "StartedTicket", "look_up_control", "may_answer_later"]
+
+log = logging.getLogger(__name__)
+
+_NAMES = (START, NEXT, CANCEL, CANCEL_AT)
+_AT_ONCE = 512  # requests that one cancel names
+
+
+def may_answer_later(request: object) -> bool:
+    """Tell whether a request calls a function that an rpcnb server has marked so (the handle's lowest bit)."""
+    return type(request) is CallFunc and bool(request.handle & 1)
+
+
+def look_up_control(constructor: tuple[Any, ...] = ()) -> Flow[dict[str, int]]:
+    """Initialize a lane and look its functions up, all on the way at once."""
+    opening = flows.initialize(constructor)
+    tickets = [(yield Send(next(opening)))]  # type: ignore[arg-type]  # its only step is a request
+    for name in _NAMES:
+        tickets.append((yield Send(flows.look_up(name))))  # noqa: PERF401  # a comprehension cannot yield
+    flows.result_of((yield Wait(tickets[0])))
+    found = {}
+    for name, ticket in zip(_NAMES, tickets[1:], strict=True):
+        handle = flows.result_of((yield Wait(ticket)))[0]
+        if not isinstance(handle, int) or not handle:
+            raise RemoteProtocolError(f"expected the function {name} on a lane, got {handle!r}")
+        found[name] = int(handle)
+    return found
+
+
+class StartedTicket(Ticket):
+    """The outcome that is owed for a call that was started.
+
+    Attributes:
+        number: The call's number on the wire.
+        begun: The server has answered the start.
+    """
+
+    __slots__ = ("begun", "control", "number")
+
+    def __init__(self, request: Request, number: int, control: Control) -> None:
+        super().__init__(request)
+        self.number = number
+        self.begun = False
+        self.control = control
+
+
+class Control:
+    """One session's control lane.
+
+    Args:
+        link: A connection of the session that nothing else uses.
+        functions: Handles of the server's functions, by name.
+        on_end: Called with the error when the lane is lost.
+    """
+
+    def __init__(self, link: Any, functions: dict[str, int], on_end: Callable[[RpcError], object]) -> None:
+        self.link = link
+        self._functions = functions
+        self._on_end = on_end
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, StartedTicket] = {}
+        self.answers = 0  # polls that were answered: the server lives
+        self._poll: Ticket | None = None
+        self._ask()
+
+    def start(self, request: CallFunc, seconds: float) -> StartedTicket:
+        """Start a call; returns the ticket of its outcome.
+
+        Args:
+            request: The call.
+            seconds: Its time limit at the server; 0 for none.
+
+        Raises:
+            ArgumentError: A value cannot travel; nothing was sent.
+            SessionLost: The lane has ended.
+        """
+        ticket = StartedTicket(request, next(self._numbers), self)
+        self._calls[ticket.number] = ticket
+        arguments = (ticket.number, float(seconds), int(request.handle), *request.args)
+        try:
+            begun = self.link.send(CallFunc(self._functions[START], arguments))
+        except BaseException:
+            del self._calls[ticket.number]
+            raise
+        operation = _Begun(self, ticket, begun)
+        if self.link.resume_when_done(begun, operation):
+            operation.resume()
+        self.link.settle_in_background()
+        return ticket
+
+    def cancel(self, ticket: StartedTicket) -> None:
+        """End a call early; its outcome is dropped when it comes."""
+        if ticket.done:
+            if ticket.reply is not None and not (ticket.taken or ticket.abandoned):
+                self.link.garbage.extend(undo(ticket.request, ticket.reply))  # type: ignore[arg-type]  # a call's
+            ticket.abandoned = True
+            return
+        ticket.waker = None
+        ticket.abandoned = True
+        self._tell(CallFunc(self._functions[CANCEL], (ticket.number,)))
+
+    def cancel_at(self, lane: int, ordinals: list[int]) -> None:
+        """End requests of another connection early."""
+        for start in range(0, len(ordinals), _AT_ONCE):
+            self._tell(CallFunc(self._functions[CANCEL_AT], (lane, *ordinals[start : start + _AT_ONCE])))
+
+    def _tell(self, request: CallFunc) -> None:
+        try:
+            self.link.send(request).abandoned = True
+            self.link.settle_in_background()
+        except RpcError:
+            log.debug("nothing is to be cancelled any more: the lane has ended")
+
+    def settle(self, ticket: StartedTicket, reply: Reply | None, error: Exception | None = None) -> None:
+        """Give a call its outcome."""
+        with self.link.wire.lock:
+            if self._calls.pop(ticket.number, None) is None:
+                return
+            if reply is not None and ticket.abandoned:
+                self.link.garbage.extend(undo(ticket.request, reply))  # type: ignore[arg-type]  # a call's
+            ticket.reply, ticket.error = reply, error
+            ticket.done = True
+            waker = ticket.waker
+        if waker is not None:
+            waker()
+
+    # -- the poll --------------------------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        try:
+            self._poll = self.link.send(CallFunc(self._functions[NEXT], ()))
+        except RpcError as error:
+            self._end(error)
+            return
+        if self.link.resume_when_done(self._poll, self):
+            self.resume()
+        self.link.settle_in_background()
+
+    def resume(self) -> None:
+        """Take the outcomes that the poll has brought, and ask again."""
+        poll, self._poll = self._poll, None
+        if poll is None:
+            return
+        poll.taken = True
+        if poll.error is not None:
+            self._end(poll.error)  # type: ignore[arg-type]  # a wire's
+            return
+        try:
+            values = flows.call_result(flows.result_of(poll.result()))
+            records = read_records(values if isinstance(values, bytes) else b"?")
+        except RpcError as error:
+            self._end(error)
+            return
+        self.answers += 1
+        self._ask()
+        for number, reply in records:
+            ticket = self._calls.get(number)
+            if ticket is not None:
+                self.settle(ticket, reply)
+
+    def _end(self, error: RpcError) -> None:
+        for ticket in list(self._calls.values()):
+            self.settle(ticket, None, error)
+        self._on_end(error)
+
+    def close(self) -> None:
+        """End the lane."""
+        self._on_end = lambda _: None
+        self.link.close()
+
+
+class _Begun:
+    """What happens when the server has answered a start."""
+
+    __slots__ = ("_begun", "_control", "_ticket")
+
+    def __init__(self, control: Control, ticket: StartedTicket, begun: Ticket) -> None:
+        self._control = control
+        self._ticket = ticket
+        self._begun = begun
+
+    def resume(self) -> None:
+        begun = self._begun
+        begun.taken = True
+        self._ticket.begun = True
+        if begun.error is not None:
+            self._control.settle(self._ticket, None, begun.error)
+        elif isinstance(begun.reply, Raised):
+            self._control.settle(self._ticket, begun.reply)
+
+
+class Route:
+    """The way of one operation's requests.
+
+    Args:
+        link: The connection of everything but started calls.
+        control: The control lane, where there is one; else everything goes over ``link``.
+        seconds: Tells how much of the operation's time is left; 0 for no limit.
+    """
+
+    __slots__ = ("control", "link", "seconds")
+
+    def __init__(self, link: Any, control: Control | None, seconds: Callable[[], float]) -> None:
+        self.link = link
+        self.control = control
+        self.seconds = seconds
+
+    def send(self, request: Request) -> Ticket:
+        """Send a request; returns its ticket."""
+        if self.control is not None and may_answer_later(request):
+            return self.control.start(request, self.seconds())  # type: ignore[arg-type]  # a call
+        ticket: Ticket = self.link.send(request)
+        return ticket
+
+    def resume_when_done(self, ticket: Ticket, operation: Any) -> bool:
+        """Have ``operation.resume()`` called when ``ticket`` is done; True if it is done already."""
+        link = ticket.control.link if isinstance(ticket, StartedTicket) else self.link
+        found: bool = link.resume_when_done(ticket, operation)
+        return found
+
+    def abandon(self, tickets: Iterable[Ticket]) -> None:
+        """Give up an operation's tickets, at the server too where it understands."""
+        plain = []
+        for ticket in tickets:
+            if isinstance(ticket, StartedTicket):
+                ticket.control.cancel(ticket)
+            else:
+                plain.append(ticket)
+        self.link.abandon(plain)
