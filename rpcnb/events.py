@@ -87,6 +87,16 @@ class CallSent(_Call):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallQueued(_Call):
+    """An operation was submitted; it may have to wait for others that name the same things."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRunning(_Call):
+    """An rpcnb server has begun a call that may answer later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CallFinished(_Call):
     """An operation ended well after ``seconds``."""
 

@@ -60,6 +60,13 @@ class ClientKey:
         self.key = key
         self.text = key_text(Role.CLIENT, key, options)
 
+    @classmethod
+    def for_lane(cls, ticket: str, number: int) -> ClientKey:
+        """Return what a further connection of a session presents."""
+        made = cls("")
+        made.text = key_text(Role.CLIENT, "", {"-rpcnb": EXTENSION, "-session": ticket, "-lane": str(number)})
+        return made
+
     def __repr__(self) -> str:
         return f"ClientKey({self.key!r})"  # the text may hold a token
 

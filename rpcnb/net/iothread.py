@@ -18,7 +18,7 @@ import time
 import weakref
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,13 @@ __all__ = ["IO_THREAD", "IOThread", "Timer"]
 log = logging.getLogger(__name__)
 
 _FLUSH_EVERY = 0.1
+
+
+class Closable(Protocol):
+    """What can be closed."""
+
+    def close(self) -> None:
+        """End it."""
 
 
 class Timer:
@@ -58,7 +65,7 @@ class IOThread:
         self._arrivals: deque[Link] = deque()
         self.watched: weakref.WeakSet[Link] = weakref.WeakSet()  # links whose finalizers may leave work
         # Links whose sessions were dropped; finalizers append here, without a lock and without I/O.
-        self.dropped: deque[Link] = deque()
+        self.dropped: deque[Closable] = deque()
         self._calls: deque[Callable[[], object]] = deque()
         self._timers: list[Timer] = []
         self._wake: int = -1

@@ -24,7 +24,7 @@ from rpcnb.net.wire import Ticket, Wire, stop_waiting
 from rpcnb.protocol.shortcut import write_call
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from rpcnb.protocol.messages import Request
 
@@ -76,6 +76,9 @@ class Link:
         self.wire = wire
         self.peer = wire.peer
         self.garbage = wire.garbage
+        self.lane = 0  # number among its session's connections
+        # Told of calls that were given up in the middle, to cancel them at the server.
+        self.on_abandoned: Callable[[int, list[int]], object] | None = None
         # Pending operations whose reply has come; resumed by whoever received it, outside the lock.
         self.ready: deque[Any] = deque()
         self._pumping = False
@@ -100,9 +103,16 @@ class Link:
                 wire.queue_garbage()
             ticket = wire.queue(request)
             blocked = not wire.flush() if len(wire.out) == 1 or not self._pumping else True
-            if blocked and self._pumping:
-                self._signal()  # the pump must watch for writability
+            if blocked:
+                self._watch_writability()
         return ticket
+
+    def _watch_writability(self) -> None:
+        """Something could not be sent at once: whoever polls must watch for writability. Lock held."""
+        if self._pumping:
+            self._signal()
+        elif self._adopted:
+            iothread.IO_THREAD.adopt(self)
 
     def send_calls(self, handle: int, calls: list[tuple[Any, ...]]) -> list[Ticket]:
         """Queue calls of one function, and send what the socket takes."""
@@ -110,8 +120,8 @@ class Link:
         with wire.lock:
             wire.queue_garbage()
             tickets = wire.queue_calls(handle, calls)
-            if not wire.flush() and self._pumping:
-                self._signal()
+            if not wire.flush():
+                self._watch_writability()
         return tickets
 
     def _signal(self) -> None:
@@ -328,8 +338,10 @@ class Link:
 
     def abandon(self, tickets: Iterable[Any]) -> None:
         """Give up an operation's tickets; what is owed is received and dropped in the background."""
-        stop_waiting(self.wire, tickets)
+        calls = stop_waiting(self.wire, tickets)
         self.settle_in_background()
+        if calls and self.on_abandoned is not None:
+            self.on_abandoned(self.lane, calls)
 
     def settle_in_background(self) -> None:
         """Have the I/O thread receive what is owed unless someone pumps already."""

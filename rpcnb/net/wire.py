@@ -57,9 +57,10 @@ class Ticket:
         taken: Its reply belongs to the operation that waited, with whatever it brought.
         moved: Bytes of its bulk data that have moved, either way.
         value: For a call made the short way: the plain result, or NOT_PLAIN if there is a ``reply`` instead.
+        ordinal: Which request of its connection it is, kInitServer being the first.
     """
 
-    __slots__ = ("abandoned", "done", "error", "moved", "reply", "request", "taken", "value", "waker")
+    __slots__ = ("abandoned", "done", "error", "moved", "ordinal", "reply", "request", "taken", "value", "waker")
 
     def __init__(self, request: Request | None) -> None:
         self.request = request
@@ -70,6 +71,7 @@ class Ticket:
         self.taken = False
         self.value: Any = None
         self.moved = 0
+        self.ordinal = 0
         self.waker: Callable[[], object] | None = None
 
     @property
@@ -105,6 +107,7 @@ class Wire:
         # Requests that release things; finalizers append here, without a lock and without I/O.
         self.garbage: deque[Request] = deque()
         self.ended: RpcError | None = None
+        self.requests = 0  # sent so far
         self.bytes_sent = 0
         self.bytes_received = 0
         # A stock server has no TCP_NODELAY: each reply after the first waits for our delayed ACK (44 ms) without it.
@@ -147,6 +150,8 @@ class Wire:
             raise self.ended
         ticket = Ticket(request)
         buffers = self.endpoint.send(request)
+        self.requests += 1
+        ticket.ordinal = self.requests
         self.tickets.append(ticket)
         payload = request.payload if type(request) is CopyToRemote else None
         for buffer in buffers:
@@ -158,6 +163,8 @@ class Wire:
         self.endpoint.note_sent(_CALL)
         ticket = Ticket(_CALL)
         ticket.value = NOT_PLAIN
+        self.requests += 1
+        ticket.ordinal = self.requests
         self.tickets.append(ticket)
         try:
             sent = self._send(packet, _NOW)
@@ -185,6 +192,8 @@ class Wire:
             self.endpoint.note_sent(_CALL)
             ticket = Ticket(_CALL)
             ticket.value = NOT_PLAIN
+            self.requests += 1
+            ticket.ordinal = self.requests
             tickets.append(ticket)
         self.tickets.extend(tickets)
         self.out.append((b"".join(packets), None))
@@ -410,8 +419,16 @@ class Wire:
         return bool(self.tickets or self.out)
 
 
-def stop_waiting(wire: Wire, tickets: Iterable[Any]) -> None:
-    """Abandon the tickets of an operation that was given up."""
+def stop_waiting(wire: Wire, tickets: Iterable[Any]) -> list[int]:
+    """Abandon the tickets of an operation that was given up.
+
+    Returns:
+        The ordinals of the calls among them that the server has not answered.
+    """
+    calls = []
     with wire.lock:
         for ticket in tickets:
+            if not ticket.done and type(ticket.request) is CallFunc:
+                calls.append(ticket.ordinal)
             wire.abandon(ticket)
+    return calls if wire.ended is None else []

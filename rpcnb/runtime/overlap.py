@@ -2,9 +2,9 @@
 
 Between rpcnb peers a call that may answer later goes as ``rpcnb.start(call_id, timeout_s, handle, *args)``, which is
 answered at once. The long poll ``rpcnb.next()`` returns the outcomes as one bytes value: records ``(call_id, kind,
-length)`` and a packed sequence each. ``rpcnb.cancel(call_id)`` ends one; ``rpcnb.cancel_at(lane, ordinal)`` ends the
-request that is the ``ordinal``-th of a connection of the session, kInitServer being the first. A cancel may arrive
-before its call.
+length)`` and a packed sequence each. ``rpcnb.cancel(call_id)`` ends one; ``rpcnb.cancel_at(lane, *ordinals)`` ends
+the requests with these numbers of a connection of the session, kInitServer being the first. A cancel may arrive before
+its call.
 
 A parked ``rpcnb.next`` gives way: it is answered when a further request arrives behind it, so that one connection
 carries starts, cancels and the poll.
@@ -281,12 +281,13 @@ class Calls:
             call.stop()
 
     def cancel_at(self, done: Done, args: tuple[Value, ...]) -> None:
-        """``rpcnb.cancel_at(lane, ordinal)``: end a request of another connection of this session early."""
-        lane, ordinal = _expect(args, CANCEL_AT, (int, int))
+        """``rpcnb.cancel_at(lane, *ordinals)``: end requests of another connection of this session early."""
+        lane, *ordinals = _expect(args, CANCEL_AT, (int,))
         done((0, None))
         servant = self.lanes.get(lane)
-        if servant is not None:
-            servant.cancel_request(ordinal)
+        for ordinal in ordinals:
+            if servant is not None and isinstance(ordinal, int):
+                servant.cancel_request(ordinal)
 
     # -- outcomes ------------------------------------------------------------------------------------------------
 

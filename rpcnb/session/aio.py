@@ -33,7 +33,7 @@ from rpcnb.session.watch import Watch
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
     from types import TracebackType
 
     from rpcnb.protocol.flows import Flow
@@ -75,7 +75,7 @@ class AsyncSession(SessionBase):
 
     _types = (AsyncRemoteFunction, AsyncRemoteModule, AsyncRemoteTensor, RemoteObject, AsyncRemoteDevice)
 
-    async def _run(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
+    async def _run(self, flow: Flow[Any], timeout: float | None, what: str, uses: Iterable[Any] = ()) -> Any:
         if timeout is None:
             timeout = self.timeout
         run = self._run_observed if self.observers else self._run_quietly

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import RemoteProtocolError, RpcError
 from rpcnb.net.wire import Ticket
 from rpcnb.protocol import flows
+from rpcnb.protocol.codes import Code
 from rpcnb.protocol.flows import Send, Wait, undo
-from rpcnb.protocol.messages import CallFunc, Raised
+from rpcnb.protocol.messages import CallFunc, InitServer, Raised, Syscall
 from rpcnb.runtime.overlap import CANCEL, CANCEL_AT, NEXT, START, read_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from rpcnb.protocol.flows import Flow
+    from rpcnb.protocol.flows import Flow, SendCalls
     from rpcnb.protocol.messages import Reply, Request
 
 __all__ = ["Control", "Route", "StartedTicket", "look_up_control", "may_answer_later"]
@@ -40,19 +41,19 @@ def may_answer_later(request: object) -> bool:
     return type(request) is CallFunc and bool(request.handle & 1)
 
 
-def look_up_control(constructor: tuple[Any, ...] = ()) -> Flow[dict[str, int]]:
+def look_up_control() -> Flow[dict[str, int]]:
     """Initialize a lane and look its functions up, all on the way at once."""
-    opening = flows.initialize(constructor)
-    tickets = [(yield Send(next(opening)))]  # type: ignore[arg-type]  # its only step is a request
+    opened = yield Send(InitServer(()))
+    tickets = []
     for name in _NAMES:
-        tickets.append((yield Send(flows.look_up(name))))  # noqa: PERF401  # a comprehension cannot yield
-    flows.result_of((yield Wait(tickets[0])))
+        tickets.append((yield Send(Syscall(Code.GET_GLOBAL_FUNC, (name,)))))  # noqa: PERF401  # it cannot yield
+    flows.result_of((yield Wait(opened)))
     found = {}
-    for name, ticket in zip(_NAMES, tickets[1:], strict=True):
-        handle = flows.result_of((yield Wait(ticket)))[0]
-        if not isinstance(handle, int) or not handle:
-            raise RemoteProtocolError(f"expected the function {name} on a lane, got {handle!r}")
-        found[name] = int(handle)
+    for name, ticket in zip(_NAMES, tickets, strict=True):
+        values = flows.result_of((yield Wait(ticket)))
+        if not (len(values) == 1 and isinstance(values[0], int) and values[0]):
+            raise RemoteProtocolError(f"expected the function {name} on a lane, got {values!r}")
+        found[name] = int(values[0])
     return found
 
 
@@ -62,15 +63,17 @@ class StartedTicket(Ticket):
     Attributes:
         number: The call's number on the wire.
         begun: The server has answered the start.
+        on_begun: Called then.
     """
 
-    __slots__ = ("begun", "control", "number")
+    __slots__ = ("begun", "control", "number", "on_begun")
 
     def __init__(self, request: Request, number: int, control: Control) -> None:
         super().__init__(request)
         self.number = number
         self.begun = False
         self.control = control
+        self.on_begun: Callable[[], object] | None = None
 
 
 class Control:
@@ -216,6 +219,8 @@ class _Begun:
             self._control.settle(self._ticket, None, begun.error)
         elif isinstance(begun.reply, Raised):
             self._control.settle(self._ticket, begun.reply)
+        elif self._ticket.on_begun is not None:
+            self._ticket.on_begun()
 
 
 class Route:
@@ -240,6 +245,11 @@ class Route:
             return self.control.start(request, self.seconds())  # type: ignore[arg-type]  # a call
         ticket: Ticket = self.link.send(request)
         return ticket
+
+    def send_calls(self, step: SendCalls) -> list[Ticket]:
+        """Send many calls of one function in one go."""
+        tickets: list[Ticket] = self.link.send_calls(step.handle, step.calls)
+        return tickets
 
     def resume_when_done(self, ticket: Ticket, operation: Any) -> bool:
         """Have ``operation.resume()`` called when ``ticket`` is done; True if it is done already."""

@@ -7,20 +7,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rpcnb.errors import DeadlineExceeded, RpcError
 from rpcnb.net.address import Address, is_loopback, parse_address
-from rpcnb.net.dial import ClientKey, connect_socket, expired, explain_init, shake_hands
+from rpcnb.net.dial import ClientKey, expired, explain_init
 from rpcnb.net.interrupt import Guard
-from rpcnb.net.link import Deadline, Link
-from rpcnb.net.wire import Wire
+from rpcnb.net.link import Deadline
 from rpcnb.protocol import flows
-from rpcnb.protocol.codes import Role
-from rpcnb.protocol.endpoint import Endpoint
 from rpcnb.session.base import SessionBase
-from rpcnb.session.session import Session, run_flow
+from rpcnb.session.lanes import Dialer, make_wire
+from rpcnb.session.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rpcnb.protocol.handshake import KeyText
     from rpcnb.session.aio import AsyncSession
 
 __all__ = ["connect", "connect_async"]
@@ -41,12 +38,6 @@ def _prepare(
     return address, ClientKey(address.key, session_timeout, token, extensions)
 
 
-def _wire(sock: Any, answer: KeyText, address: Address) -> Wire:
-    wire = Wire(sock, Endpoint(Role.CLIENT), str(address))
-    wire.quick_ack = answer.features is None
-    return wire
-
-
 def _opened(session: S, constructor: Sequence[Any] | None) -> S:
     """Tell a session how it was opened."""
     session._opened()
@@ -65,6 +56,7 @@ def connect(
     token: str | None = None,
     timeout: float | None = 10.0,
     extensions: bool = True,
+    lanes: int = 3,
 ) -> Session:
     """Open a session with an RPC server, rpcnb's or stock TVM's.
 
@@ -79,6 +71,8 @@ def connect(
         token: The server's token; one of a server of this user on this machine is found without it.
         timeout: Seconds for resolving, connecting, handshake and init together; None for no limit.
         extensions: Offer rpcnb's extensions; False makes us stock to the byte.
+        lanes: Further connections that the session may open to an rpcnb server when it needs them: one for calls that
+            overlap and for cancelling, two for bulk copies beside calls. 0: everything on one connection.
 
     Raises:
         ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are
@@ -88,27 +82,12 @@ def connect(
     """
     address, client_key = _prepare(url, port, key, session_timeout, token, extensions)
     deadline = Deadline(timeout, f"connect to {address}")
+    dialer = Dialer(address, client_key, tuple(session_constructor_args or ()), lanes)
     with Guard() as guard:
-        sock = connect_socket(address, deadline, guard)
-        try:
-            answer = shake_hands(sock, client_key, str(address), deadline, guard)
-            link = Link(_wire(sock, answer, address))
-        except BaseException:
-            sock.close()
-            raise
-        try:
-            run_flow(link, flows.initialize(tuple(session_constructor_args or ())), deadline, guard)
-        except DeadlineExceeded as error:
-            link.close()
-            raise expired(str(address), "init", error) from None
-        except BaseException as error:
-            link.close()
-            if isinstance(error, RpcError):
-                raise explain_init(str(address), error) from None
-            raise
+        link, answer = dialer.open(deadline, guard)
     if enable_logging:
         log.debug("session with %s opened, key %r", address, address.key)
-    return _opened(Session(link, address.key, answer), session_constructor_args)
+    return _opened(Session(link, address.key, answer, dialer=dialer), session_constructor_args)
 
 
 async def connect_async(
@@ -132,7 +111,7 @@ async def connect_async(
     address, client_key = _prepare(url, port, key, session_timeout, token, extensions)
     deadline = Deadline(timeout, f"connect to {address}")
     sock, answer = await dial(address, client_key, deadline)
-    link = AsyncLink(_wire(sock, answer, address))
+    link = AsyncLink(make_wire(sock, answer, address))
     try:
         flow = flows.initialize(tuple(session_constructor_args or ()))
         await asyncio.wait_for(await_flow(link, flow), None if timeout is None else deadline.left())

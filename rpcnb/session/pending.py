@@ -16,25 +16,30 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from concurrent.futures import CancelledError, Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb.errors import DeadlockError
 from rpcnb.net import iothread
 from rpcnb.net.interrupt import Guard
 from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.net.wire import Ticket
-from rpcnb.protocol.flows import Send, Wait
-from rpcnb.session.remote import FunctionNames, RemoteFunction
+from rpcnb.protocol.flows import Send, SendCalls, Wait
+from rpcnb.protocol.messages import CallFunc
+from rpcnb.session.control import Route, StartedTicket
+from rpcnb.session.order import names_of
+from rpcnb.session.remote import FunctionNames, RemoteFunction, raise_first
 from rpcnb.session.watch import Watch, new_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from rpcnb.protocol.flows import Flow
+    from rpcnb.session.order import Hold
     from rpcnb.session.session import Session
 
-__all__ = ["Pending", "record"]
+__all__ = ["Pending", "Work", "record", "work_of_call"]
 
 
 class Pending(Future[Any]):
@@ -48,17 +53,24 @@ class Pending(Future[Any]):
         deadline: ``time.monotonic()`` at which it is given up, or None.
     """
 
-    def __init__(self, session: Session, flow: Flow[Any], function: str, timeout: float | None) -> None:
+    def __init__(self, session: Session, work: Work, timeout: float | None) -> None:
         super().__init__()
         self.id = new_number()
         self.session = session
+        function = work.what
         self.function = function
         self.submitted = time.monotonic()
         self.finished: float | None = None
         self._limit = NO_DEADLINE if timeout is None else Deadline(timeout, function)
         self.deadline = self._limit.at
-        self._flow = flow
-        self._tickets: list[Ticket] = []
+        self._flow = work.flow
+        self._work = work
+        self._link: Any = session._link
+        self._route: Route | None = None
+        self._hold: Hold | None = None
+        self._before = 0  # operations that must end first
+        self._tickets: deque[Ticket] = deque()
+        self._owed: list[Ticket] = []  # given up, and moving bytes still
         self._moved = 0  # bulk bytes of the tickets that are done
         self._waits_for: Ticket | None = None
         self._settled = False
@@ -69,9 +81,19 @@ class Pending(Future[Any]):
 
     @property
     def state(self) -> str:
-        """``sent``, ``done``, ``failed`` or ``cancelled``."""
+        """``queued``, ``sent``, ``running``, ``draining``, ``done``, ``failed`` or ``cancelled``.
+
+        ``queued``: behind an operation that names the same thing. ``running``: an rpcnb server has begun it.
+        ``draining``: given up, and something of it is still on the way.
+        """
         if not self.done():
-            return "sent"
+            if self._before:
+                return "queued"
+            tickets = list(self._tickets)
+            begun = tickets and isinstance(tickets[-1], StartedTicket) and tickets[-1].begun
+            return "running" if begun else "sent"
+        if self._hold is not None and not self._hold.released and self._owed:
+            return "draining"
         if self.cancelled():
             return "cancelled"
         return "failed" if self.exception(0) is not None else "done"
@@ -87,8 +109,39 @@ class Pending(Future[Any]):
         if self.deadline is not None:
             self._timer = iothread.IO_THREAD.call_at(self.deadline, self._expire)
         with Guard():  # an interrupt between sending and counting would tear the stream
-            self.resume()
-            self.session._link.settle_in_background()
+            self._choose_way()
+            self._hold, before = self.session._order.enter(self._work.names, self._work.queued)
+            with self._lock:
+                self._before = sum(hold.then(self._one_ended) for hold in before)
+                waits = self._before > 0
+            if not waits:
+                self._begin()
+
+    def _choose_way(self) -> None:
+        lanes = self.session._lanes
+        control = None
+        if lanes is not None:
+            if self._work.bulk:
+                self._link = lanes.bulk() or self._link
+            elif self._work.may_overlap:
+                control = lanes.control()
+        self._route = Route(self._link, control, self._seconds_left)
+
+    def _seconds_left(self) -> float:
+        return 0.0 if self.deadline is None else max(0.001, self.deadline - time.monotonic())
+
+    def _one_ended(self) -> None:
+        with self._lock:
+            self._before -= 1
+            waits = self._before > 0
+        if not waits:
+            self._begin()
+
+    def _begin(self) -> None:
+        if self._watch is not None:
+            self._watch.sent()
+        self.resume()
+        self._link.settle_in_background()
 
     def resume(self) -> None:
         """Run the flow until it waits for a reply that has not come; whoever received the last one calls this."""
@@ -103,32 +156,39 @@ class Pending(Future[Any]):
                 self._finish(end.value, None)
             except BaseException as error:
                 failure = error
-                self.session._link.abandon(list(self._tickets))  # what else is on the way moves no user memory
+                self._abandon()  # what else is on the way moves no user memory
                 self._finish(None, error)
         self._tell_end(failure)
 
     def _run(self) -> None:
-        link, flow = self.session._link, self._flow
+        route, flow, tickets = self._route, self._flow, self._tickets
+        assert route is not None
         step: Any = None
         ticket, self._waits_for = self._waits_for, None
         if ticket is None:
             step = next(flow)
         while True:
             if ticket is not None:
-                if ticket in self._tickets:  # its reply is the flow's now, also what that brought
-                    self._tickets.remove(ticket)
-                    self._moved += ticket.moved
+                ticket.taken = True  # its reply is the flow's now, also what that brought
+                while tickets and tickets[0].taken:
+                    self._moved += tickets.popleft().moved
                 step = flow.send(ticket.reply) if ticket.error is None else flow.throw(ticket.error)
-            while type(step) is Send:
-                sent = link.send(step.request)
-                self._tickets.append(sent)
-                step = flow.send(sent)
+            while isinstance(step, (Send, SendCalls)):
+                if isinstance(step, Send):
+                    tickets.append(route.send(step.request))
+                    step = flow.send(tickets[-1])
+                else:
+                    sent = route.send_calls(step)
+                    tickets.extend(sent)
+                    step = flow.send(sent)
             if type(step) is Wait:
                 ticket = step.ticket
             else:
-                ticket = link.send(step)
-                self._tickets.append(ticket)
-            if not link.resume_when_done(ticket, self):
+                ticket = route.send(step)
+                tickets.append(ticket)
+                if self._watch is not None and isinstance(ticket, StartedTicket):
+                    ticket.on_begun = self._watch.running
+            if not route.resume_when_done(ticket, self):
                 self._waits_for = ticket
                 return
 
@@ -146,7 +206,7 @@ class Pending(Future[Any]):
             super().set_exception(error)
         self._moved += sum(ticket.moved for ticket in self._tickets)
         self._tickets.clear()
-        with self.session._link.wire.lock:  # or a caller that begins to wait just now would sleep on
+        with self._link.wire.lock:  # or a caller that begins to wait just now would sleep on
             self._settled = True
             for ticket in self._waiting:
                 ticket.done = True
@@ -166,15 +226,31 @@ class Pending(Future[Any]):
         with self._lock:
             if self._settled:
                 return False
-            self.session._link.abandon(list(self._tickets))
+            self._abandon()
             self._finish(None, error)
         self._tell_end(error)
         return True
+
+    def _abandon(self) -> None:
+        tickets = [ticket for ticket in self._tickets if not ticket.taken]
+        self._owed = [ticket for ticket in tickets if not ticket.done and type(ticket.request) is not CallFunc]
+        if self._route is not None:
+            self._route.abandon(tickets)
 
     def _tell_end(self, error: BaseException | None) -> None:
         """Tell the observers, outside the lock: one may use this operation."""
         if self._watch is not None:
             self._watch.ended(error)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Let later operations on the same things begin, once nothing of this one is on the way."""
+        assert self._hold is not None
+        for ticket in self._owed:
+            if not self._link.resume_when_done(ticket, _Drained(self)):
+                return
+        self._owed = []
+        self._hold.release()
 
     def _expire(self) -> None:
         self._give_up(self._limit.exceeded())
@@ -210,7 +286,7 @@ class Pending(Future[Any]):
         if iothread.IO_THREAD.is_current():
             raise DeadlockError(f"waiting for {self.function} in the thread that would have to finish it")
         limit = NO_DEADLINE if timeout is None else Deadline(timeout, self.function)
-        link, ticket = self.session._link, Ticket(None)
+        link, ticket = self._link, Ticket(None)
         with Guard() as guard:
             with link.wire.lock:
                 if self._settled:
@@ -240,6 +316,18 @@ class Pending(Future[Any]):
         return f"<Pending {self.id}: {self.function or 'operation'}, {self.state}, {age:.1f} s, {self.session.name}>"
 
 
+class _Drained:
+    """What goes on when something of an operation that was given up has left the way."""
+
+    __slots__ = ("_pending",)
+
+    def __init__(self, pending: Pending) -> None:
+        self._pending = pending
+
+    def resume(self) -> None:
+        self._pending._let_go()
+
+
 class _Recorded(Exception):  # not an error: it carries the flow out of the method
     def __init__(self, flow: Flow[Any], what: str) -> None:
         self.flow = flow
@@ -264,32 +352,66 @@ class _Recorder:
     def session(self) -> _Recorder:
         return _Recorder(self._target.session)
 
-    def _run(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
+    def _run(self, flow: Flow[Any], timeout: float | None, what: str, uses: Any = ()) -> Any:
         raise _Recorded(flow, what)
 
 
-def record(
-    session: Session, operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[Flow[Any], str]:
-    """Return the flow that a bound method would run, and its name.
+class Work(NamedTuple):
+    """What an operation does.
+
+    Attributes:
+        flow: How.
+        what: For people.
+        names: Handles that it names, for the order of operations.
+        may_overlap: It calls a function that may answer later.
+        bulk: It moves so much data that it should not keep other operations waiting.
+        queued: It is one request on the first connection.
+    """
+
+    flow: Flow[Any]
+    what: str
+    names: frozenset[int] = frozenset()
+    may_overlap: bool = False
+    bulk: bool = False
+    queued: bool = False
+
+
+def work_of_call(session: Session, function: RemoteFunction, args: tuple[Any, ...]) -> Work:
+    """Return the call of a function."""
+    later = bool(function.handle & 1)
+    names = names_of(args)
+    queued = not later and not any(type(value).__name__ == "ndarray" for value in args)
+    return Work(session._ops.call(function, args), function.name, names, later, False, queued)
+
+
+def record(session: Session, operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Work:
+    """Return what a bound method would do.
 
     Raises:
         TypeError: It is not a method of ``session`` or of something of it.
     """
     if isinstance(operation, FunctionNames) and operation._session is session:
-        return operation._call(args), operation._prefix[:-1]
+        return Work(operation._call(args), operation._prefix[:-1], names_of(args), may_overlap=True)
     owner = operation if isinstance(operation, RemoteFunction) else getattr(operation, "__self__", None)
     if owner is None or (owner is not session and getattr(owner, "session", None) is not session):
         raise TypeError(f"expected a method of this session or of something of it, got {operation!r}")
-    if isinstance(owner, RemoteFunction):
-        return session._ops.call(owner, args), owner.name
+    if isinstance(owner, RemoteFunction) and (owner is operation or operation.__name__ == "__call__"):
+        return work_of_call(session, owner, args)
+    names = names_of((owner, *args))
     try:
         operation.__func__(_Recorder(owner), *args, **options)  # type: ignore[attr-defined]  # a bound method
     except _Recorded as recorded:
+        flow = recorded.flow
         if operation.__name__ == "copyfrom":
-            return _then(recorded.flow, owner), recorded.what
-        return recorded.flow, recorded.what
+            flow = _then(flow, owner)
+        elif operation.__name__ == "map" and not options.get("return_errors"):
+            flow = _raising(flow)
+        return Work(flow, recorded.what, names, may_overlap=operation.__name__ == "call")
     raise TypeError(f"{operation.__name__} needs no exchange with the server; call it")
+
+
+def _raising(flow: Flow[list[Any]]) -> Flow[list[Any]]:
+    return raise_first((yield from flow))
 
 
 def _then(flow: Flow[Any], result: Any) -> Flow[Any]:

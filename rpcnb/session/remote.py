@@ -7,9 +7,11 @@ server when they are garbage collected; a finalizer only notes that, and the nex
 from __future__ import annotations
 
 import struct
+import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import RemoteProtocolError
+from rpcnb.errors import RemoteError, RemoteProtocolError
 from rpcnb.protocol import flows
 from rpcnb.protocol.shortcut import NOT_PLAIN
 from rpcnb.session.operations import release_data, release_handle
@@ -106,12 +108,13 @@ class RemoteFunction(_Function):
                 if ticket.value is not NOT_PLAIN:
                     return ticket.value
                 return session._ops.wrap(flows.call_result(flows.result_of(ticket.result())))
-        return session._run(session._ops.call(self, args), timeout, self.name)
+        if self.handle & 1 and (timeout is not None or session.timeout is not None) and session._lanes is not None:
+            return wait_or_cancel(self.submit(*args, timeout=timeout))  # its time limit goes to the server
+        return session._run(session._ops.call(self, args), timeout, self.name, args)
 
     def submit(self, *args: Any, timeout: float | None = None) -> Pending:
         """Start a call and return at once; arguments as for a call."""
-        session = self.session
-        pending: Pending = session._submit(session._ops.call(self, args), timeout, self.name)
+        pending: Pending = self.session.submit(self, *args, timeout=timeout)
         return pending
 
     def map(
@@ -137,14 +140,59 @@ class RemoteFunction(_Function):
         if window < 1:
             raise ValueError(f"expected a window of at least 1, got {window}")
         ops = self.session._ops
+        if self.handle & 1 and self.session._lanes is not None:
+            results = self._map_overlapping(zip(*iterables), window, timeout)  # noqa: B905  # as the built-in
+            return results if return_errors else raise_first(results)
         calls = (ops.arguments(args) for args in zip(*iterables))  # noqa: B905  # as the built-in: the shortest ends it
         flow = flows.map_calls(self.handle, calls, window, ops.wrap)
-        results: list[Any] = self.session._run(flow, timeout, f"map {self.name}")
-        if not return_errors:
-            for result in results:
-                if isinstance(result, Exception):
-                    raise result
+        results = self.session._run(flow, timeout, f"map {self.name}")
+        return results if return_errors else raise_first(results)
+
+    def _map_overlapping(self, calls: Iterable[tuple[Any, ...]], window: int, timeout: float | None) -> list[Any]:
+        """Map a function that may answer later: ``window`` calls run at the server at once."""
+        until = None if timeout is None else time.monotonic() + timeout
+        waiting: deque[Pending] = deque()
+        results: list[Any] = []
+
+        def collect() -> None:
+            error = waiting[0].exception()
+            if isinstance(error, RemoteError):
+                results.append(error)
+                waiting.popleft()
+            else:
+                results.append(waiting[0].result())
+                waiting.popleft()
+
+        try:
+            for args in calls:
+                left = None if until is None else max(0.0, until - time.monotonic())
+                waiting.append(self.submit(*args, timeout=left))
+                if len(waiting) >= window:
+                    collect()
+            while waiting:
+                collect()
+        except BaseException:
+            for pending in waiting:
+                pending.cancel()
+            raise
         return results
+
+
+def wait_or_cancel(pending: Pending) -> Any:
+    """Wait for an operation as for a plain call: what ends the wait early ends the operation."""
+    try:
+        return pending.result()
+    except BaseException:
+        pending.cancel()
+        raise
+
+
+def raise_first(results: list[Any]) -> list[Any]:
+    """Return the results of many calls, or raise the first failure among them."""
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
 
 
 class AsyncRemoteFunction(_Function):
@@ -356,7 +404,8 @@ class RemoteTensor(_Tensor):
             StaleHandle: The tensor was freed.
             DeadlineExceeded: The copy took longer than ``timeout``; ``out`` is not written any more.
         """
-        result: np.ndarray[Any, Any] = self.session._run(self.session._ops.copy_from(self, out), timeout, "copy_from")
+        flow = self.session._ops.copy_from(self, out)
+        result: np.ndarray[Any, Any] = self.session._run(flow, timeout, "copy_from", (self,))
         return result
 
     def copyfrom(self, source: Any, *, timeout: float | None = None) -> RemoteTensor:
@@ -377,10 +426,10 @@ class RemoteTensor(_Tensor):
 def _run_copy(session: Any, source: Any, target: RemoteTensor, timeout: float | None) -> None:
     if isinstance(source, RemoteTensor):
         if source.session is session:
-            session._run(session._ops.copy_tensor(source, target), timeout, "copy")
+            session._run(session._ops.copy_tensor(source, target), timeout, "copy", (source, target))
             return
         source = source.numpy(timeout=timeout)
-    session._run(session._ops.copy_to(target, source), timeout, "copy_to")
+    session._run(session._ops.copy_to(target, source), timeout, "copy_to", (target,))
 
 
 class AsyncRemoteTensor(_Tensor):
@@ -566,7 +615,7 @@ class FunctionNames:
 
     def __call__(self, *args: Any, timeout: float | None = None) -> Any:
         """Look the function up (once per session) and call it."""
-        return self._session._run(self._call(args), timeout, self._prefix[:-1])
+        return self._session._run(self._call(args), timeout, self._prefix[:-1], args)
 
     def _call(self, args: tuple[Any, ...]) -> Flow[Any]:
         ops = self._session._ops

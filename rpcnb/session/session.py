@@ -21,15 +21,17 @@ within half a second; the session and its device memory survive, and the next ca
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.errors import DeadlockError
 from rpcnb.net import iothread
-from rpcnb.net.interrupt import Guard
+from rpcnb.net.interrupt import TICK, Guard
 from rpcnb.net.link import NO_DEADLINE, Deadline
-from rpcnb.protocol.flows import Send, SendCalls, Wait
 from rpcnb.session.base import SessionBase
+from rpcnb.session.lanes import Lanes
+from rpcnb.session.order import Order, names_of
 from rpcnb.session.pending import Pending, record
 from rpcnb.session.remote import (
     RemoteDevice,
@@ -40,52 +42,20 @@ from rpcnb.session.remote import (
     TimingResult,
     _timing_options,
 )
-from rpcnb.session.transfers import Transfer, describe_transfer
+from rpcnb.session.running import run_flow
+from rpcnb.session.transfers import BULK, Transfer, describe_transfer
 from rpcnb.session.watch import Watch
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
     from rpcnb.protocol.flows import Flow
     from rpcnb.protocol.handshake import KeyText
+    from rpcnb.session.lanes import Dialer
 
-__all__ = ["Session", "run_flow"]
-
-
-def run_flow(link: Any, flow: Flow[Any], deadline: Deadline, guard: Guard) -> Any:
-    """Run a flow by blocking; what was asked and not answered is abandoned when it is left early."""
-    tickets: deque[Any] = deque()
-    try:
-        step: Any = next(flow)
-        while True:
-            if type(step) is Send:
-                ticket = link.send(step.request)
-                tickets.append(ticket)
-                step = flow.send(ticket)
-                continue
-            if type(step) is SendCalls:
-                sent = link.send_calls(step.handle, step.calls)
-                tickets += sent
-                step = flow.send(sent)
-                continue
-            if type(step) is Wait:
-                ticket = step.ticket
-                if not ticket.done:
-                    link.wait(ticket, deadline, guard)
-                ticket.taken = True  # what the reply brings is the flow's from now on
-                while tickets and tickets[0].taken:
-                    tickets.popleft()
-            else:
-                ticket = link.exchange(step, deadline, guard)
-            step = flow.send(ticket.reply) if ticket.error is None else flow.throw(ticket.error)
-    except StopIteration as end:
-        return end.value
-    except BaseException:
-        flow.close()
-        link.abandon(tickets)
-        raise
+__all__ = ["Session"]
 
 
 class Session(SessionBase):
@@ -93,20 +63,49 @@ class Session(SessionBase):
 
     _types = (RemoteFunction, RemoteModule, RemoteTensor, RemoteObject, RemoteDevice)
 
-    def __init__(self, link: Any, key: str, answer: KeyText, timeout: float | None = None) -> None:
+    def __init__(
+        self, link: Any, key: str, answer: KeyText, timeout: float | None = None, dialer: Dialer | None = None
+    ) -> None:
         super().__init__(link, key, answer, timeout)
-        iothread.IO_THREAD.watch(link)
+        self._dialer = dialer
         self._pending: dict[int, Pending] = {}
-        self._finalizer = weakref.finalize(self, _drop, link)
+        self._order = Order()
+        self._attach(link, answer)
 
-    def _run(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
+    def _attach(self, link: Any, answer: KeyText) -> None:
+        """Begin to use a connection that has just been opened."""
+        ticket = "" if self._dialer is None else self._dialer.ticket(answer)
+        self._lanes: Lanes | None = None
+        if ticket:
+            assert self._dialer is not None
+            self._lanes = Lanes(self._dialer, ticket, self.name)
+            link.on_abandoned = self._lanes.cancel_at
+        iothread.IO_THREAD.watch(link)
+        self._finalizer = weakref.finalize(self, _drop, link, self._lanes)
+
+    def _run(self, flow: Flow[Any], timeout: float | None, what: str, uses: Iterable[Any] = ()) -> Any:
         if timeout is None:
             timeout = self.timeout
         deadline = NO_DEADLINE if timeout is None else Deadline(timeout, what)
+        if self._pending and uses:
+            self._await_earlier(names_of(uses), deadline)
         if self.observers:
             return self._run_observed(flow, deadline, what)
         with Guard() as guard:
             return run_flow(self._link, flow, deadline, guard)
+
+    def _await_earlier(self, names: frozenset[int], deadline: Deadline) -> None:
+        """Wait for submitted operations that name one of these things: the order of submission is kept."""
+        for hold in self._order.earlier(names):
+            gate = threading.Lock()
+            gate.acquire()
+            if not hold.then(gate.release):
+                continue
+            if iothread.IO_THREAD.is_current():
+                raise DeadlockError("waiting for an earlier operation in the thread that would have to finish it")
+            with Guard() as guard:
+                while not guard.wait(lambda limit: gate.acquire(timeout=limit), min(deadline.left(), TICK)):  # noqa: B023
+                    pass
 
     def _run_observed(self, flow: Flow[Any], deadline: Deadline, what: str) -> Any:
         """Run a flow and tell the observers how it went; outside the guard."""
@@ -130,8 +129,9 @@ class Session(SessionBase):
     ) -> Pending:
         """Start an operation of this session and return at once: ``session.submit(tensor.numpy)``.
 
-        One session is one queue: its server performs the operations in order. For functions that should run beside
-        each other open further sessions.
+        Operations that name the same tensor, module or object keep the order of submission. At an rpcnb server
+        functions that answer later (``async def``, callbacks) overlap, and large copies travel beside calls; plain
+        functions run one at a time. At a stock server one session is one queue.
 
         Args:
             operation: A bound method of this session, or of its functions, tensors or modules.
@@ -147,17 +147,14 @@ class Session(SessionBase):
             TypeError: ``operation`` is not one of this session's.
         """
         progress = options.pop("progress", None)
-        flow, what = record(self, operation, args, options)
+        work = record(self, operation, args, options)
         limit = self.timeout if timeout is None else timeout
         moving = describe_transfer(operation, args)
         if moving is None:
-            return self._submit(flow, timeout, what)
-        transfer = Transfer(self, flow, what, limit, moving, progress)
-        transfer.start()
-        return transfer
-
-    def _submit(self, flow: Flow[Any], timeout: float | None, what: str) -> Pending:
-        pending = Pending(self, flow, what, self.timeout if timeout is None else timeout)
+            pending = Pending(self, work, limit)
+        else:
+            bulk = moving.total >= BULK
+            pending = Transfer(self, work._replace(bulk=bulk), limit, moving, progress)
         pending.start()
         return pending
 
@@ -275,6 +272,8 @@ class Session(SessionBase):
         """End the session; the server releases everything it held. Idempotent; never waits."""
         self._finalizer.detach()
         self._closing()
+        if self._lanes is not None:
+            self._lanes.close()
         self._link.close()
 
     def __enter__(self) -> Session:
@@ -291,6 +290,8 @@ def _named_call(session: SessionBase, name: str, args: tuple[Any, ...]) -> Flow[
     return (yield from session._ops.call(function, args))
 
 
-def _drop(link: Any) -> None:
-    """Have the link of a session that was dropped closed by the I/O thread; a finalizer takes no lock."""
+def _drop(link: Any, lanes: Lanes | None) -> None:
+    """Have the links of a session that was dropped closed by the I/O thread; a finalizer takes no lock."""
     iothread.IO_THREAD.dropped.append(link)
+    if lanes is not None:
+        iothread.IO_THREAD.dropped.append(lanes)

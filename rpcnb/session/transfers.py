@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb import events
 from rpcnb.net import iothread
-from rpcnb.session.pending import Pending
+from rpcnb.session.pending import Pending, Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rpcnb.protocol.flows import Flow
     from rpcnb.session.session import Session
 
-__all__ = ["Moving", "Transfer", "describe_transfer"]
+__all__ = ["BULK", "Moving", "Transfer", "describe_transfer"]
 
+BULK = 1 << 20  # bytes from which a copy travels on a lane of its own, where there are lanes
 _TICK = 0.1  # seconds between two reports
 _SMOOTHING = 0.3  # of the rate, per report
 
@@ -80,13 +80,12 @@ class Transfer(Pending):
     def __init__(
         self,
         session: Session,
-        flow: Flow[Any],
-        function: str,
+        work: Work,
         timeout: float | None,
         moving: Moving,
         progress: Callable[[Transfer], object] | None,
     ) -> None:
-        super().__init__(session, flow, function, timeout)
+        super().__init__(session, work, timeout)
         self.direction, self.what, self.total = moving
         self.rate = 0.0
         self._progress = progress

@@ -21,12 +21,12 @@ _GIVEN_UP = (CancelledError, asyncio.CancelledError, DeadlineExceeded, KeyboardI
 
 
 class Watch:
-    """One operation while somebody observes; made when it is sent.
+    """One operation while somebody observes; made when it is sent, or queued.
 
     Args:
         session: Whose operation.
         function: What it does, for people.
-        number: Its number, a new one by default.
+        number: Its number; None for one that is sent now.
     """
 
     def __init__(self, session: SessionBase, function: str, number: int | None = None) -> None:
@@ -34,7 +34,16 @@ class Watch:
         self._function = function
         self._number = new_number() if number is None else number
         self._start = time.monotonic()
-        session._tell(events.CallSent, call=self._number, function=function)
+        kind = events.CallSent if number is None else events.CallQueued
+        session._tell(kind, call=self._number, function=function)
+
+    def sent(self) -> None:
+        """Tell that a queued operation is on its way."""
+        self._session._tell(events.CallSent, call=self._number, function=self._function)
+
+    def running(self) -> None:
+        """Tell that the server has begun."""
+        self._session._tell(events.CallRunning, call=self._number, function=self._function)
 
     def ended(self, error: BaseException | None) -> None:
         """Tell of the end."""

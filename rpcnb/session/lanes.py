@@ -1,0 +1,200 @@
+"""How a blocking session opens its connections, and its lanes: further ones, opened when they are first needed.
+
+Lane 1 is the control lane; 2 and 3 carry bulk copies. Where they are not to be had (a stock server, a hop, a proxy,
+``lanes=0``), or cannot be opened (a firewall), everything works on the one connection, in stock's order.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import DeadlineExceeded, RpcError
+from rpcnb.net import iothread
+from rpcnb.net.dial import ClientKey, connect_socket, expired, explain_init, shake_hands
+from rpcnb.net.interrupt import Guard
+from rpcnb.net.link import Deadline, Link
+from rpcnb.net.wire import Wire
+from rpcnb.protocol import flows
+from rpcnb.protocol.codes import Role
+from rpcnb.protocol.endpoint import Endpoint
+from rpcnb.session.control import Control, look_up_control
+from rpcnb.session.running import run_flow
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from rpcnb.net.address import Address
+    from rpcnb.protocol.flows import Flow
+    from rpcnb.protocol.handshake import KeyText
+
+__all__ = ["CONTROL_LANE", "Dialer", "Lanes", "make_wire"]
+
+log = logging.getLogger(__name__)
+
+CONTROL_LANE = 1
+_OPEN_SECONDS = 10.0
+
+
+def make_wire(sock: socket, answer: KeyText, address: Address) -> Wire:
+    """Return the client's side of a connection that has been greeted."""
+    wire = Wire(sock, Endpoint(Role.CLIENT), str(address))
+    wire.quick_ack = answer.features is None
+    return wire
+
+
+class Dialer:
+    """What is needed to open a session's connections, and to open it again.
+
+    Args:
+        address: The server.
+        key: What the client presents.
+        constructor: Name and arguments of the session constructor.
+        lanes: Further connections at most.
+    """
+
+    def __init__(self, address: Address, key: ClientKey, constructor: tuple[Any, ...], lanes: int) -> None:
+        self.address = address
+        self.key = key
+        self.constructor = constructor
+        self.lanes = lanes
+
+    @property
+    def hops(self) -> bool:
+        """Tell whether the session goes on to another server."""
+        return bool(self.constructor) and self.constructor[0] == "rpc.Connect"
+
+    def ticket(self, answer: KeyText) -> str:
+        """Return what lanes present, or nothing where there can be none."""
+        if not self.lanes or self.hops or "lanes" not in (answer.features or ()):
+            return ""
+        return answer.options.get("-session", "")
+
+    def open(self, deadline: Deadline, guard: Guard) -> tuple[Link, KeyText]:
+        """Open the connection that opens the session."""
+        link, answer, _ = self._open(self.key, flows.initialize(self.constructor), deadline, guard)
+        return link, answer
+
+    def open_lane(self, ticket: str, number: int, flow: Flow[Any]) -> tuple[Link, Any]:
+        """Open a further connection, initialized by ``flow``; returns the flow's result too."""
+        deadline = Deadline(_OPEN_SECONDS, f"lane {number} to {self.address}")
+        with Guard() as guard:
+            link, _, result = self._open(ClientKey.for_lane(ticket, number), flow, deadline, guard)
+        link.lane = number
+        return link, result
+
+    def _open(self, key: ClientKey, flow: Flow[Any], deadline: Deadline, guard: Guard) -> tuple[Link, KeyText, Any]:
+        where = str(self.address)
+        sock = connect_socket(self.address, deadline, guard)
+        try:
+            answer = shake_hands(sock, key, where, deadline, guard)
+            link = Link(make_wire(sock, answer, self.address))
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            return link, answer, run_flow(link, flow, deadline, guard)
+        except DeadlineExceeded as error:
+            link.close()
+            raise expired(where, "init", error) from None
+        except BaseException as error:
+            link.close()
+            if isinstance(error, RpcError):
+                raise explain_init(where, error) from None
+            raise
+
+
+class Lanes:
+    """The further connections of one session.
+
+    Args:
+        dialer: Opens them.
+        ticket: What they present.
+        name: Of the session, for messages.
+    """
+
+    def __init__(self, dialer: Dialer, ticket: str, name: str) -> None:
+        self._dialer = dialer
+        self._ticket = ticket
+        self._name = name
+        self._lock = threading.Lock()
+        self._control: Control | None = None
+        self._bulk: list[Link] = []
+        self._next = 0
+        self._refused = False  # they cannot be opened: do without
+        self._closed = False
+
+    @property
+    def opened(self) -> Control | None:
+        """The control lane, if it has been opened."""
+        return self._control
+
+    def control(self) -> Control | None:
+        """Return the control lane, opened now if need be; None if it cannot be."""
+        if self._control is None and not self._refused:
+            with self._lock:
+                if self._control is None and not (self._refused or self._closed):
+                    found = self._open(CONTROL_LANE, look_up_control())
+                    if found is not None:
+                        self._control = Control(found[0], found[1], self._lost)
+        return self._control
+
+    def _lost(self, error: RpcError) -> None:
+        """Forget a control lane that has ended; the next call that needs it opens another."""
+        log.info("%s has lost its control lane: %s", self._name, error)
+        self._control = None
+
+    def bulk(self) -> Link | None:
+        """Return a connection for bulk data, the two in turn; None if there is none."""
+        most = min(self._dialer.lanes - 1, 2)
+        if most < 1 or self._refused:
+            return None
+        with self._lock:
+            if self._closed:
+                return None
+            self._bulk = [link for link in self._bulk if link.wire.ended is None]
+            if len(self._bulk) < most and all(link.wire.busy for link in self._bulk):
+                taken = {link.lane for link in self._bulk}
+                number = next(lane for lane in (2, 3) if lane not in taken)
+                found = self._open(number, flows.initialize())
+                if found is not None:
+                    self._bulk.append(found[0])
+            if not self._bulk:
+                return None
+            return min(self._bulk, key=lambda link: len(link.wire.tickets))
+
+    def _open(self, number: int, flow: Flow[Any]) -> tuple[Link, Any] | None:
+        try:
+            found = self._dialer.open_lane(self._ticket, number, flow)
+            iothread.IO_THREAD.watch(found[0])
+            return found
+        except RpcError as error:
+            self._refused = True
+            log.info("%s does without lanes: %s", self._name, error)
+            return None
+
+    def cancel_at(self, lane: int, ordinals: list[int]) -> None:
+        """Cancel requests of a connection at the server, without waiting: the control lane may have to be opened."""
+        if self._control is not None:
+            self._control.cancel_at(lane, ordinals)
+        elif not self._refused and not self._closed:
+            threading.Thread(target=self._open_and_cancel, args=(lane, ordinals), daemon=True).start()
+
+    def _open_and_cancel(self, lane: int, ordinals: list[int]) -> None:
+        control = self.control()
+        if control is not None:
+            control.cancel_at(lane, ordinals)
+
+    def links(self) -> list[Link]:
+        """Return the open connections."""
+        control = self._control
+        return [*self._bulk, *([control.link] if control is not None else [])]
+
+    def close(self) -> None:
+        """End all lanes."""
+        self._closed = True
+        if self._control is not None:
+            self._control.close()
+        for link in self._bulk:
+            link.close()
