@@ -175,6 +175,9 @@ class Connection:
         """Let a further connection of a session in, if it presents the session's ticket."""
         server = self.server
         found = server.lanes.find(key) if not server.throttles(self.address) else None
+        if found is None and server.lanes.came_late(key):
+            self._send_last(refusal())
+            return
         if found is None:
             log.warning("%s: refused %s: wrong session or secret", server.name, self.peer)
             server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong session or secret")

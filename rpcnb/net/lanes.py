@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ class Lanes:
 
     def __init__(self) -> None:
         self._sessions: dict[str, _Session] = {}
+        self._ended: deque[str] = deque(maxlen=256)  # tickets of sessions that ended lately
+
+    def came_late(self, key: KeyText) -> bool:
+        """Tell whether a lane that is refused was on its way when its session ended: nobody guesses there."""
+        given = key.options.get(TICKET, "").encode()
+        return any([hmac.compare_digest(given, one.encode()) for one in self._ended])  # noqa: C419  # in constant time
 
     def issue(self, main: Connection) -> str:
         """Return the ticket of a session that has just been admitted."""
@@ -62,6 +69,7 @@ class Lanes:
         for name, session in self._sessions.items():
             if session.main is connection:
                 del self._sessions[name]
+                self._ended.append(f"{name}.{session.secret}")
                 return list(session.lanes.values())
             for number, lane in session.lanes.items():
                 if lane is connection:

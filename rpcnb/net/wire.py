@@ -213,8 +213,7 @@ class Wire:
                     buffer = out[0][0]
                     sent = self._send(buffer if len(buffer) <= PIECE else memoryview(buffer)[:PIECE], _NOW)
                 else:
-                    parts = [memoryview(buffer)[:PIECE] for buffer, _ in islice(out, _GATHER)]
-                    sent = self.sock.sendmsg(parts, (), _NOW)
+                    sent = self.sock.sendmsg(_gather(out), (), _NOW)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
@@ -417,6 +416,17 @@ class Wire:
     def busy(self) -> bool:
         """Tell whether anything is to be sent or is owed."""
         return bool(self.tickets or self.out)
+
+
+def _gather(out: deque[tuple[Buffer, Ticket | None]]) -> list[Buffer]:
+    """Return what one system call should send: some buffers, up to the first that is longer than a piece."""
+    parts: list[Buffer] = []
+    for buffer, _ in islice(out, _GATHER):
+        if len(buffer) > PIECE:
+            parts.append(memoryview(buffer)[:PIECE])
+            break
+        parts.append(buffer)
+    return parts
 
 
 def stop_waiting(wire: Wire, tickets: Iterable[Any]) -> list[int]:

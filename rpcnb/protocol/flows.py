@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rpcnb.errors import RemoteError, RemoteProtocolError, SessionTimeout
 from rpcnb.protocol.codes import Code
@@ -66,7 +66,7 @@ __all__ = [
 
 TIMEOUT_PREFIX = "RPCSessionTimeoutError: "
 _PACKET_LIMIT = "tvm.rpc.server.GetCRTMaxPacketSize"
-_AHEAD = 4  # chunks on the way; protocol.md 15.6: stock waits for each
+_AHEAD = 4  # parts on the way; protocol.md 15.6: stock waits for each
 
 
 @dataclass(slots=True)
@@ -97,6 +97,17 @@ class TensorResult:
 
     meta: TensorMeta
     handle: int
+
+
+class Pace(Protocol):
+    """Sizes of the parts in which bulk data moves."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the next part."""
+
+    def moved(self, nbytes: int) -> None:
+        """Note that a part has arrived."""
 
 
 T = TypeVar("T")
@@ -321,40 +332,55 @@ def block_size(limit: int, meta: TensorMeta) -> int:
     return limit - overhead
 
 
-def copy_to_remote(meta: TensorMeta, data: memoryview, *, limit: int = 0, sync: bool = False) -> Flow[None]:
+def copy_to_remote(
+    meta: TensorMeta, data: memoryview, *, limit: int = 0, sync: bool = False, pace: Pace | None = None
+) -> Flow[None]:
     """Write ``data`` to ``meta``, and wait for its device's default stream if ``sync``.
 
-    Everything is on the way at once; nothing at all is sent for no bytes.
+    Nothing at all is sent for no bytes.
 
     Args:
         meta: Destination; its own byte offset counts (stock's client loses it, protocol.md 5.3).
         data: The bytes, sent from where they are.
         limit: Longest packet the server takes, 0 for any.
         sync: Append a stream sync, as stock does after every copy.
+        pace: Sizes of the parts in which much data moves, so that the copy can be given up soon.
     """
-    yield from _copy(meta, data, CopyToRemote, limit, sync)
+    yield from _copy(meta, data, CopyToRemote, limit, sync, pace)
 
 
-def copy_from_remote(meta: TensorMeta, into: memoryview, *, limit: int = 0, sync: bool = False) -> Flow[None]:
+def copy_from_remote(
+    meta: TensorMeta, into: memoryview, *, limit: int = 0, sync: bool = False, pace: Pace | None = None
+) -> Flow[None]:
     """Read the bytes at ``meta`` straight into ``into``; arguments as :func:`copy_to_remote`."""
-    yield from _copy(meta, into, CopyFromRemote, limit, sync)
+    yield from _copy(meta, into, CopyFromRemote, limit, sync, pace)
 
 
 def _copy(
-    meta: TensorMeta, data: memoryview, kind: type[CopyToRemote | CopyFromRemote], limit: int, sync: bool
+    meta: TensorMeta,
+    data: memoryview,
+    kind: type[CopyToRemote | CopyFromRemote],
+    limit: int,
+    sync: bool,
+    pace: Pace | None,
 ) -> Flow[None]:
     total = len(data)
-    block = block_size(limit, meta) if limit else max(total, 1)
-    tickets: deque[Any] = deque()
-    for start in range(0, total, block):
-        part = data[start : start + block]
-        tickets.append((yield Send(kind(meta.at(start), len(part), part))))
+    size = block_size(limit, meta) if limit else max(total, 1)
+    tickets: deque[tuple[Any, int]] = deque()
+    start = 0
+    while start < total:
+        part = data[start : start + (size if pace is None else pace.size)]
+        tickets.append(((yield Send(kind(meta.at(start), len(part), part))), len(part)))
+        start += len(part)
         if len(tickets) > _AHEAD:
-            _copied((yield Wait(tickets.popleft())))
+            ticket, nbytes = tickets.popleft()
+            _copied((yield Wait(ticket)))
+            if pace is not None:
+                pace.moved(nbytes)
     if sync:
-        tickets.append((yield Send(Syscall(Code.DEV_STREAM_SYNC, (meta.device, NULL)))))
+        tickets.append(((yield Send(Syscall(Code.DEV_STREAM_SYNC, (meta.device, NULL)))), 0))
     while tickets:
-        _copied((yield Wait(tickets.popleft())))
+        _copied((yield Wait(tickets.popleft()[0])))
 
 
 def _copied(reply: Reply) -> None:

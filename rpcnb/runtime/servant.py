@@ -207,10 +207,15 @@ class Servant:
         """
         self.more = False
         budget = _BUDGET
-        parked = self.parked
-        if parked is not None and parked.gives_way is not None and self.endpoint.buffered:
-            parked.gives_way()
-        while not self.over and self.parked is None and self.running is None:
+        while not self.over and self.running is None:
+            parked = self.parked
+            if parked is not None:
+                if parked.gives_way is None or not self.endpoint.buffered:
+                    return False
+                parked.gives_way()
+                if self.parked is parked:
+                    return False  # another thread is completing it, and calls again
+                continue
             if not budget and self.route is not None:
                 self.more = True
                 return False

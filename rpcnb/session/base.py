@@ -17,6 +17,7 @@ from rpcnb.values import device as as_device
 if TYPE_CHECKING:
     from rpcnb.protocol.handshake import KeyText
     from rpcnb.protocol.messages import Request
+    from rpcnb.session.control import LanesBase
 
 __all__ = ["SessionBase"]
 
@@ -37,6 +38,7 @@ class SessionBase:
     """
 
     _types: tuple[Any, Any, Any, Any, Any]
+    _lanes: LanesBase | None = None
 
     def __init__(self, link: Any, key: str, answer: KeyText, timeout: float | None = None) -> None:
         self.name = f"session-{next(_numbers)}"
@@ -71,7 +73,7 @@ class SessionBase:
         wire = self._link.wire
         if wire.ended is not None:
             return "closed" if isinstance(wire.ended, SessionClosed) else "lost"
-        tickets = list(wire.tickets)
+        tickets = [*wire.tickets, *(self._lanes.owed() if self._lanes is not None else ())]
         if not tickets:
             return "ready" if wire.endpoint.state is not State.CLOSED else "lost"
         return "draining" if all(ticket.abandoned for ticket in tickets) else "busy"

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from rpcnb.protocol.flows import Flow, SendCalls
     from rpcnb.protocol.messages import Reply, Request
 
-__all__ = ["Control", "Route", "StartedTicket", "look_up_control", "may_answer_later"]
+__all__ = ["CONTROL_LANE", "Control", "LanesBase", "Route", "StartedTicket", "look_up_control", "may_answer_later"]
 
 log = logging.getLogger(__name__)
 
 _NAMES = (START, NEXT, CANCEL, CANCEL_AT)
+CONTROL_LANE = 1
+_BULK_LANES = (2, 3)
 _AT_ONCE = 512  # requests that one cancel names
 
 
@@ -195,10 +197,74 @@ class Control:
             self.settle(ticket, None, error)
         self._on_end(error)
 
+    def owed(self) -> list[StartedTicket]:
+        """Return the tickets of calls that somebody waits for."""
+        return [ticket for ticket in list(self._calls.values()) if not ticket.abandoned]
+
     def close(self) -> None:
         """End the lane."""
         self._on_end = lambda _: None
         self.link.close()
+
+
+class LanesBase:
+    """The further connections of one session, opened when they are first needed.
+
+    Args:
+        ticket: What they present.
+        most: How many there may be.
+        name: Of the session, for messages.
+    """
+
+    def __init__(self, ticket: str, most: int, name: str) -> None:
+        self.ticket = ticket
+        self.most = most
+        self.name = name
+        self.opened: Control | None = None  # the control lane
+        self.bulk_links: list[Any] = []
+        self.refused = False  # they cannot be opened: do without
+        self.closed = False
+
+    @property
+    def missing_bulk(self) -> int:
+        """Number of the bulk lane that should be opened; 0 if those that are open will do."""
+        self.bulk_links = [link for link in self.bulk_links if link.wire.ended is None]
+        if self.refused or self.closed or len(self.bulk_links) >= min(self.most - 1, len(_BULK_LANES)):
+            return 0
+        if any(not link.wire.busy for link in self.bulk_links):
+            return 0
+        taken = {link.lane for link in self.bulk_links}
+        return next(lane for lane in _BULK_LANES if lane not in taken)
+
+    def least_busy(self) -> Any:
+        """Return the bulk lane with the least to do, or None."""
+        return min(self.bulk_links, key=lambda link: len(link.wire.tickets), default=None)
+
+    def control_lost(self, error: RpcError) -> None:
+        """Forget a control lane that has ended; the next call that needs it opens another."""
+        log.info("%s has lost its control lane: %s", self.name, error)
+        self.opened = None
+
+    def failed(self, error: RpcError) -> None:
+        """Do without lanes."""
+        self.refused = True
+        log.info("%s does without lanes: %s", self.name, error)
+
+    def owed(self) -> list[Ticket]:
+        """Return the tickets of users' operations that are owed on lanes."""
+        control = self.opened
+        return [
+            *(ticket for link in list(self.bulk_links) for ticket in list(link.wire.tickets)),
+            *(() if control is None else control.owed()),
+        ]
+
+    def close(self) -> None:
+        """End all lanes."""
+        self.closed = True
+        if self.opened is not None:
+            self.opened.close()
+        for link in self.bulk_links:
+            link.close()
 
 
 class _Begun:

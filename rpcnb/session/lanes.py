@@ -19,7 +19,7 @@ from rpcnb.net.wire import Wire
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
-from rpcnb.session.control import Control, look_up_control
+from rpcnb.session.control import CONTROL_LANE, Control, LanesBase, look_up_control
 from rpcnb.session.running import run_flow
 
 if TYPE_CHECKING:
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
     from rpcnb.protocol.flows import Flow
     from rpcnb.protocol.handshake import KeyText
 
-__all__ = ["CONTROL_LANE", "Dialer", "Lanes", "make_wire"]
+__all__ = ["Dialer", "Lanes", "make_wire"]
 
 log = logging.getLogger(__name__)
 
-CONTROL_LANE = 1
 _OPEN_SECONDS = 10.0
 
 
@@ -105,8 +104,8 @@ class Dialer:
             raise
 
 
-class Lanes:
-    """The further connections of one session.
+class Lanes(LanesBase):
+    """The lanes of a blocking session.
 
     Args:
         dialer: Opens them.
@@ -115,86 +114,51 @@ class Lanes:
     """
 
     def __init__(self, dialer: Dialer, ticket: str, name: str) -> None:
+        super().__init__(ticket, dialer.lanes, name)
         self._dialer = dialer
-        self._ticket = ticket
-        self._name = name
         self._lock = threading.Lock()
-        self._control: Control | None = None
-        self._bulk: list[Link] = []
-        self._next = 0
-        self._refused = False  # they cannot be opened: do without
-        self._closed = False
-
-    @property
-    def opened(self) -> Control | None:
-        """The control lane, if it has been opened."""
-        return self._control
 
     def control(self) -> Control | None:
         """Return the control lane, opened now if need be; None if it cannot be."""
-        if self._control is None and not self._refused:
+        if self.opened is None and not self.refused:
             with self._lock:
-                if self._control is None and not (self._refused or self._closed):
+                if self.opened is None and not (self.refused or self.closed):
                     found = self._open(CONTROL_LANE, look_up_control())
                     if found is not None:
-                        self._control = Control(found[0], found[1], self._lost)
-        return self._control
-
-    def _lost(self, error: RpcError) -> None:
-        """Forget a control lane that has ended; the next call that needs it opens another."""
-        log.info("%s has lost its control lane: %s", self._name, error)
-        self._control = None
+                        self.opened = Control(found[0], found[1], self.control_lost)
+        return self.opened
 
     def bulk(self) -> Link | None:
-        """Return a connection for bulk data, the two in turn; None if there is none."""
-        most = min(self._dialer.lanes - 1, 2)
-        if most < 1 or self._refused:
-            return None
+        """Return a connection for bulk data; None if there is none."""
         with self._lock:
-            if self._closed:
-                return None
-            self._bulk = [link for link in self._bulk if link.wire.ended is None]
-            if len(self._bulk) < most and all(link.wire.busy for link in self._bulk):
-                taken = {link.lane for link in self._bulk}
-                number = next(lane for lane in (2, 3) if lane not in taken)
+            number = self.missing_bulk
+            if number:
                 found = self._open(number, flows.initialize())
                 if found is not None:
-                    self._bulk.append(found[0])
-            if not self._bulk:
-                return None
-            return min(self._bulk, key=lambda link: len(link.wire.tickets))
+                    self.bulk_links.append(found[0])
+            link: Link | None = self.least_busy()
+            return link
 
     def _open(self, number: int, flow: Flow[Any]) -> tuple[Link, Any] | None:
         try:
-            found = self._dialer.open_lane(self._ticket, number, flow)
-            iothread.IO_THREAD.watch(found[0])
-            return found
+            found = self._dialer.open_lane(self.ticket, number, flow)
         except RpcError as error:
-            self._refused = True
-            log.info("%s does without lanes: %s", self._name, error)
+            self.failed(error)
             return None
+        if self.closed:
+            found[0].close()
+            return None
+        iothread.IO_THREAD.watch(found[0])
+        return found
 
     def cancel_at(self, lane: int, ordinals: list[int]) -> None:
         """Cancel requests of a connection at the server, without waiting: the control lane may have to be opened."""
-        if self._control is not None:
-            self._control.cancel_at(lane, ordinals)
-        elif not self._refused and not self._closed:
+        if self.opened is not None:
+            self.opened.cancel_at(lane, ordinals)
+        elif not self.refused and not self.closed:
             threading.Thread(target=self._open_and_cancel, args=(lane, ordinals), daemon=True).start()
 
     def _open_and_cancel(self, lane: int, ordinals: list[int]) -> None:
         control = self.control()
         if control is not None:
             control.cancel_at(lane, ordinals)
-
-    def links(self) -> list[Link]:
-        """Return the open connections."""
-        control = self._control
-        return [*self._bulk, *([control.link] if control is not None else [])]
-
-    def close(self) -> None:
-        """End all lanes."""
-        self._closed = True
-        if self._control is not None:
-            self._control.close()
-        for link in self._bulk:
-            link.close()

@@ -17,6 +17,7 @@ from rpcnb.errors import ArgumentError, CopyMismatch, FunctionNotFound, RemotePr
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.messages import Syscall
+from rpcnb.session.pace import WHOLE, Pace
 from rpcnb.values import (
     CPU,
     Device,
@@ -284,6 +285,10 @@ class Operations:
             self._limit = yield from flows.chunk_limit()
         return self._limit
 
+    def _pace(self, nbytes: int) -> Pace | None:
+        """Say in which parts much data moves to an rpcnb server; None: whole."""
+        return Pace() if self.is_rpcnb and nbytes > WHOLE else None
+
     def copy_to(self, tensor: RemoteTensor, source: Any) -> Flow[None]:
         """Copy a local array into a remote tensor of the same shape and type."""
         from rpcnb.runtime.arrays import dtype_of, lane_shape, wire_bytes
@@ -304,7 +309,8 @@ class Operations:
             yield from flows.copy_to_remote(stage.meta, data, limit=limit)
             yield from flows.copy_among_remote(stage.meta, meta)
         else:
-            yield from flows.copy_to_remote(meta, data, limit=limit, sync=self._needs_sync(meta))
+            sync = self._needs_sync(meta)
+            yield from flows.copy_to_remote(meta, data, limit=limit, sync=sync, pace=self._pace(meta.nbytes))
         tensor.defined = True
 
     def copy_from(self, tensor: RemoteTensor, out: np.ndarray[Any, Any] | None = None) -> Flow[np.ndarray[Any, Any]]:
@@ -334,7 +340,8 @@ class Operations:
             stage = yield from self.empty(meta.shape, kind, tensor.device)
             yield from flows.copy_among_remote(meta, stage.meta)
             meta = stage.meta
-        yield from flows.copy_from_remote(meta, byte_view(target), limit=limit, sync=self._needs_sync(meta))
+        sync = self._needs_sync(meta)
+        yield from flows.copy_from_remote(meta, byte_view(target), limit=limit, sync=sync, pace=self._pace(meta.nbytes))
         if packed:
             target = unpack(target, kind._replace(lanes=1), shape)
         if out is not None and not direct:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+from rpcnb.protocol.messages import CallFunc
 
-__all__ = ["Hold", "Order", "names_of"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+__all__ = ["Hold", "Order", "moves_data", "names_of", "release_when_drained"]
 
 
 def names_of(things: Iterable[Any]) -> frozenset[int]:
@@ -68,6 +70,32 @@ class Hold:
             then, self._then = self._then, []
         for function in then:
             function()
+
+
+def release_when_drained(hold: Hold, link: Any, owed: Iterable[Any]) -> None:
+    """Release a hold once the given up tickets ``owed`` are done: their bytes are still on the way."""
+    _Draining(hold, link, iter(list(owed))).resume()
+
+
+class _Draining:
+    __slots__ = ("_hold", "_link", "_owed")
+
+    def __init__(self, hold: Hold, link: Any, owed: Iterator[Any]) -> None:
+        self._hold = hold
+        self._link = link
+        self._owed = owed
+
+    def resume(self) -> None:
+        """Go on with the next ticket; called when the one before is done."""
+        for ticket in self._owed:
+            if not self._link.resume_when_done(ticket, self):
+                return
+        self._hold.release()
+
+
+def moves_data(ticket: Any) -> bool:
+    """Tell whether a ticket's bytes may still reach the server's memory after it was given up."""
+    return not ticket.done and type(ticket.request) is not CallFunc
 
 
 class Order:

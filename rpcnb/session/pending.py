@@ -26,9 +26,8 @@ from rpcnb.net.interrupt import Guard
 from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.net.wire import Ticket
 from rpcnb.protocol.flows import Send, SendCalls, Wait
-from rpcnb.protocol.messages import CallFunc
 from rpcnb.session.control import Route, StartedTicket
-from rpcnb.session.order import names_of
+from rpcnb.session.order import moves_data, names_of, release_when_drained
 from rpcnb.session.remote import FunctionNames, RemoteFunction, raise_first
 from rpcnb.session.watch import Watch, new_number
 
@@ -92,7 +91,7 @@ class Pending(Future[Any]):
             tickets = list(self._tickets)
             begun = tickets and isinstance(tickets[-1], StartedTicket) and tickets[-1].begun
             return "running" if begun else "sent"
-        if self._hold is not None and not self._hold.released and self._owed:
+        if self._owed and self._hold is not None and not self._hold.released:
             return "draining"
         if self.cancelled():
             return "cancelled"
@@ -233,7 +232,7 @@ class Pending(Future[Any]):
 
     def _abandon(self) -> None:
         tickets = [ticket for ticket in self._tickets if not ticket.taken]
-        self._owed = [ticket for ticket in tickets if not ticket.done and type(ticket.request) is not CallFunc]
+        self._owed = [ticket for ticket in tickets if moves_data(ticket)]
         if self._route is not None:
             self._route.abandon(tickets)
 
@@ -245,12 +244,8 @@ class Pending(Future[Any]):
 
     def _let_go(self) -> None:
         """Let later operations on the same things begin, once nothing of this one is on the way."""
-        assert self._hold is not None
-        for ticket in self._owed:
-            if not self._link.resume_when_done(ticket, _Drained(self)):
-                return
-        self._owed = []
-        self._hold.release()
+        if self._hold is not None:
+            release_when_drained(self._hold, self._link, self._owed)
 
     def _expire(self) -> None:
         self._give_up(self._limit.exceeded())
@@ -314,18 +309,6 @@ class Pending(Future[Any]):
     def __repr__(self) -> str:
         age = (self.finished or time.monotonic()) - self.submitted
         return f"<Pending {self.id}: {self.function or 'operation'}, {self.state}, {age:.1f} s, {self.session.name}>"
-
-
-class _Drained:
-    """What goes on when something of an operation that was given up has left the way."""
-
-    __slots__ = ("_pending",)
-
-    def __init__(self, pending: Pending) -> None:
-        self._pending = pending
-
-    def resume(self) -> None:
-        self._pending._let_go()
 
 
 class _Recorded(Exception):  # not an error: it carries the flow out of the method

@@ -62,6 +62,7 @@ class Session(SessionBase):
     """A session that blocks its caller; made by :func:`rpcnb.connect`. Safe to use from many threads."""
 
     _types = (RemoteFunction, RemoteModule, RemoteTensor, RemoteObject, RemoteDevice)
+    _lanes: Lanes | None
 
     def __init__(
         self, link: Any, key: str, answer: KeyText, timeout: float | None = None, dialer: Dialer | None = None
@@ -75,7 +76,7 @@ class Session(SessionBase):
     def _attach(self, link: Any, answer: KeyText) -> None:
         """Begin to use a connection that has just been opened."""
         ticket = "" if self._dialer is None else self._dialer.ticket(answer)
-        self._lanes: Lanes | None = None
+        self._lanes = None
         if ticket:
             assert self._dialer is not None
             self._lanes = Lanes(self._dialer, ticket, self.name)

@@ -80,7 +80,7 @@ def test_c6_interrupt_in_a_call_then_the_next_is_right(serve: Serve, registry: R
 def test_c6_what_an_interrupted_call_owes_is_received_in_the_background(serve: Serve, registry: Registry) -> None:
     registry.register("wait", lambda: slowly(0.3, np.zeros(5)))
     server = serve()
-    with rpcnb.connect(server.address) as session:
+    with rpcnb.connect(server.address, lanes=0) as session:
         wait = session.get_function("wait")
         with interrupted_after(0.05):
             wait()
