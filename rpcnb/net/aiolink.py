@@ -16,6 +16,8 @@ from rpcnb.net.dial import expired, explain_errno, found_hosts, greet, look_up, 
 from rpcnb.net.wire import Ticket, Wire, stop_waiting
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rpcnb.net.address import Address
     from rpcnb.net.dial import ClientKey
     from rpcnb.net.link import Deadline
@@ -34,6 +36,9 @@ class AsyncLink:
         self.wire = wire
         self.peer = wire.peer
         self.garbage = wire.garbage
+        self.lane = 0  # number among its session's connections
+        # Told of calls that were given up in the middle, to cancel them at the server.
+        self.on_abandoned: Callable[[int, list[int]], object] | None = None
         self.loop = asyncio.get_running_loop()
         self._writing = False
         self._descriptor = wire.sock.fileno()
@@ -93,7 +98,19 @@ class AsyncLink:
 
     def abandon(self, tickets: list[Any]) -> None:
         """Give up an operation's tickets; what is owed is received and dropped as it comes."""
-        stop_waiting(self.wire, tickets)
+        calls = stop_waiting(self.wire, tickets)
+        if calls and self.on_abandoned is not None and not self.loop.is_closed():
+            self.on_abandoned(self.lane, calls)
+
+    def resume_when_done(self, ticket: Ticket, operation: Any) -> bool:
+        """Have ``operation.resume()`` called when ``ticket`` is done; True if it is done already."""
+        if ticket.done:
+            return True
+        ticket.waker = lambda: self.loop.call_soon(operation.resume)
+        return False
+
+    def settle_in_background(self) -> None:
+        """Nothing is to be done: the loop receives what is owed."""
 
     def housekeeping(self) -> None:
         """Send the frees that finalizers noted, every tenth of a second while there are any."""

@@ -13,12 +13,13 @@ A session belongs to the event loop in which it was opened. Cancelling a call gi
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.net.link import Deadline
-from rpcnb.protocol.flows import Send, Wait
+from rpcnb.session.aiolanes import AsyncLanes
+from rpcnb.session.aiooperation import AsyncOperation, AsyncTransfer
 from rpcnb.session.base import SessionBase
+from rpcnb.session.moving import Moving, Progress, describe_upload, moving_array
+from rpcnb.session.order import Order, names_of
 from rpcnb.session.remote import (
     AsyncRemoteDevice,
     AsyncRemoteFunction,
@@ -29,77 +30,66 @@ from rpcnb.session.remote import (
     _timing_options,
 )
 from rpcnb.session.session import _named_call
-from rpcnb.session.watch import Watch
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from types import TracebackType
 
+    from rpcnb.net.aiolink import AsyncLink
     from rpcnb.protocol.flows import Flow
+    from rpcnb.protocol.handshake import KeyText
+    from rpcnb.session.lanes import Dialer
 
-__all__ = ["AsyncSession", "await_flow"]
-
-
-async def await_flow(link: Any, flow: Flow[Any]) -> Any:
-    """Run a flow by awaiting; what was asked and not answered is abandoned when it is left early."""
-    tickets: list[Any] = []
-    try:
-        step: Any = next(flow)
-        while True:
-            if type(step) is Send:
-                ticket = link.send(step.request)
-                tickets.append(ticket)
-                step = flow.send(ticket)
-                continue
-            if type(step) is Wait:
-                ticket = step.ticket
-            else:
-                ticket = link.send(step)
-                tickets.append(ticket)
-            if not ticket.done:
-                await link.wait(ticket)
-            if ticket in tickets:
-                tickets.remove(ticket)  # what the reply brings is the flow's from now on
-            step = flow.send(ticket.reply) if ticket.error is None else flow.throw(ticket.error)
-    except StopIteration as end:
-        return end.value
-    except BaseException:
-        flow.close()
-        link.abandon(tickets)
-        raise
+__all__ = ["AsyncSession"]
 
 
 class AsyncSession(SessionBase):
     """A session whose operations are awaited; made by :func:`rpcnb.connect_async`."""
 
     _types = (AsyncRemoteFunction, AsyncRemoteModule, AsyncRemoteTensor, RemoteObject, AsyncRemoteDevice)
+    _lanes: AsyncLanes | None
 
-    async def _run(self, flow: Flow[Any], timeout: float | None, what: str, uses: Iterable[Any] = ()) -> Any:
-        if timeout is None:
-            timeout = self.timeout
-        run = self._run_observed if self.observers else self._run_quietly
-        return await run(flow, timeout, what)
+    def __init__(
+        self, link: AsyncLink, key: str, answer: KeyText, timeout: float | None = None, dialer: Dialer | None = None
+    ) -> None:
+        super().__init__(link, key, answer, timeout)
+        self._dialer = dialer
+        self._pending: dict[int, AsyncOperation] = {}
+        self._order = Order()
+        self._attach(link, answer)
 
-    async def _run_quietly(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
-        if timeout is None:
-            return await await_flow(self._link, flow)
-        deadline = Deadline(timeout, what)
-        try:
-            return await asyncio.wait_for(await_flow(self._link, flow), timeout)
-        except asyncio.TimeoutError:
-            raise deadline.exceeded() from None
+    def _attach(self, link: AsyncLink, answer: KeyText) -> None:
+        """Begin to use a connection that has just been opened."""
+        ticket = "" if self._dialer is None else self._dialer.ticket(answer)
+        self._lanes = None
+        if ticket:
+            assert self._dialer is not None
+            self._lanes = AsyncLanes(self._dialer, ticket, self.name)
+            link.on_abandoned = self._lanes.cancel_at
 
-    async def _run_observed(self, flow: Flow[Any], timeout: float | None, what: str) -> Any:
-        """Run a flow and tell the observers how it went."""
-        watch = Watch(self, what)
-        try:
-            result = await self._run_quietly(flow, timeout, what)
-        except BaseException as error:
-            watch.ended(error)
-            raise
-        watch.ended(None)
-        return result
+    async def _run(
+        self,
+        flow: Flow[Any],
+        timeout: float | None,
+        what: str,
+        uses: Iterable[Any] = (),
+        *,
+        moving: Moving | None = None,
+        progress: Any = None,
+        queued: bool = False,
+    ) -> Any:
+        limit = self.timeout if timeout is None else timeout
+        if moving is None:
+            operation = AsyncOperation(self, flow, what, limit, names_of(uses))
+        else:
+            operation = AsyncTransfer(self, flow, what, limit, names_of(uses), moving, progress)
+        return await operation.run(queued)
+
+    @property
+    def pending(self) -> list[AsyncOperation]:
+        """Operations that are awaited and have not finished, oldest first."""
+        return list(self._pending.values())
 
     async def get_function(self, name: str, *, timeout: float | None = None) -> AsyncRemoteFunction:
         """Return the remote function registered as ``name``; as :meth:`Session.get_function`."""
@@ -129,10 +119,17 @@ class AsyncSession(SessionBase):
         return evaluate
 
     async def array(
-        self, source: Any, device: AsyncRemoteDevice | None = None, *, timeout: float | None = None
+        self,
+        source: Any,
+        device: AsyncRemoteDevice | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> AsyncRemoteTensor:
         """Copy a local array to a device, the server's CPU by default."""
-        made: AsyncRemoteTensor = await self._run(self._ops.tensor(source, device), timeout, "copy_to")
+        made: AsyncRemoteTensor = await self._run(
+            self._ops.tensor(source, device), timeout, "copy_to", moving=moving_array(source), progress=progress
+        )
         return made
 
     async def empty(
@@ -149,14 +146,23 @@ class AsyncSession(SessionBase):
         return made
 
     async def upload(
-        self, data: str | os.PathLike[str] | bytes, target: str | None = None, *, timeout: float | None = None
+        self,
+        data: str | os.PathLike[str] | bytes,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Put a local file, or bytes as ``target``, into the session's directory."""
-        await self._run(self._ops.upload(data, target), timeout, "upload")
+        await self._run(
+            self._ops.upload(data, target), timeout, "upload", moving=describe_upload(data, target), progress=progress
+        )
 
-    async def download(self, path: str, *, timeout: float | None = None) -> bytearray:
+    async def download(self, path: str, *, timeout: float | None = None, progress: Progress | None = None) -> bytearray:
         """Return the content of a file of the session's directory."""
-        data: bytearray = await self._run(self._ops.download(path), timeout, f"download {path}")
+        data: bytearray = await self._run(
+            self._ops.download(path), timeout, f"download {path}", moving=Moving("down", path, 0), progress=progress
+        )
         return data
 
     async def remove(self, path: str, *, timeout: float | None = None) -> None:
@@ -186,6 +192,8 @@ class AsyncSession(SessionBase):
     async def close(self) -> None:
         """End the session; the server releases everything it held. Idempotent; never waits."""
         self._closing()
+        if self._lanes is not None:
+            self._lanes.close()
         self._link.close()
 
     async def __aenter__(self) -> AsyncSession:

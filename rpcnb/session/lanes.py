@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from rpcnb.protocol.flows import Flow
     from rpcnb.protocol.handshake import KeyText
 
-__all__ = ["Dialer", "Lanes", "make_wire"]
+__all__ = ["OPEN_SECONDS", "Dialer", "Lanes", "make_wire"]
 
 log = logging.getLogger(__name__)
 
-_OPEN_SECONDS = 10.0
+OPEN_SECONDS = 10.0
 
 
 def make_wire(sock: socket, answer: KeyText, address: Address) -> Wire:
@@ -77,7 +77,7 @@ class Dialer:
 
     def open_lane(self, ticket: str, number: int, flow: Flow[Any]) -> tuple[Link, Any]:
         """Open a further connection, initialized by ``flow``; returns the flow's result too."""
-        deadline = Deadline(_OPEN_SECONDS, f"lane {number} to {self.address}")
+        deadline = Deadline(OPEN_SECONDS, f"lane {number} to {self.address}")
         with Guard() as guard:
             link, _, result = self._open(ClientKey.for_lane(ticket, number), flow, deadline, guard)
         link.lane = number

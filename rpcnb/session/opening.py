@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rpcnb.errors import DeadlineExceeded, RpcError
 from rpcnb.net.address import Address, is_loopback, parse_address
-from rpcnb.net.dial import ClientKey, expired, explain_init
+from rpcnb.net.dial import ClientKey
 from rpcnb.net.interrupt import Guard
 from rpcnb.net.link import Deadline
-from rpcnb.protocol import flows
 from rpcnb.session.base import SessionBase
-from rpcnb.session.lanes import Dialer, make_wire
+from rpcnb.session.lanes import Dialer
 from rpcnb.session.session import Session
 
 if TYPE_CHECKING:
@@ -101,28 +99,15 @@ async def connect_async(
     token: str | None = None,
     timeout: float | None = 10.0,
     extensions: bool = True,
+    lanes: int = 3,
 ) -> AsyncSession:
     """Open an awaited session in the running event loop; arguments and errors as :func:`connect`."""
-    import asyncio
-
-    from rpcnb.net.aiolink import AsyncLink, dial
-    from rpcnb.session.aio import AsyncSession, await_flow
+    from rpcnb.session.aio import AsyncSession
+    from rpcnb.session.aiolanes import open_async
 
     address, client_key = _prepare(url, port, key, session_timeout, token, extensions)
-    deadline = Deadline(timeout, f"connect to {address}")
-    sock, answer = await dial(address, client_key, deadline)
-    link = AsyncLink(make_wire(sock, answer, address))
-    try:
-        flow = flows.initialize(tuple(session_constructor_args or ()))
-        await asyncio.wait_for(await_flow(link, flow), None if timeout is None else deadline.left())
-    except (asyncio.TimeoutError, DeadlineExceeded):
-        link.close()
-        raise expired(str(address), "init", deadline.exceeded()) from None
-    except BaseException as error:
-        link.close()
-        if isinstance(error, RpcError):
-            raise explain_init(str(address), error) from None
-        raise
+    dialer = Dialer(address, client_key, tuple(session_constructor_args or ()), lanes)
+    link, answer = await open_async(dialer, Deadline(timeout, f"connect to {address}"))
     if enable_logging:
         log.debug("session with %s opened, key %r", address, address.key)
-    return _opened(AsyncSession(link, address.key, answer), session_constructor_args)
+    return _opened(AsyncSession(link, address.key, answer, dialer=dialer), session_constructor_args)

@@ -27,6 +27,7 @@ from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.net.wire import Ticket
 from rpcnb.protocol.flows import Send, SendCalls, Wait
 from rpcnb.session.control import Route, StartedTicket
+from rpcnb.session.moving import BULK
 from rpcnb.session.order import moves_data, names_of, release_when_drained
 from rpcnb.session.remote import FunctionNames, RemoteFunction, raise_first
 from rpcnb.session.watch import Watch, new_number
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from rpcnb.protocol.flows import Flow
+    from rpcnb.session.moving import Moving
     from rpcnb.session.order import Hold
     from rpcnb.session.session import Session
 
@@ -304,6 +306,9 @@ class Pending(Future[Any]):
     @property
     def moved(self) -> int:
         """Bytes of bulk data that have moved so far."""
+        return self._bytes_moved()
+
+    def _bytes_moved(self) -> int:
         return self._moved + sum(ticket.moved for ticket in list(self._tickets))
 
     def __repr__(self) -> str:
@@ -312,9 +317,8 @@ class Pending(Future[Any]):
 
 
 class _Recorded(Exception):  # not an error: it carries the flow out of the method
-    def __init__(self, flow: Flow[Any], what: str) -> None:
-        self.flow = flow
-        self.what = what
+    def __init__(self, work: Work) -> None:
+        self.work = work
 
 
 class _Recorder:
@@ -335,8 +339,16 @@ class _Recorder:
     def session(self) -> _Recorder:
         return _Recorder(self._target.session)
 
-    def _run(self, flow: Flow[Any], timeout: float | None, what: str, uses: Any = ()) -> Any:
-        raise _Recorded(flow, what)
+    def _run(
+        self,
+        flow: Flow[Any],
+        timeout: float | None,
+        what: str,
+        uses: Any = (),
+        moving: Any = None,
+        progress: Any = None,
+    ) -> Any:
+        raise _Recorded(Work(flow, what, moving=moving))
 
 
 class Work(NamedTuple):
@@ -349,6 +361,7 @@ class Work(NamedTuple):
         may_overlap: It calls a function that may answer later.
         bulk: It moves so much data that it should not keep other operations waiting.
         queued: It is one request on the first connection.
+        moving: The data that it moves, if any.
     """
 
     flow: Flow[Any]
@@ -357,6 +370,7 @@ class Work(NamedTuple):
     may_overlap: bool = False
     bulk: bool = False
     queued: bool = False
+    moving: Moving | None = None
 
 
 def work_of_call(session: Session, function: RemoteFunction, args: tuple[Any, ...]) -> Work:
@@ -384,12 +398,13 @@ def record(session: Session, operation: Callable[..., Any], args: tuple[Any, ...
     try:
         operation.__func__(_Recorder(owner), *args, **options)  # type: ignore[attr-defined]  # a bound method
     except _Recorded as recorded:
-        flow = recorded.flow
+        flow, moving = recorded.work.flow, recorded.work.moving
         if operation.__name__ == "copyfrom":
             flow = _then(flow, owner)
         elif operation.__name__ == "map" and not options.get("return_errors"):
             flow = _raising(flow)
-        return Work(flow, recorded.what, names, may_overlap=operation.__name__ == "call")
+        bulk = moving is not None and moving.total >= BULK
+        return recorded.work._replace(flow=flow, names=names, may_overlap=operation.__name__ == "call", bulk=bulk)
     raise TypeError(f"{operation.__name__} needs no exchange with the server; call it")
 
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import RemoteError, RemoteProtocolError
 from rpcnb.protocol import flows
 from rpcnb.protocol.shortcut import NOT_PLAIN
+from rpcnb.session.moving import Moving
 from rpcnb.session.operations import release_data, release_handle
 from rpcnb.values import DEVICE_NAMES, Device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy as np
 
@@ -202,7 +203,9 @@ class AsyncRemoteFunction(_Function):
 
     async def __call__(self, *args: Any, timeout: float | None = None) -> Any:
         """Call the function and await its result; arguments and errors as :class:`RemoteFunction`."""
-        return await self.session._run(self.session._ops.call(self, args), timeout, self.name)
+        queued = not self.handle & 1 and not any(type(value).__name__ == "ndarray" for value in args)
+        flow = self.session._ops.call(self, args)
+        return await self.session._run(flow, timeout, self.name, args, queued=queued)
 
 
 class _Device:
@@ -396,8 +399,16 @@ class RemoteTensor(_Tensor):
 
     __slots__ = ()
 
-    def numpy(self, out: np.ndarray[Any, Any] | None = None, *, timeout: float | None = None) -> np.ndarray[Any, Any]:
+    def numpy(
+        self,
+        out: np.ndarray[Any, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Callable[[Any], object] | None = None,
+    ) -> np.ndarray[Any, Any]:
         """Copy it into a new local array, or into ``out`` (same shape and type), which is returned.
+
+        ``progress`` is called with the transfer, at most ten times a second and once at the end, in the I/O thread.
 
         Raises:
             CopyMismatch: ``out`` has another shape or type, or is read-only.
@@ -405,12 +416,16 @@ class RemoteTensor(_Tensor):
             DeadlineExceeded: The copy took longer than ``timeout``; ``out`` is not written any more.
         """
         flow = self.session._ops.copy_from(self, out)
-        result: np.ndarray[Any, Any] = self.session._run(flow, timeout, "copy_from", (self,))
+        result: np.ndarray[Any, Any] = self.session._run(
+            flow, timeout, "copy_from", (self,), moving=Moving("down", self, self.nbytes), progress=progress
+        )
         return result
 
-    def copyfrom(self, source: Any, *, timeout: float | None = None) -> RemoteTensor:
-        """Copy a local array, or another tensor, into this one; returns this one."""
-        _run_copy(self.session, source, self, timeout)
+    def copyfrom(
+        self, source: Any, *, timeout: float | None = None, progress: Callable[[Any], object] | None = None
+    ) -> RemoteTensor:
+        """Copy a local array, or another tensor, into this one; returns this one. ``progress`` as :meth:`numpy`."""
+        _run_copy(self.session, source, self, timeout, progress)
         return self
 
     def copyto(self, target: Any, *, timeout: float | None = None) -> Any:
@@ -423,13 +438,14 @@ class RemoteTensor(_Tensor):
         return self.numpy(target, timeout=timeout)
 
 
-def _run_copy(session: Any, source: Any, target: RemoteTensor, timeout: float | None) -> None:
+def _run_copy(session: Any, source: Any, target: RemoteTensor, timeout: float | None, progress: Any) -> None:
     if isinstance(source, RemoteTensor):
         if source.session is session:
             session._run(session._ops.copy_tensor(source, target), timeout, "copy", (source, target))
             return
         source = source.numpy(timeout=timeout)
-    session._run(session._ops.copy_to(target, source), timeout, "copy_to", (target,))
+    moving = Moving("up", target, target.nbytes)
+    session._run(session._ops.copy_to(target, source), timeout, "copy_to", (target,), moving=moving, progress=progress)
 
 
 class AsyncRemoteTensor(_Tensor):
@@ -438,23 +454,32 @@ class AsyncRemoteTensor(_Tensor):
     __slots__ = ()
 
     async def numpy(
-        self, out: np.ndarray[Any, Any] | None = None, *, timeout: float | None = None
+        self,
+        out: np.ndarray[Any, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Callable[[Any], object] | None = None,
     ) -> np.ndarray[Any, Any]:
         """Copy it into a new local array, or into ``out``; as :meth:`RemoteTensor.numpy`."""
+        moving = Moving("down", self, self.nbytes)
+        flow = self.session._ops.copy_from(self, out)
         result: np.ndarray[Any, Any] = await self.session._run(
-            self.session._ops.copy_from(self, out), timeout, "copy_from"
+            flow, timeout, "copy_from", (self,), moving=moving, progress=progress
         )
         return result
 
-    async def copyfrom(self, source: Any, *, timeout: float | None = None) -> AsyncRemoteTensor:
+    async def copyfrom(
+        self, source: Any, *, timeout: float | None = None, progress: Callable[[Any], object] | None = None
+    ) -> AsyncRemoteTensor:
         """Copy a local array, or another tensor, into this one; returns this one."""
         session = self.session
         if isinstance(source, AsyncRemoteTensor):
             if source.session is session:
-                await session._run(session._ops.copy_tensor(source, self), timeout, "copy")
+                await session._run(session._ops.copy_tensor(source, self), timeout, "copy", (source, self))
                 return self
             source = await source.numpy(timeout=timeout)
-        await session._run(session._ops.copy_to(self, source), timeout, "copy_to")
+        flow, moving = session._ops.copy_to(self, source), Moving("up", self, self.nbytes)
+        await session._run(flow, timeout, "copy_to", (self,), moving=moving, progress=progress)
         return self
 
     async def copyto(self, target: Any, *, timeout: float | None = None) -> Any:

@@ -22,6 +22,7 @@ within half a second; the session and its device memory survive, and the next ca
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,9 @@ from rpcnb.net.interrupt import TICK, Guard
 from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.session.base import SessionBase
 from rpcnb.session.lanes import Lanes
+from rpcnb.session.moving import BULK, Moving, Progress, describe_upload, moving_array
 from rpcnb.session.order import Order, names_of
-from rpcnb.session.pending import Pending, record
+from rpcnb.session.pending import Pending, Work, record
 from rpcnb.session.remote import (
     RemoteDevice,
     RemoteFunction,
@@ -41,9 +43,10 @@ from rpcnb.session.remote import (
     RemoteTensor,
     TimingResult,
     _timing_options,
+    wait_or_cancel,
 )
 from rpcnb.session.running import run_flow
-from rpcnb.session.transfers import BULK, Transfer, describe_transfer
+from rpcnb.session.transfers import Transfer
 from rpcnb.session.watch import Watch
 
 if TYPE_CHECKING:
@@ -56,6 +59,10 @@ if TYPE_CHECKING:
     from rpcnb.session.lanes import Dialer
 
 __all__ = ["Session"]
+
+_BLOCKING_BULK = 4 << 20  # at the speed of a memory copy it makes no difference; below, a Transfer costs too much
+# A small copy that takes so long shows that the link is slow: from then on smaller ones are transfers too.
+_SLOW, _SLOW_BYTES = 0.1, 16 << 10
 
 
 class Session(SessionBase):
@@ -71,6 +78,7 @@ class Session(SessionBase):
         self._dialer = dialer
         self._pending: dict[int, Pending] = {}
         self._order = Order()
+        self._transfers_from = _BLOCKING_BULK  # bytes from which a blocking copy is a Transfer
         self._attach(link, answer)
 
     def _attach(self, link: Any, answer: KeyText) -> None:
@@ -84,16 +92,33 @@ class Session(SessionBase):
         iothread.IO_THREAD.watch(link)
         self._finalizer = weakref.finalize(self, _drop, link, self._lanes)
 
-    def _run(self, flow: Flow[Any], timeout: float | None, what: str, uses: Iterable[Any] = ()) -> Any:
+    def _run(
+        self,
+        flow: Flow[Any],
+        timeout: float | None,
+        what: str,
+        uses: Iterable[Any] = (),
+        moving: Moving | None = None,
+        progress: Callable[[Any], object] | None = None,
+    ) -> Any:
         if timeout is None:
             timeout = self.timeout
+        if moving is not None and (progress is not None or moving.total >= self._transfers_from):
+            work = Work(flow, what, names_of(uses), bulk=moving.total >= BULK)
+            transfer = Transfer(self, work, timeout, moving, progress)
+            transfer.start()
+            return wait_or_cancel(transfer)
         deadline = NO_DEADLINE if timeout is None else Deadline(timeout, what)
         if self._pending and uses:
             self._await_earlier(names_of(uses), deadline)
         if self.observers:
             return self._run_observed(flow, deadline, what)
+        start = time.monotonic()
         with Guard() as guard:
-            return run_flow(self._link, flow, deadline, guard)
+            result = run_flow(self._link, flow, deadline, guard)
+        if moving is not None and time.monotonic() - start > _SLOW:
+            self._transfers_from = _SLOW_BYTES
+        return result
 
     def _await_earlier(self, names: frozenset[int], deadline: Deadline) -> None:
         """Wait for submitted operations that name one of these things: the order of submission is kept."""
@@ -150,12 +175,10 @@ class Session(SessionBase):
         progress = options.pop("progress", None)
         work = record(self, operation, args, options)
         limit = self.timeout if timeout is None else timeout
-        moving = describe_transfer(operation, args)
-        if moving is None:
+        if work.moving is None:
             pending = Pending(self, work, limit)
         else:
-            bulk = moving.total >= BULK
-            pending = Transfer(self, work._replace(bulk=bulk), limit, moving, progress)
+            pending = Transfer(self, work, limit, work.moving, progress)
         pending.start()
         return pending
 
@@ -206,9 +229,18 @@ class Session(SessionBase):
 
     # -- arrays --------------------------------------------------------------------------------------------------
 
-    def array(self, source: Any, device: RemoteDevice | None = None, *, timeout: float | None = None) -> RemoteTensor:
+    def array(
+        self,
+        source: Any,
+        device: RemoteDevice | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> RemoteTensor:
         """Copy a local array (numpy, anything with DLPack, a sequence) to a device, the server's CPU by default."""
-        made: RemoteTensor = self._run(self._ops.tensor(source, device), timeout, "copy_to")
+        made: RemoteTensor = self._run(
+            self._ops.tensor(source, device), timeout, "copy_to", moving=moving_array(source), progress=progress
+        )
         return made
 
     def empty(
@@ -227,7 +259,12 @@ class Session(SessionBase):
     # -- files and modules ---------------------------------------------------------------------------------------
 
     def upload(
-        self, data: str | os.PathLike[str] | bytes, target: str | None = None, *, timeout: float | None = None
+        self,
+        data: str | os.PathLike[str] | bytes,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Put a local file into the session's directory, under its own name or ``target``.
 
@@ -235,12 +272,17 @@ class Session(SessionBase):
             data: Path of a local file, or bytes (then ``target`` is required).
             target: Name at the server.
             timeout: Seconds for the whole upload.
+            progress: Called with the transfer, at most ten times a second and once at the end, in the I/O thread.
         """
-        self._run(self._ops.upload(data, target), timeout, "upload")
+        self._run(
+            self._ops.upload(data, target), timeout, "upload", moving=describe_upload(data, target), progress=progress
+        )
 
-    def download(self, path: str, *, timeout: float | None = None) -> bytearray:
+    def download(self, path: str, *, timeout: float | None = None, progress: Progress | None = None) -> bytearray:
         """Return the content of a file of the session's directory."""
-        data: bytearray = self._run(self._ops.download(path), timeout, f"download {path}")
+        data: bytearray = self._run(
+            self._ops.download(path), timeout, f"download {path}", moving=Moving("down", path, 0), progress=progress
+        )
         return data
 
     def remove(self, path: str, *, timeout: float | None = None) -> None:

@@ -1,0 +1,197 @@
+"""One awaited operation: what it waits for, how far it is, and how to give it up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import DeadlineExceeded
+from rpcnb.session.aiolanes import await_flow
+from rpcnb.session.control import Route, StartedTicket
+from rpcnb.session.moving import BULK
+from rpcnb.session.order import moves_data, release_when_drained
+from rpcnb.session.transfers import Measured
+from rpcnb.session.watch import Watch, new_number
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rpcnb.protocol.flows import Flow
+    from rpcnb.session.aio import AsyncSession
+    from rpcnb.session.aiolanes import AsyncLanes
+    from rpcnb.session.moving import Moving
+    from rpcnb.session.order import Hold
+
+__all__ = ["AsyncOperation", "AsyncTransfer"]
+
+
+class AsyncOperation:
+    """An operation that a task awaits; listed in ``session.pending`` meanwhile.
+
+    Attributes:
+        id: Number, unique in this process.
+        session: Where it was begun.
+        function: What it does, for people.
+        submitted: ``time.monotonic()`` of the beginning; ``finished`` likewise, None before.
+        deadline: ``time.monotonic()`` at which it is given up, or None.
+    """
+
+    def __init__(
+        self, session: AsyncSession, flow: Flow[Any], function: str, timeout: float | None, names: frozenset[int]
+    ) -> None:
+        self.id = new_number()
+        self.session: AsyncSession = session
+        self.function = function
+        self.submitted = time.monotonic()
+        self.finished: float | None = None
+        self.deadline = None if timeout is None else self.submitted + timeout
+        self._flow = flow
+        self._timeout = timeout
+        self._names = names
+        self._queued = False
+        self._tickets: list[Any] = []
+        self._waits = False
+        self._error: BaseException | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    @property
+    def state(self) -> str:
+        """``queued``, ``sent``, ``running``, ``done``, ``failed`` or ``cancelled``; as :attr:`Pending.state`."""
+        if self.finished is None:
+            if self._waits:
+                return "queued"
+            begun = self._tickets and isinstance(self._tickets[-1], StartedTicket) and self._tickets[-1].begun
+            return "running" if begun else "sent"
+        if self._error is None:
+            return "done"
+        return "cancelled" if isinstance(self._error, asyncio.CancelledError) else "failed"
+
+    @property
+    def moved(self) -> int:
+        """Bytes of bulk data that have moved so far."""
+        return sum(ticket.moved for ticket in list(self._tickets))
+
+    def cancel(self) -> bool:
+        """Give the operation up: the task that awaits it gets ``CancelledError``. False if it had finished."""
+        return self.finished is None and self._task is not None and self._task.cancel()
+
+    async def run(self, queued: bool = False) -> Any:
+        """Perform it; called once, by the session.
+
+        Args:
+            queued: It is one request on the session's first connection.
+        """
+        session = self.session
+        watch = Watch(session, self.function) if session.observers else None
+        self._task = asyncio.current_task()
+        self._queued = queued
+        session._pending[self.id] = self
+        hold, before = session._order.enter(self._names, queued)
+        try:
+            if self._timeout is None:
+                result = await self._perform(before)
+            else:
+                result = await asyncio.wait_for(self._perform(before), self._timeout)
+        except BaseException as error:
+            failure: BaseException = error
+            if isinstance(error, asyncio.TimeoutError) and not isinstance(error, DeadlineExceeded):
+                failure = DeadlineExceeded(self.function, time.monotonic() - self.submitted, self._timeout or 0.0)
+            self._end(hold, failure)
+            if watch is not None:
+                watch.ended(failure)
+            if failure is not error:
+                raise failure from None
+            raise
+        self._end(hold, None)
+        if watch is not None:
+            watch.ended(None)
+        return result
+
+    async def _perform(self, before: list[Hold]) -> Any:
+        for earlier in before:
+            self._waits = True
+            await _released(earlier)
+        self._waits = False
+        session = self.session
+        lanes = session._lanes
+        route = Route(await self._choose_link(), None if lanes is None else lanes.opened, self._seconds_left)
+        return await await_flow(route, self._flow, lanes, self._tickets)
+
+    async def _choose_link(self) -> Any:
+        return self.session._link
+
+    def _seconds_left(self) -> float:
+        return 0.0 if self.deadline is None else max(0.001, self.deadline - time.monotonic())
+
+    def _end(self, hold: Hold, error: BaseException | None) -> None:
+        self.finished = time.monotonic()
+        self._error = error
+        self.session._pending.pop(self.id, None)
+        owed = [] if error is None else [ticket for ticket in self._tickets if moves_data(ticket)]
+        release_when_drained(hold, self.session._link, owed)
+
+    def __repr__(self) -> str:
+        age = (self.finished or time.monotonic()) - self.submitted
+        name = type(self).__name__
+        return f"<{name} {self.id}: {self.function or 'operation'}, {self.state}, {age:.1f} s, {self.session.name}>"
+
+
+class AsyncTransfer(Measured, AsyncOperation):
+    """A copy, upload or download that a task awaits."""
+
+    def __init__(
+        self,
+        session: AsyncSession,
+        flow: Flow[Any],
+        function: str,
+        timeout: float | None,
+        names: frozenset[int],
+        moving: Moving,
+        progress: Callable[[Any], object] | None,
+    ) -> None:
+        AsyncOperation.__init__(self, session, flow, function, timeout, names)
+        self._measure(moving, progress)
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def run(self, queued: bool = False) -> Any:
+        """Perform it, and report."""
+        self._report_start()
+        self._tick()
+        try:
+            return await super().run(queued)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._report()
+
+    async def _choose_link(self) -> Any:
+        lanes: AsyncLanes | None = self.session._lanes
+        found = await lanes.bulk() if lanes is not None and self.total >= BULK else None
+        return found or self.session._link
+
+    def _tick(self) -> None:
+        if self.moved:
+            self._report()
+        self._timer = asyncio.get_running_loop().call_later(self.TICK, self._tick)
+
+    def _outcome(self) -> str | None:
+        if self.finished is None:
+            return None
+        if self._error is None:
+            return ""
+        return "cancelled" if self.state == "cancelled" else str(self._error)
+
+    def _count(self) -> int:
+        return sum(ticket.moved for ticket in list(self._tickets))
+
+
+async def _released(hold: Hold) -> None:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def release() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    if hold.then(release):
+        await future
