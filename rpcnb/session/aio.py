@@ -19,7 +19,7 @@ from rpcnb.session.aiolanes import AsyncLanes
 from rpcnb.session.aiooperation import AsyncOperation, AsyncTransfer
 from rpcnb.session.base import SessionBase
 from rpcnb.session.moving import Moving, Progress, describe_upload, moving_array
-from rpcnb.session.order import Order, names_of
+from rpcnb.session.order import names_of
 from rpcnb.session.remote import (
     AsyncRemoteDevice,
     AsyncRemoteFunction,
@@ -56,7 +56,6 @@ class AsyncSession(SessionBase):
         super().__init__(link, key, answer, timeout)
         self._dialer = dialer
         self._pending: dict[int, AsyncOperation] = {}
-        self._order = Order()
         self._attach(link, answer)
 
     def _attach(self, link: AsyncLink, answer: KeyText) -> None:

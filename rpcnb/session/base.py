@@ -11,6 +11,7 @@ from rpcnb import events
 from rpcnb.errors import SessionClosed, SessionTimeout
 from rpcnb.protocol.endpoint import State
 from rpcnb.session.operations import Operations
+from rpcnb.session.order import Order
 from rpcnb.session.remote import FunctionNames
 from rpcnb.values import device as as_device
 
@@ -47,6 +48,7 @@ class SessionBase:
         self._link = link
         self._key = key
         self.observers = events.Observers(events.observers)
+        self._order = Order()
         self.peak_bytes = 0
         self._told_end = False
         self._held = 0  # bytes of tensors allocated and not freed
@@ -112,6 +114,16 @@ class SessionBase:
     def held_bytes(self) -> int:
         """Bytes of the server's memory that tensors of this session hold."""
         return self._held
+
+    def _user_of(self, thing: Any) -> Any:
+        """Return a submitted operation that still needs a remote function, or None."""
+        return None
+
+    def _free(self, handle: int, request: Request) -> None:
+        """Release memory now, or once the operation that uses it has ended."""
+        hold = self._order.holder(handle)
+        if hold is None or not hold.then(lambda: self._note(request)):
+            self._note(request)
 
     def _note(self, request: Request) -> None:
         """Note a release; no lock, no I/O, so that a finalizer may call it anywhere."""

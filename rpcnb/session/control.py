@@ -23,7 +23,7 @@ from rpcnb.protocol.messages import CallFunc, InitServer, Raised, Syscall
 from rpcnb.runtime.overlap import CANCEL, CANCEL_AT, NEXT, START, read_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from rpcnb.protocol.flows import Flow, SendCalls
     from rpcnb.protocol.messages import Reply, Request
@@ -84,14 +84,17 @@ class Control:
     Args:
         link: A connection of the session that nothing else uses.
         functions: Handles of the server's functions, by name.
+        numbers: Gives the session's calls their numbers.
         on_end: Called with the error when the lane is lost.
     """
 
-    def __init__(self, link: Any, functions: dict[str, int], on_end: Callable[[RpcError], object]) -> None:
+    def __init__(
+        self, link: Any, functions: dict[str, int], numbers: Iterator[int], on_end: Callable[[RpcError], object]
+    ) -> None:
         self.link = link
         self._functions = functions
         self._on_end = on_end
-        self._numbers = itertools.count(1)
+        self._numbers = numbers
         self._calls: dict[int, StartedTicket] = {}
         self.answers = 0  # polls that were answered: the server lives
         self._poll: Ticket | None = None
@@ -193,9 +196,9 @@ class Control:
                 self.settle(ticket, reply)
 
     def _end(self, error: RpcError) -> None:
+        self._on_end(error)
         for ticket in list(self._calls.values()):
             self.settle(ticket, None, error)
-        self._on_end(error)
 
     def owed(self) -> list[StartedTicket]:
         """Return the tickets of calls that somebody waits for."""
@@ -220,6 +223,7 @@ class LanesBase:
         self.ticket = ticket
         self.most = most
         self.name = name
+        self.numbers = itertools.count(1)  # of calls; a lane that is opened again goes on with them
         self.opened: Control | None = None  # the control lane
         self.bulk_links: list[Any] = []
         self.refused = False  # they cannot be opened: do without

@@ -125,7 +125,7 @@ class Lanes(LanesBase):
                 if self.opened is None and not (self.refused or self.closed):
                     found = self._open(CONTROL_LANE, look_up_control())
                     if found is not None:
-                        self.opened = Control(found[0], found[1], self.control_lost)
+                        self.opened = Control(*found, self.numbers, self.control_lost)
         return self.opened
 
     def bulk(self) -> Link | None:

@@ -66,6 +66,7 @@ class Pending(Future[Any]):
         self.deadline = self._limit.at
         self._flow = work.flow
         self._work = work
+        self.keeps = work.keeps
         self._link: Any = session._link
         self._route: Route | None = None
         self._hold: Hold | None = None
@@ -196,6 +197,8 @@ class Pending(Future[Any]):
     def _finish(self, result: Any, error: BaseException | None) -> None:
         self.finished = time.monotonic()
         self._flow.close()
+        self.keeps = None
+        self._work = self._work._replace(keeps=None)
         self.session._pending.pop(self.id, None)
         if self._timer is not None:
             self._timer.cancel()
@@ -362,6 +365,7 @@ class Work(NamedTuple):
         bulk: It moves so much data that it should not keep other operations waiting.
         queued: It is one request on the first connection.
         moving: The data that it moves, if any.
+        keeps: A remote function that must not be released before the server has begun.
     """
 
     flow: Flow[Any]
@@ -371,6 +375,7 @@ class Work(NamedTuple):
     bulk: bool = False
     queued: bool = False
     moving: Moving | None = None
+    keeps: Any = None
 
 
 def work_of_call(session: Session, function: RemoteFunction, args: tuple[Any, ...]) -> Work:
@@ -378,7 +383,7 @@ def work_of_call(session: Session, function: RemoteFunction, args: tuple[Any, ..
     later = bool(function.handle & 1)
     names = names_of(args)
     queued = not later and not any(type(value).__name__ == "ndarray" for value in args)
-    return Work(session._ops.call(function, args), function.name, names, later, False, queued)
+    return Work(session._ops.call(function, args), function.name, names, later, False, queued, None, function)
 
 
 def record(session: Session, operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Work:

@@ -51,13 +51,23 @@ class RemoteHandle:
         self.handle = handle
 
     def free(self) -> None:
-        """Release it at the server now (with the next request) instead of at garbage collection."""
+        """Release it at the server now (with the next request) instead of at garbage collection.
+
+        Submitted calls of it end first.
+        """
+        user = self.session._user_of(self)
+        if user is not None:
+            user.add_done_callback(lambda _: self.free())
+        else:
+            self._release()
+
+    def _release(self) -> None:
         handle, self.handle = self.handle, 0
         if handle:
             self.session._note(release_handle(handle))
 
     def __del__(self) -> None:
-        self.free()
+        self._release()
 
 
 class RemoteObject(RemoteHandle):
@@ -369,18 +379,24 @@ class _Tensor:
         raise TypeError("this tensor is in the server's memory; .numpy() copies it here")
 
     def free(self) -> None:
-        """Free it at the server now (with the next request) instead of at garbage collection."""
+        """Free it at the server now (with the next request) instead of at garbage collection.
+
+        An operation of this session that uses it ends first.
+        """
+        self._release(lambda request: self.session._free(self.meta.data, request))
+
+    def _release(self, note: Callable[[Any], object]) -> None:
         if self.freed:
             return
         self.freed = True
         if self._owner is None:
             if not self._handle:
                 self.session._count_memory(-self.meta.nbytes)
-            self.session._note(release_handle(self._handle) if self._handle else release_data(self.meta))
+            note(release_handle(self._handle) if self._handle else release_data(self.meta))
 
     def __del__(self) -> None:
         if hasattr(self, "freed"):
-            self.free()
+            self._release(self.session._note)  # nothing uses it; a finalizer takes no lock
 
     def __len__(self) -> int:
         if not self.shape:

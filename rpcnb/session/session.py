@@ -33,7 +33,7 @@ from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.session.base import SessionBase
 from rpcnb.session.lanes import Lanes
 from rpcnb.session.moving import BULK, Moving, Progress, describe_upload, moving_array
-from rpcnb.session.order import Order, names_of
+from rpcnb.session.order import names_of
 from rpcnb.session.pending import Pending, Work, record
 from rpcnb.session.remote import (
     RemoteDevice,
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Session"]
 
+_LAST_WORD = 1.0  # seconds that a report may take, which runs users' code
 _BLOCKING_BULK = 4 << 20  # at the speed of a memory copy it makes no difference; below, a Transfer costs too much
 # A small copy that takes so long shows that the link is slow: from then on smaller ones are transfers too.
 _SLOW, _SLOW_BYTES = 0.1, 16 << 10
@@ -77,7 +78,6 @@ class Session(SessionBase):
         super().__init__(link, key, answer, timeout)
         self._dialer = dialer
         self._pending: dict[int, Pending] = {}
-        self._order = Order()
         self._transfers_from = _BLOCKING_BULK  # bytes from which a blocking copy is a Transfer
         self._attach(link, answer)
 
@@ -107,7 +107,10 @@ class Session(SessionBase):
             work = Work(flow, what, names_of(uses), bulk=moving.total >= BULK)
             transfer = Transfer(self, work, timeout, moving, progress)
             transfer.start()
-            return wait_or_cancel(transfer)
+            result = wait_or_cancel(transfer)
+            if (progress is not None or self.observers) and not iothread.IO_THREAD.is_current():
+                transfer.told.wait(_LAST_WORD)  # the last report comes before this returns
+            return result
         deadline = NO_DEADLINE if timeout is None else Deadline(timeout, what)
         if self._pending and uses:
             self._await_earlier(names_of(uses), deadline)
@@ -144,6 +147,9 @@ class Session(SessionBase):
             raise
         watch.ended(None)
         return result
+
+    def _user_of(self, thing: Any) -> Pending | None:
+        return next((pending for pending in list(self._pending.values()) if pending.keeps is thing), None)
 
     @property
     def pending(self) -> list[Pending]:

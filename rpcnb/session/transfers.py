@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,11 @@ class Measured:
 
 
 class Transfer(Measured, Pending):
-    """Bytes on their way, submitted or waited for."""
+    """Bytes on their way, submitted or waited for.
+
+    Attributes:
+        told: Set after the last report.
+    """
 
     def __init__(
         self,
@@ -115,7 +120,8 @@ class Transfer(Measured, Pending):
     ) -> None:
         Pending.__init__(self, session, work, timeout)
         self._measure(moving, progress)
-        self.add_done_callback(lambda _: self._report())
+        self.told = threading.Event()
+        self.add_done_callback(lambda _: self._report_end())
 
     def start(self) -> None:
         """Send the first request; called once, by the session."""
@@ -140,6 +146,12 @@ class Transfer(Measured, Pending):
 
     def _count(self) -> int:
         return self._bytes_moved()
+
+    def _report_end(self) -> None:
+        try:
+            self._report()
+        finally:
+            self.told.set()
 
     def _tick(self) -> None:
         """In the I/O thread: report, and come again unless it is over (then the done callback reports)."""
