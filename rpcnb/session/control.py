@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _NAMES = (START, NEXT, CANCEL, CANCEL_AT)
 CONTROL_LANE = 1
 _BULK_LANES = (2, 3)
+_GRACE = 0.5  # seconds after its time at which the server ends a call whose client has not cancelled it
 _AT_ONCE = 512  # requests that one cancel names
 
 
@@ -113,7 +114,8 @@ class Control:
         """
         ticket = StartedTicket(request, next(self._numbers), self)
         self._calls[ticket.number] = ticket
-        arguments = (ticket.number, float(seconds), int(request.handle), *request.args)
+        limit = float(seconds + _GRACE if seconds else 0)
+        arguments = (ticket.number, limit, int(request.handle), *request.args)
         try:
             begun = self.link.send(CallFunc(self._functions[START], arguments))
         except BaseException:

@@ -178,7 +178,7 @@ def test_plain_calls_go_on_beside_calls_that_wait(session: rpcnb.Session, board:
 def test_map_runs_a_window_of_calls_at_once(session: rpcnb.Session, board: Board) -> None:
     def release() -> None:
         for start in (0, 4):
-            eventually(lambda start=start: {start, start + 3} <= board.waiting)
+            eventually(functools.partial({start, start + 3}.__le__, board.waiting))
             for number in range(start, start + 4):
                 board.let(number)
 
@@ -393,7 +393,7 @@ def test_through_a_hop_everything_works_on_one_connection(server: Any, serve: Se
 
 def test_a_lane_that_cannot_be_opened_is_done_without(server: Any, board: Board) -> None:
     with rpcnb.connect(server.address) as session:
-        session._dialer.address = session._dialer.address._replace(port=1)  # type: ignore[union-attr]  # nobody there
+        session._dialer.address = session._dialer.address._replace(port=1)  # nobody there
         job = session.get_function("wait_for").submit(1)
         eventually(lambda: board.waiting)
         board.let(1)
