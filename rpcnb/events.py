@@ -76,6 +76,15 @@ class SessionClosed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SessionStateChanged(Event):
+    """A client's session went from state ``before`` to ``state``; looked at ten times a second."""
+
+    peer: str
+    state: str
+    before: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Call(Event):
     call: int
     function: str

@@ -39,6 +39,7 @@ class AsyncLink:
         self.lane = 0  # number among its session's connections
         # Told of calls that were given up in the middle, to cancel them at the server.
         self.on_abandoned: Callable[[int, list[int]], object] | None = None
+        self.on_tick: Callable[[], object] | None = None  # called ten times a second
         self.loop = asyncio.get_running_loop()
         self._writing = False
         self._descriptor = wire.sock.fileno()
@@ -114,6 +115,8 @@ class AsyncLink:
 
     def housekeeping(self) -> None:
         """Send the frees that finalizers noted, every tenth of a second while there are any."""
+        if self.on_tick is not None:
+            self.on_tick()
         if self.wire.ended is not None or self.loop.is_closed():
             return
         if self.garbage:
@@ -122,6 +125,13 @@ class AsyncLink:
                 if not self._writing:
                     self._flush()
         self._housekeeper = self.loop.call_later(_FLUSH_EVERY, self.housekeeping)
+
+    def fail(self, error: RpcError) -> None:
+        """End the connection with ``error`` for everybody who waits."""
+        with self.wire.lock:
+            if self.wire.ended is None:
+                self.wire.fail(error)
+            self._check_ended()
 
     def close(self) -> None:
         """Say goodbye and close; idempotent, never waits."""

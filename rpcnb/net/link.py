@@ -26,6 +26,7 @@ from rpcnb.protocol.shortcut import write_call
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from rpcnb.errors import RpcError
     from rpcnb.protocol.messages import Request
 
 __all__ = ["NO_DEADLINE", "Deadline", "Link"]
@@ -79,6 +80,7 @@ class Link:
         self.lane = 0  # number among its session's connections
         # Told of calls that were given up in the middle, to cancel them at the server.
         self.on_abandoned: Callable[[int, list[int]], object] | None = None
+        self.on_tick: Callable[[], object] | None = None  # called ten times a second
         # Pending operations whose reply has come; resumed by whoever received it, outside the lock.
         self.ready: deque[Any] = deque()
         self._pumping = False
@@ -376,7 +378,9 @@ class Link:
             return selectors.EVENT_READ | (selectors.EVENT_WRITE if blocked else 0)
 
     def housekeeping(self) -> None:
-        """Send the frees that finalizers noted."""
+        """Look after the session, and send the frees that finalizers noted."""
+        if self.on_tick is not None:
+            self.on_tick()
         if not self.garbage:
             return
         with self.wire.lock:
@@ -387,6 +391,14 @@ class Link:
         self.settle_in_background()
 
     # -- end -----------------------------------------------------------------------------------------------------
+
+    def fail(self, error: RpcError) -> None:
+        """End the connection with ``error`` for everybody who waits."""
+        with self.wire.lock:
+            if self.wire.ended is None:
+                self.wire.fail(error)
+                self._signal()
+        self._resume_ready()
 
     def close(self) -> None:
         """Say goodbye and close; idempotent, never waits."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.session.aiolanes import AsyncLanes
+from rpcnb.net.link import Deadline
+from rpcnb.session.aiolanes import AsyncLanes, open_async
 from rpcnb.session.aiooperation import AsyncOperation, AsyncTransfer
 from rpcnb.session.base import SessionBase
 from rpcnb.session.moving import Moving, Progress, describe_upload, moving_array
@@ -51,21 +52,20 @@ class AsyncSession(SessionBase):
     _lanes: AsyncLanes | None
 
     def __init__(
-        self, link: AsyncLink, key: str, answer: KeyText, timeout: float | None = None, dialer: Dialer | None = None
+        self,
+        link: AsyncLink,
+        key: str,
+        answer: KeyText,
+        timeout: float | None = None,
+        dialer: Dialer | None = None,
+        lost_after: float | None = None,
     ) -> None:
-        super().__init__(link, key, answer, timeout)
-        self._dialer = dialer
         self._pending: dict[int, AsyncOperation] = {}
-        self._attach(link, answer)
+        super().__init__(link, key, answer, timeout, dialer, lost_after)
 
-    def _attach(self, link: AsyncLink, answer: KeyText) -> None:
-        """Begin to use a connection that has just been opened."""
-        ticket = "" if self._dialer is None else self._dialer.ticket(answer)
-        self._lanes = None
-        if ticket:
-            assert self._dialer is not None
-            self._lanes = AsyncLanes(self._dialer, ticket, self.name)
-            link.on_abandoned = self._lanes.cancel_at
+    def _make_lanes(self, ticket: str) -> AsyncLanes:
+        assert self._dialer is not None
+        return AsyncLanes(self._dialer, ticket, self.name)
 
     async def _run(
         self,
@@ -187,6 +187,14 @@ class AsyncSession(SessionBase):
         """Return the module of the server's statically linked functions."""
         module: AsyncRemoteModule = await self._run(self._ops.system_lib(), timeout, "system_lib")
         return module
+
+    async def reconnect(self, *, timeout: float | None = 10.0) -> None:
+        """Open the session again, under the same name; as :meth:`Session.reconnect`."""
+        self._detach()
+        assert self._dialer is not None
+        link, answer = await open_async(self._dialer, Deadline(timeout, f"connect to {self.peer}"))
+        self._attach(link, answer)
+        self._opened()
 
     async def close(self) -> None:
         """End the session; the server releases everything it held. Idempotent; never waits."""

@@ -16,6 +16,8 @@ from rpcnb.session.control import CONTROL_LANE, Control, LanesBase, look_up_cont
 from rpcnb.session.lanes import OPEN_SECONDS, Dialer, make_wire
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rpcnb.protocol.flows import Flow
     from rpcnb.protocol.handshake import KeyText
     from rpcnb.session.control import Route
@@ -144,15 +146,24 @@ class AsyncLanes(LanesBase):
         """Cancel requests of a connection at the server, without waiting: the control lane may have to be opened."""
         if self.opened is not None:
             self.opened.cancel_at(lane, ordinals)
-        elif not self.refused and not self.closed:
-            task = asyncio.ensure_future(self._open_and_cancel(lane, ordinals))
+        else:
+            self._do_soon(lambda control: control.cancel_at(lane, ordinals))
+
+    def open_soon(self) -> None:
+        """Open the control lane without waiting for it."""
+        if not self._lock.locked():
+            self._do_soon(lambda _: None)
+
+    def _do_soon(self, use: Callable[[Control], object]) -> None:
+        async def open_and_use() -> None:
+            control = await self.control()
+            if control is not None:
+                use(control)
+
+        if not self.refused and not self.closed:
+            task = asyncio.ensure_future(open_and_use())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-
-    async def _open_and_cancel(self, lane: int, ordinals: list[int]) -> None:
-        control = await self.control()
-        if control is not None:
-            control.cancel_at(lane, ordinals)
 
     def close(self) -> None:
         """End all lanes."""

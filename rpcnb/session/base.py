@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rpcnb import events
-from rpcnb.errors import SessionClosed, SessionTimeout
+from rpcnb.errors import LocalProtocolError, SessionClosed, SessionLost, SessionTimeout
 from rpcnb.protocol.endpoint import State
+from rpcnb.session.life import Life
 from rpcnb.session.operations import Operations
 from rpcnb.session.order import Order
 from rpcnb.session.remote import FunctionNames
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from rpcnb.protocol.handshake import KeyText
     from rpcnb.protocol.messages import Request
     from rpcnb.session.control import LanesBase
+    from rpcnb.session.lanes import Dialer
 
 __all__ = ["SessionBase"]
 
@@ -41,18 +45,56 @@ class SessionBase:
     _types: tuple[Any, Any, Any, Any, Any]
     _lanes: LanesBase | None = None
 
-    def __init__(self, link: Any, key: str, answer: KeyText, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        link: Any,
+        key: str,
+        answer: KeyText,
+        timeout: float | None = None,
+        dialer: Dialer | None = None,
+        lost_after: float | None = None,
+    ) -> None:
         self.name = f"session-{next(_numbers)}"
         self.peer: str = link.peer
         self.timeout = timeout
-        self._link = link
         self._key = key
+        self._dialer = dialer
+        self._lost_after = lost_after
+        self._epoch = 0  # how often it has been opened again: older handles are stale
         self.observers = events.Observers(events.observers)
         self._order = Order()
         self.peak_bytes = 0
+        self._attach(link, answer)
+
+    def _attach(self, link: Any, answer: KeyText) -> None:
+        """Begin to use a connection that has just been opened."""
+        self._link = link
         self._told_end = False
         self._held = 0  # bytes of tensors allocated and not freed
+        self._life = Life(self._lost_after)
         self._ops = Operations(self, self._types, link.peer, answer, link.garbage)
+        self._ops.through_stock = not self.is_rpcnb and self._dialer is not None and self._dialer.hops
+        self._lanes = None
+        ticket = "" if self._dialer is None else self._dialer.ticket(answer)
+        if ticket:
+            self._lanes = self._make_lanes(ticket)
+            link.on_abandoned = self._lanes.cancel_at
+        link.on_tick = partial(_look, weakref.ref(self))
+
+    def _make_lanes(self, ticket: str) -> Any:
+        """Return what opens the session's lanes."""
+        raise NotImplementedError
+
+    def _detach(self) -> None:
+        """Give up the connections before the session is opened again; what is pending learns of it."""
+        if self._dialer is None:
+            raise LocalProtocolError("this session has no address to connect to")
+        self._epoch += 1
+        error = SessionLost(f"{self.name} was opened again; nothing is repeated by itself")
+        if self._lanes is not None:
+            self._lanes.fail(error)
+        self._link.fail(error)
+        self._link.close()
 
     @property
     def key(self) -> str:
@@ -71,8 +113,14 @@ class SessionBase:
 
     @property
     def state(self) -> str:
-        """``ready``, ``busy``, ``draining`` (replies to abandoned requests are owed), ``lost`` or ``closed``."""
+        """``ready``, ``busy``, ``draining``, ``unresponsive``, ``lost`` or ``closed``.
+
+        ``draining``: replies to abandoned requests are owed. ``unresponsive``: the server owes something and has been
+        silent for 40 s; calls go on waiting.
+        """
         wire = self._link.wire
+        if wire.ended is None and self._life.silent:
+            return "unresponsive"
         if wire.ended is not None:
             return "closed" if isinstance(wire.ended, SessionClosed) else "lost"
         tickets = [*wire.tickets, *(self._lanes.owed() if self._lanes is not None else ())]
@@ -192,3 +240,10 @@ class SessionBase:
         kind = "rpcnb" if self.is_rpcnb else "stock TVM"
         key = f", key {self.server_key!r}" if self.server_key else ""
         return f"<{type(self).__name__} {self.name}: {self.peer}{key}, {kind}, {self.state}>"
+
+
+def _look(session: weakref.ref[SessionBase]) -> None:
+    """Look after a session, unless it has been dropped."""
+    found = session()
+    if found is not None:
+        found._life.look(found)

@@ -264,6 +264,25 @@ class LanesBase:
             *(() if control is None else control.owed()),
         ]
 
+    def links(self) -> list[Any]:
+        """Return the open connections."""
+        control = self.opened
+        return [*self.bulk_links, *([] if control is None else [control.link])]
+
+    def open_soon(self) -> None:
+        """Open the control lane without waiting for it."""
+        raise NotImplementedError
+
+    def cancel_at(self, lane: int, ordinals: list[int]) -> None:
+        """Cancel requests of a connection at the server, without waiting."""
+        raise NotImplementedError
+
+    def fail(self, error: RpcError) -> None:
+        """End all lanes with the session, which was lost."""
+        self.closed = True
+        for link in self.links():
+            link.fail(error)
+
     def close(self) -> None:
         """End all lanes."""
         self.closed = True

@@ -23,6 +23,7 @@ from rpcnb.session.control import CONTROL_LANE, Control, LanesBase, look_up_cont
 from rpcnb.session.running import run_flow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from socket import socket
 
     from rpcnb.net.address import Address
@@ -155,10 +156,19 @@ class Lanes(LanesBase):
         """Cancel requests of a connection at the server, without waiting: the control lane may have to be opened."""
         if self.opened is not None:
             self.opened.cancel_at(lane, ordinals)
-        elif not self.refused and not self.closed:
-            threading.Thread(target=self._open_and_cancel, args=(lane, ordinals), daemon=True).start()
+        else:
+            self._do_soon(lambda control: control.cancel_at(lane, ordinals))
 
-    def _open_and_cancel(self, lane: int, ordinals: list[int]) -> None:
-        control = self.control()
-        if control is not None:
-            control.cancel_at(lane, ordinals)
+    def open_soon(self) -> None:
+        """Open the control lane without waiting for it."""
+        if not self._lock.locked():
+            self._do_soon(lambda _: None)
+
+    def _do_soon(self, use: Callable[[Control], object]) -> None:
+        def open_and_use() -> None:
+            control = self.control()
+            if control is not None:
+                use(control)
+
+        if not self.refused and not self.closed:
+            threading.Thread(target=open_and_use, name="rpcnb-lane", daemon=True).start()

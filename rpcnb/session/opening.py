@@ -36,10 +36,9 @@ def _prepare(
     return address, ClientKey(address.key, session_timeout, token, extensions)
 
 
-def _opened(session: S, constructor: Sequence[Any] | None) -> S:
-    """Tell a session how it was opened."""
+def _opened(session: S) -> S:
+    """Tell the observers that a session was opened."""
     session._opened()
-    session._ops.through_stock = not session.is_rpcnb and next(iter(constructor or ()), "") == "rpc.Connect"
     return session
 
 
@@ -55,6 +54,7 @@ def connect(
     timeout: float | None = 10.0,
     extensions: bool = True,
     lanes: int = 3,
+    lost_after: float | None = None,
 ) -> Session:
     """Open a session with an RPC server, rpcnb's or stock TVM's.
 
@@ -71,6 +71,8 @@ def connect(
         extensions: Offer rpcnb's extensions; False makes us stock to the byte.
         lanes: Further connections that the session may open to an rpcnb server when it needs them: one for calls that
             overlap and for cancelling, two for bulk copies beside calls. 0: everything on one connection.
+        lost_after: Seconds of silence, while the server owes something, after which the session is lost; by default
+            it is ``unresponsive`` after 40 s and calls go on waiting.
 
     Raises:
         ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are
@@ -85,7 +87,7 @@ def connect(
         link, answer = dialer.open(deadline, guard)
     if enable_logging:
         log.debug("session with %s opened, key %r", address, address.key)
-    return _opened(Session(link, address.key, answer, dialer=dialer), session_constructor_args)
+    return _opened(Session(link, address.key, answer, dialer=dialer, lost_after=lost_after))
 
 
 async def connect_async(
@@ -100,6 +102,7 @@ async def connect_async(
     timeout: float | None = 10.0,
     extensions: bool = True,
     lanes: int = 3,
+    lost_after: float | None = None,
 ) -> AsyncSession:
     """Open an awaited session in the running event loop; arguments and errors as :func:`connect`."""
     from rpcnb.session.aio import AsyncSession
@@ -110,4 +113,4 @@ async def connect_async(
     link, answer = await open_async(dialer, Deadline(timeout, f"connect to {address}"))
     if enable_logging:
         log.debug("session with %s opened, key %r", address, address.key)
-    return _opened(AsyncSession(link, address.key, answer, dialer=dialer), session_constructor_args)
+    return _opened(AsyncSession(link, address.key, answer, dialer=dialer, lost_after=lost_after))

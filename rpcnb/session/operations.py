@@ -155,6 +155,7 @@ class Operations:
     def call(self, function: RemoteHandle, args: tuple[Any, ...]) -> Flow[Any]:
         """Call a remote function; arrays among the arguments are uploaded for the call."""
         handle = function.handle
+        self.own(function)
         for value in args:
             if type(value) not in _PLAIN:
                 return self._call_with_objects(handle, args)
@@ -232,6 +233,12 @@ class Operations:
     def _own(self, index: int, value: Any, what: str) -> None:
         if value.session is not self.session:
             raise ArgumentError(index, f"a {what} of another session")
+        self.own(value)
+
+    def own(self, thing: Any) -> None:
+        """Raise StaleHandle for something of before a reconnect; nothing has been sent."""
+        if thing.epoch != self.session._epoch:
+            raise StaleHandle(f"{thing!r} is of before {self.session.name} was opened again; get it anew")
 
     def wrap(self, result: Result) -> Any:
         """Turn a call's result into what the user holds."""
@@ -368,8 +375,8 @@ class Operations:
         if one.nbytes:
             yield from flows.copy_among_remote(one, other)
 
-    @staticmethod
-    def _live(tensor: RemoteTensor) -> TensorMeta:
+    def _live(self, tensor: RemoteTensor) -> TensorMeta:
+        self.own(tensor)
         if tensor.freed:
             raise StaleHandle("this tensor was freed before")
         return tensor.meta

@@ -44,11 +44,12 @@ __all__ = [
 class RemoteHandle:
     """Something at the server that this process holds one reference to."""
 
-    __slots__ = ("__weakref__", "handle", "session")
+    __slots__ = ("__weakref__", "epoch", "handle", "session")
 
     def __init__(self, session: Any, handle: int) -> None:
         self.session = session
         self.handle = handle
+        self.epoch = session._epoch
 
     def free(self) -> None:
         """Release it at the server now (with the next request) instead of at garbage collection.
@@ -63,7 +64,7 @@ class RemoteHandle:
 
     def _release(self) -> None:
         handle, self.handle = self.handle, 0
-        if handle:
+        if handle and self.epoch == self.session._epoch:
             self.session._note(release_handle(handle))
 
     def __del__(self) -> None:
@@ -86,6 +87,7 @@ class _Function(RemoteHandle):
         self.session = session
         self.handle = handle
         self.name = name
+        self.epoch = session._epoch
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name or 'unnamed'!r}, {self.session.name})"
@@ -113,7 +115,7 @@ class RemoteFunction(_Function):
             DeadlineExceeded: It took longer than ``timeout``.
         """
         session = self.session
-        if timeout is None and session.timeout is None and not session.observers:
+        if timeout is None and session.timeout is None and self.epoch == session._epoch and not session.observers:
             ticket = session._link.call(self.handle, args)  # the short way, if nothing speaks against it
             if ticket is not None:
                 if ticket.value is not NOT_PLAIN:
@@ -151,6 +153,7 @@ class RemoteFunction(_Function):
         if window < 1:
             raise ValueError(f"expected a window of at least 1, got {window}")
         ops = self.session._ops
+        ops.own(self)
         if self.handle & 1 and self.session._lanes is not None:
             results = self._map_overlapping(zip(*iterables), window, timeout)  # noqa: B905  # as the built-in
             return results if return_errors else raise_first(results)
@@ -312,13 +315,14 @@ class _Tensor:
         defined: False after a copy into it was given up half-way.
     """
 
-    __slots__ = ("__weakref__", "_handle", "_owner", "defined", "freed", "meta", "session")
+    __slots__ = ("__weakref__", "_handle", "_owner", "defined", "epoch", "freed", "meta", "session")
 
     def __init__(self, session: Any, meta: TensorMeta, handle: int = 0, owner: _Tensor | None = None) -> None:
         self.session = session
         self.meta = meta
         self._handle = handle  # of a tensor that a call returned; 0 for memory of our own
         self._owner = owner  # the tensor that a view keeps alive
+        self.epoch = session._epoch
         self.freed = False
         self.defined = True
 
@@ -389,7 +393,7 @@ class _Tensor:
         if self.freed:
             return
         self.freed = True
-        if self._owner is None:
+        if self._owner is None and self.epoch == self.session._epoch:
             if not self._handle:
                 self.session._count_memory(-self.meta.nbytes)
             note(release_handle(self._handle) if self._handle else release_data(self.meta))

@@ -73,24 +73,27 @@ class Session(SessionBase):
     _lanes: Lanes | None
 
     def __init__(
-        self, link: Any, key: str, answer: KeyText, timeout: float | None = None, dialer: Dialer | None = None
+        self,
+        link: Any,
+        key: str,
+        answer: KeyText,
+        timeout: float | None = None,
+        dialer: Dialer | None = None,
+        lost_after: float | None = None,
     ) -> None:
-        super().__init__(link, key, answer, timeout)
-        self._dialer = dialer
         self._pending: dict[int, Pending] = {}
         self._transfers_from = _BLOCKING_BULK  # bytes from which a blocking copy is a Transfer
-        self._attach(link, answer)
+        super().__init__(link, key, answer, timeout, dialer, lost_after)
 
     def _attach(self, link: Any, answer: KeyText) -> None:
         """Begin to use a connection that has just been opened."""
-        ticket = "" if self._dialer is None else self._dialer.ticket(answer)
-        self._lanes = None
-        if ticket:
-            assert self._dialer is not None
-            self._lanes = Lanes(self._dialer, ticket, self.name)
-            link.on_abandoned = self._lanes.cancel_at
+        super()._attach(link, answer)
         iothread.IO_THREAD.watch(link)
         self._finalizer = weakref.finalize(self, _drop, link, self._lanes)
+
+    def _make_lanes(self, ticket: str) -> Lanes:
+        assert self._dialer is not None
+        return Lanes(self._dialer, ticket, self.name)
 
     def _run(
         self,
@@ -314,6 +317,23 @@ class Session(SessionBase):
         """Return the module of the server's statically linked functions."""
         module: RemoteModule = self._run(self._ops.system_lib(), timeout, "system_lib")
         return module
+
+    def reconnect(self, *, timeout: float | None = 10.0) -> None:
+        """Open the session again, under the same name: after it was lost, or to begin afresh.
+
+        Everything of before is gone at the server. Functions, tensors and modules of before raise ``StaleHandle``
+        before anything is sent; what was pending fails with ``SessionLost``; nothing is repeated by itself.
+
+        Raises:
+            ConnectFailed: The server is not to be had; the session stays lost, and this may be tried again.
+        """
+        self._detach()
+        self._finalizer.detach()
+        assert self._dialer is not None
+        with Guard() as guard:
+            link, answer = self._dialer.open(Deadline(timeout, f"connect to {self.peer}"), guard)
+        self._attach(link, answer)
+        self._opened()
 
     # -- end -----------------------------------------------------------------------------------------------------
 

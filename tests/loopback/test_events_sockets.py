@@ -19,7 +19,7 @@ Serve = Callable[..., Any]
 
 
 def names(seen: list[events.Event]) -> list[str]:
-    return [type(event).__name__ for event in seen]
+    return [type(event).__name__ for event in seen if type(event) is not events.SessionStateChanged]
 
 
 @pytest.fixture
