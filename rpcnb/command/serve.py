@@ -66,7 +66,8 @@ def _serve_until(stop: threading.Event, options: argparse.Namespace) -> int:
             write_atomically(Path(options.ready_file), _content(options, server, port, secret=False))
         if not options.silent:
             _announce(options, server, port)
-        while not stop.wait(3600):
+        # A signal may reach another thread than this one, whose wait it then does not end: so look now and then.
+        while not stop.wait(0.25):
             pass
     finally:
         if shaped is not None:

@@ -119,6 +119,8 @@ class SessionBase:
         silent for 40 s; calls go on waiting.
         """
         wire = self._link.wire
+        if self._told_end:
+            return "closed"
         if wire.ended is None and self._life.silent:
             return "unresponsive"
         if wire.ended is not None:

@@ -65,7 +65,7 @@ class Life:
                 lanes.fail(wire.ended)
         else:
             self._listen(session, wire, lanes)
-        if session.observers and session.state != self._told:
+        if session.observers and not session._told_end and session.state != self._told:
             before, self._told = self._told, session.state
             session._tell(events.SessionStateChanged, peer=session.peer, state=self._told, before=before)
 
