@@ -9,9 +9,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from typing import Any
 
-__all__ = ["Client", "Server", "pin_choices"]
+__all__ = ["Client", "Server", "open_peers", "pin_choices"]
 
 
 class _Process:
@@ -74,6 +75,16 @@ class Client(_Process):
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([case, *args]) + "\n")
         return self.read()
+
+
+def open_peers(stack: ExitStack, pin: str) -> dict[str, Client]:
+    """Start the servers and their clients: raw, ours, stock->ours and stock, each pair with processes of its own."""
+    server_cpu, client_cpu = pin_choices(pin)
+    ports = {kind: stack.enter_context(Server(kind, server_cpu)).port for kind in ("raw", "stock", "ours")}
+    pairs = {"raw": ("raw", "raw"), "ours": ("ours", "ours"), "stock->ours": ("stock", "ours"), "stock": ("stock",) * 2}
+    return {
+        name: stack.enter_context(Client(client, ports[server], client_cpu)) for name, (client, server) in pairs.items()
+    }
 
 
 def pin_choices(pin: str) -> tuple[int | None, int | None]:

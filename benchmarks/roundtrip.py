@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from benchmarks.peers import Client, Server, pin_choices
+from benchmarks.peers import Client, Server, open_peers, pin_choices
 from benchmarks.rounds import Ratios, machine, options, save, show
 
 CASES = (("null", 5000), ("small", 3000), ("lookup", 2000), ("pause", 10), ("connect", 10))
@@ -20,14 +20,8 @@ def main() -> None:
     server_cpu, client_cpu = pin_choices(chosen.pin)
     ratios = Ratios()
     with ExitStack() as stack:
-        servers = {kind: stack.enter_context(Server(kind, server_cpu)) for kind in ("raw", "stock", "ours")}
-        clients = {
-            "raw": stack.enter_context(Client("raw", servers["raw"].port, client_cpu)),
-            "ours": stack.enter_context(Client("ours", servers["ours"].port, client_cpu)),
-            "stock->ours": stack.enter_context(Client("stock", servers["ours"].port, client_cpu)),
-            # A stock server serves one session at a time: each of these two has a server of its own.
-            "stock": stack.enter_context(Client("stock", servers["stock"].port, client_cpu)),
-        }
+        clients = open_peers(stack, chosen.pin)
+        # A stock server serves one session at a time, so this pair has a server of its own.
         second = stack.enter_context(Server("stock", server_cpu))
         clients["ours->stock"] = stack.enter_context(Client("ours", second.port, client_cpu))
         for _ in range(rounds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 import sys
@@ -70,6 +71,10 @@ def _ours() -> None:
     @rpcnb.register_func("bench.async")
     async def add_later(*args: Any) -> int:
         return 1
+
+    @rpcnb.register_func("bench.sleep")
+    async def sleep() -> None:
+        await asyncio.sleep(0.1)
 
     sys.setswitchinterval(0.0005)
     server = rpcnb.Server(port=0, silent=True)

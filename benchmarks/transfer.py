@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from benchmarks.peers import Client, Server, pin_choices
+from benchmarks.peers import Client, Server, open_peers, pin_choices
 from benchmarks.rounds import Ratios, machine, options, save, show
 
 SIZES = ((64 << 10, 200), (1 << 20, 50), (64 << 20, 3))
@@ -21,13 +21,7 @@ def main() -> None:
     server_cpu, client_cpu = pin_choices(chosen.pin)
     ratios = Ratios()
     with ExitStack() as stack:
-        servers = {kind: stack.enter_context(Server(kind, server_cpu)) for kind in ("raw", "stock", "ours")}
-        clients = {
-            "raw": stack.enter_context(Client("raw", servers["raw"].port, client_cpu)),
-            "ours": stack.enter_context(Client("ours", servers["ours"].port, client_cpu)),
-            "stock->ours": stack.enter_context(Client("stock", servers["ours"].port, client_cpu)),
-            "stock": stack.enter_context(Client("stock", servers["stock"].port, client_cpu)),
-        }
+        clients = open_peers(stack, chosen.pin)
         for _ in range(rounds):
             for size, count in SIZES:
                 for way in ("up", "down"):

@@ -57,6 +57,8 @@ class AsyncLink:
                 self._flush()
         return ticket
 
+    send_soon = send  # a loop's turn sends many at once as it is
+
     def _flush(self) -> None:
         """Send; then watch for writability exactly while something is left."""
         blocked = not self.wire.flush()

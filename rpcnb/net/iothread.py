@@ -121,9 +121,7 @@ class IOThread:
                         with contextlib.suppress(BlockingIOError):
                             os.read(wake, 4096)
                     else:
-                        with contextlib.suppress(KeyError, ValueError):  # closed and replaced meanwhile
-                            selector.unregister(key.fileobj)
-                        self._do(partial(self._drive, selector, key.data))
+                        self._do(partial(self._drive, selector, key.data, key))
                 while self._arrivals:
                     self._do(partial(self._drive, selector, self._arrivals.popleft()))
                 while self._calls:
@@ -159,12 +157,14 @@ class IOThread:
         except Exception:
             log.exception("%s failed in the I/O thread", getattr(function, "__qualname__", function))
 
-    def _drive(self, selector: selectors.BaseSelector, link: Link) -> None:
-        """Move bytes of an adopted link, and watch it again if more is to come."""
+    def _drive(self, selector: selectors.BaseSelector, link: Link, key: selectors.SelectorKey | None = None) -> None:
+        """Move bytes of an adopted link, and watch it further if more may come."""
         events = link.step_in_background()
+        if key is not None and events == key.events:
+            return
+        with contextlib.suppress(KeyError, ValueError):  # closed and replaced meanwhile
+            selector.unregister(link.wire.sock if key is None else key.fileobj)
         if events and link.wire.sock.fileno() >= 0:
-            with contextlib.suppress(KeyError, ValueError):
-                selector.unregister(link.wire.sock)
             with contextlib.suppress(OSError, ValueError):  # another thread closed it just now
                 selector.register(link.wire.sock, events, link)
 

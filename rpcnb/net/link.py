@@ -15,6 +15,7 @@ import select
 import selectors
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import DeadlineExceeded
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["NO_DEADLINE", "Deadline", "Link"]
 
 _FOREVER = 3600.0
+_TOGETHER = 32  # requests that wait for a reply to leave together
 
 
 class Deadline:
@@ -73,6 +75,8 @@ class Link:
         wire: The connection.
     """
 
+    quick = True  # there is a short way for plain calls
+
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.peer = wire.peer
@@ -85,6 +89,7 @@ class Link:
         self.ready: deque[Any] = deque()
         self._pumping = False
         self._adopted = False
+        self._let_go = False  # a caller has pumped meanwhile: the I/O thread need not watch a link with nothing owed
         self._sleepers: deque[_thread.LockType] = deque()
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -108,6 +113,36 @@ class Link:
             if blocked:
                 self._watch_writability()
         return ticket
+
+    def send_soon(self, request: Request) -> Ticket:
+        """Queue ``request``; while replies are owed it leaves with others, at the latest with the next reply."""
+        wire = self.wire
+        with wire.lock:
+            if self.garbage:
+                wire.queue_garbage()
+            alone = not wire.tickets
+            ticket = wire.queue(request)
+            if (alone or len(wire.out) >= _TOGETHER) and not wire.flush():
+                self._watch_writability()
+        return ticket
+
+    def submit_call(self, packet: bytes, operation: Any) -> None:
+        """Send a plain call soon, as ``operation.ticket``; whoever receives its reply calls ``operation.resume()``."""
+        wire = self.wire
+        with Guard():
+            with wire.lock:
+                if self.garbage:
+                    wire.queue_garbage()
+                alone = not wire.tickets
+                ticket = operation.ticket = wire.queue_call(packet)
+                ticket.waker = partial(self.ready.append, operation)
+                if (alone or len(wire.out) >= _TOGETHER) and not wire.flush():
+                    self._watch_writability()
+                adopt = not (self._pumping or self._adopted) and wire.ended is None
+                if adopt:
+                    self._adopted = True
+            if adopt or wire.ended is not None:
+                iothread.IO_THREAD.adopt(self)
 
     def _watch_writability(self) -> None:
         """Something could not be sent at once: whoever polls must watch for writability. Lock held."""
@@ -151,6 +186,7 @@ class Link:
                 blocked = None
             else:
                 self._pumping = True
+                self._let_go = self._adopted
                 blocked = not wire.flush()
         try:
             if blocked is not None:
@@ -178,6 +214,7 @@ class Link:
                     return None
                 ticket = wire.send_call(packet)
                 self._pumping = True
+                self._let_go = self._adopted
             try:
                 if not wire.out and not ticket.done and wire.waits_in_receive and self._receive_value(wire):
                     return ticket
@@ -204,7 +241,7 @@ class Link:
         if count < 0:
             return False
         with wire.lock:
-            if wire.ended is None and wire.take_value(view, count) and not (wire.out or self._sleepers):
+            if wire.ended is None and wire.take_value(view, count) and not (wire.out or self._sleepers or self.ready):
                 self._pumping = False
                 return True
         return False
@@ -228,6 +265,7 @@ class Link:
                     self._sleepers.append(gate)
                 else:
                     self._pumping = True
+                    self._let_go = self._adopted
                     if ticket.request is None:  # of a pending operation, which may end without any reply
                         ticket.waker = self._signal
             if gate is not None:
@@ -351,7 +389,8 @@ class Link:
             adopt = self.wire.busy and not self._pumping and not self._adopted and self.wire.ended is None
             if adopt:
                 self._adopted = True
-        if adopt or self.ready:
+            forgotten = self.ready and (not self._adopted or self.wire.ended is not None)
+        if adopt or forgotten:
             iothread.IO_THREAD.adopt(self)
 
     # -- in the I/O thread ---------------------------------------------------------------------------------------
@@ -366,22 +405,24 @@ class Link:
 
     def _step(self) -> int:
         with self.wire.lock:
-            if self._pumping or self.wire.ended is not None:
+            wire = self.wire
+            if not (self._pumping or wire.ended is not None):
+                wire.fill()
+                blocked = wire.ended is None and not wire.flush()
+                # It stays watched with nothing owed, so that the next submitted call needs no word to this thread.
+                self._adopted = wire.ended is None and (wire.busy or not self._let_go)
+            else:
                 self._adopted = False
+            if not self._adopted:
+                self._let_go = False
                 return 0
-            self.wire.fill()
-            blocked = self.wire.ended is None and not self.wire.flush()
-            if self.wire.ended is not None or not self.wire.busy:
-                self._adopted = False
-                return 0
-            self._adopted = True
             return selectors.EVENT_READ | (selectors.EVENT_WRITE if blocked else 0)
 
     def housekeeping(self) -> None:
         """Look after the session, and send the frees that finalizers noted."""
         if self.on_tick is not None:
             self.on_tick()
-        if not self.garbage:
+        if not self.garbage and not self.wire.out:
             return
         with self.wire.lock:
             if self._pumping:

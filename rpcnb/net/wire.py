@@ -178,6 +178,23 @@ class Wire:
             self.out.append((memoryview(packet)[sent:], None))
         return ticket
 
+    def queue_call(self, packet: bytes) -> Ticket:
+        """Queue a call whose packet has been made by the short way.
+
+        Raises:
+            SessionLost: The connection has ended; or SessionClosed, SessionTimeout.
+        """
+        if self.ended is not None:
+            raise self.ended
+        self.endpoint.note_sent(_CALL)
+        ticket = Ticket(_CALL)
+        ticket.value = NOT_PLAIN
+        self.requests += 1
+        ticket.ordinal = self.requests
+        self.tickets.append(ticket)
+        self.out.append((packet, None))
+        return ticket
+
     def queue_calls(self, handle: int, calls: list[tuple[Any, ...]]) -> list[Ticket]:
         """Queue many calls of one function, plain ones by the short way and all in as few buffers as can be.
 

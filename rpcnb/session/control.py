@@ -334,7 +334,7 @@ class Route:
         """Send a request; returns its ticket."""
         if self.control is not None and may_answer_later(request):
             return self.control.start(request, self.seconds())  # type: ignore[arg-type]  # a call
-        ticket: Ticket = self.link.send(request)
+        ticket: Ticket = self.link.send_soon(request) if type(request) is CallFunc else self.link.send(request)
         return ticket
 
     def send_calls(self, step: SendCalls) -> list[Ticket]:

@@ -52,6 +52,8 @@ class _Pipe:
 class _LocalLink:
     """The way to an event handler in a thread of its own, so that any wait can be interrupted."""
 
+    quick = False  # there is no short way for plain calls
+
     def __init__(self, environment: Environment) -> None:
         self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.peer = "this process"
@@ -96,6 +98,8 @@ class _LocalLink:
             ticket = self.wire.queue(request)
             self.wire.flush()
         return ticket
+
+    send_soon = send
 
     def call(self, handle: int, args: tuple[Any, ...]) -> Ticket | None:
         return None  # there is no short way

@@ -127,8 +127,8 @@ class RemoteFunction(_Function):
 
     def submit(self, *args: Any, timeout: float | None = None) -> Pending:
         """Start a call and return at once; arguments as for a call."""
-        pending: Pending = self.session.submit(self, *args, timeout=timeout)
-        return pending
+        pending: Pending | None = self.session._submit_plainly(self, args) if timeout is None else None
+        return pending or self.session.submit(self, *args, timeout=timeout)
 
     def map(
         self, *iterables: Iterable[Any], window: int = 256, timeout: float | None = None, return_errors: bool = False

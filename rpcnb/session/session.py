@@ -30,11 +30,13 @@ from rpcnb.errors import DeadlockError
 from rpcnb.net import iothread
 from rpcnb.net.interrupt import TICK, Guard
 from rpcnb.net.link import NO_DEADLINE, Deadline
+from rpcnb.protocol.shortcut import write_call
 from rpcnb.session.base import SessionBase
 from rpcnb.session.lanes import Lanes
 from rpcnb.session.moving import BULK, Moving, Progress, describe_upload, moving_array
 from rpcnb.session.order import names_of
 from rpcnb.session.pending import Pending, Work, record
+from rpcnb.session.plaincall import PlainCall
 from rpcnb.session.remote import (
     RemoteDevice,
     RemoteFunction,
@@ -150,6 +152,14 @@ class Session(SessionBase):
             raise
         watch.ended(None)
         return result
+
+    def _submit_plainly(self, function: RemoteFunction, args: tuple[Any, ...]) -> Pending | None:
+        """Submit a call of a plain function with plain arguments the short way, unless something speaks against it."""
+        overlaps = function.handle & 1 and self._lanes is not None
+        if overlaps or self.timeout is not None or function.epoch != self._epoch or self.observers:
+            return None
+        packet = write_call(function.handle, args)
+        return None if packet is None or not self._link.quick else PlainCall(self, function, packet)
 
     def _user_of(self, thing: Any) -> Pending | None:
         return next((pending for pending in list(self._pending.values()) if pending.keeps is thing), None)
