@@ -112,6 +112,10 @@ class AsyncLink:
         ticket.waker = lambda: self.loop.call_soon(operation.resume)
         return False
 
+    def soon(self, seconds: float, function: Callable[[], object]) -> None:
+        """Call ``function`` after some time."""
+        self.loop.call_later(seconds, function)
+
     def settle_in_background(self) -> None:
         """Nothing is to be done: the loop receives what is owed."""
 

@@ -144,6 +144,10 @@ class Link:
             if adopt or wire.ended is not None:
                 iothread.IO_THREAD.adopt(self)
 
+    def soon(self, seconds: float, function: Callable[[], object]) -> None:
+        """Call ``function`` in the I/O thread after some time."""
+        iothread.IO_THREAD.call_at(time.monotonic() + seconds, function)
+
     def _watch_writability(self) -> None:
         """Something could not be sent at once: whoever polls must watch for writability. Lock held."""
         if self._pumping:

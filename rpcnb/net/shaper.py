@@ -13,6 +13,7 @@ __all__ = ["Shaper", "parse_link"]
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
 _PIECE = 16 << 10
+_CREDIT = 0.01  # seconds
 _QUEUE = 64  # pieces on the way at most: the relay's memory is bounded
 
 
@@ -89,8 +90,9 @@ class Shaper:
         with contextlib.suppress(OSError):
             while data:
                 data = await reader.read(_PIECE)
-                free_at = max(free_at, loop.time()) + len(data) / self._rate
-                await on_the_way.put((free_at + self._latency, data))
+                # A sleep that took too long is made up for, else the link would be slower than it says.
+                free_at = max(free_at, loop.time() - _CREDIT) + len(data) / self._rate
+                await on_the_way.put((max(free_at, loop.time()) + self._latency, data))
                 if free_at - loop.time() > 0.005:
                     await asyncio.sleep(free_at - loop.time())
         await deliver

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import RemoteProtocolError, RpcError
@@ -36,6 +37,8 @@ _NAMES = (START, NEXT, CANCEL, CANCEL_AT)
 CONTROL_LANE = 1
 _BULK_LANES = (2, 3)
 _GRACE = 0.5  # seconds after its time at which the server ends a call whose client has not cancelled it
+_MOST_POLLS = 16  # on the way at once
+_BEHIND = (0.001, 0.003, 0.01)  # seconds between polls behind a burst of starts
 _AT_ONCE = 512  # requests that one cancel names
 
 
@@ -98,7 +101,11 @@ class Control:
         self._numbers = numbers
         self._calls: dict[int, StartedTicket] = {}
         self.answers = 0  # polls that were answered: the server lives
-        self._poll: Ticket | None = None
+        self._polls = 0  # on the way
+        self._asks = False  # it will be seen in a moment whether another is needed
+        self._started = 0  # ordinal of the last start
+        self._behind = 0  # ordinal of the last poll
+        self._ended = False
         self._ask()
 
     def start(self, request: CallFunc, seconds: float) -> StartedTicket:
@@ -121,10 +128,16 @@ class Control:
         except BaseException:
             del self._calls[ticket.number]
             raise
+        self._started = begun.ordinal
         operation = _Begun(self, ticket, begun)
         if self.link.resume_when_done(begun, operation):
             operation.resume()
         self.link.settle_in_background()
+        if not self._asks:
+            # The poll on the way gives way to the start; another behind the burst saves a round trip, and some more
+            # after it those of the outcomes that come a little later. On a fast link the answers come before.
+            self._asks = True
+            self.link.soon(_BEHIND[0], partial(self._ask_behind, 0, self.answers))
         return ticket
 
     def cancel(self, ticket: StartedTicket) -> None:
@@ -165,21 +178,31 @@ class Control:
 
     # -- the poll --------------------------------------------------------------------------------------------------
 
+    def _ask_behind(self, step: int, answers: int) -> None:
+        self._asks = False
+        if self._ended or self._polls >= _MOST_POLLS or (step and self.answers != answers):
+            return
+        if step or self._behind < self._started:
+            self._ask()
+            if step + 1 < len(_BEHIND):
+                self.link.soon(_BEHIND[step + 1], partial(self._ask_behind, step + 1, self.answers))
+
     def _ask(self) -> None:
         try:
-            self._poll = self.link.send(CallFunc(self._functions[NEXT], ()))
+            ticket = self.link.send(CallFunc(self._functions[NEXT], ()))
         except RpcError as error:
             self._end(error)
             return
-        if self.link.resume_when_done(self._poll, self):
-            self.resume()
+        self._polls += 1
+        self._behind = ticket.ordinal
+        poll = _Poll(self, ticket)
+        if self.link.resume_when_done(ticket, poll):
+            poll.resume()
         self.link.settle_in_background()
 
-    def resume(self) -> None:
-        """Take the outcomes that the poll has brought, and ask again."""
-        poll, self._poll = self._poll, None
-        if poll is None:
-            return
+    def take(self, poll: Ticket) -> None:
+        """Take the outcomes that a poll has brought, and ask again."""
+        self._polls -= 1
         poll.taken = True
         if poll.error is not None:
             self._end(poll.error)  # type: ignore[arg-type]  # a wire's
@@ -191,13 +214,17 @@ class Control:
             self._end(error)
             return
         self.answers += 1
-        self._ask()
+        if not self._polls:
+            self._ask()
         for number, reply in records:
             ticket = self._calls.get(number)
             if ticket is not None:
                 self.settle(ticket, reply)
 
     def _end(self, error: RpcError) -> None:
+        if self._ended:
+            return
+        self._ended = True
         self._on_end(error)
         for ticket in list(self._calls.values()):
             self.settle(ticket, None, error)
@@ -290,6 +317,19 @@ class LanesBase:
             self.opened.close()
         for link in self.bulk_links:
             link.close()
+
+
+class _Poll:
+    """What happens when the server has answered a poll."""
+
+    __slots__ = ("_control", "_ticket")
+
+    def __init__(self, control: Control, ticket: Ticket) -> None:
+        self._control = control
+        self._ticket = ticket
+
+    def resume(self) -> None:
+        self._control.take(self._ticket)
 
 
 class _Begun:
