@@ -254,6 +254,35 @@ def test_without_a_limit_a_copy_is_one_packet_of_the_callers_own_memory() -> Non
     assert asked[0].payload.obj is data.obj
 
 
+def test_a_pace_says_how_large_the_parts_are() -> None:
+    class Growing:
+        size = 4
+
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def moved(self, nbytes: int) -> None:
+            self.seen.append(nbytes)
+            self.size *= 2
+
+    pace, data = Growing(), memoryview(bytearray(48))
+    flow = flows.copy_to_remote(META, data, pace=pace)
+    step: Any = next(flow)
+    sizes: list[int] = []
+    try:
+        while True:
+            if isinstance(step, Send):
+                assert isinstance(step.request, CopyToRemote)
+                sizes.append(step.request.nbytes)
+                step = flow.send(len(sizes))
+            else:
+                step = flow.send(Return())
+    except StopIteration:
+        pass
+    assert sizes == [4, 4, 4, 4, 4, 8, 16, 4]
+    assert pace.seen == [4, 4, 4]
+
+
 def test_a_copy_of_nothing_sends_no_copy() -> None:
     assert run(flows.copy_to_remote(META, memoryview(b""))) == ([], None)
     assert run(flows.copy_from_remote(META, memoryview(bytearray()), limit=100, sync=True), Return()) == (
