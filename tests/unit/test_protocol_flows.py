@@ -280,7 +280,7 @@ def test_a_pace_says_how_large_the_parts_are() -> None:
     except StopIteration:
         pass
     assert sizes == [4, 4, 4, 4, 4, 8, 16, 4]
-    assert pace.seen == [4, 4, 4]
+    assert pace.seen == [4, 4, 4, 4]
 
 
 def test_a_copy_of_nothing_sends_no_copy() -> None:
