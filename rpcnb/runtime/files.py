@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import weakref
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,9 @@ def check_name(name: str) -> None:
     if bad:
         shown = name if len(name) <= 60 else f"{name[:57]}..."
         raise AccessDenied(f"file name {shown!r} is refused; expected a relative name inside the session's directory")
+
+
+_MOST_AT_ONCE = 16 << 20  # bytes of one part of a download
 
 
 class StoredFile:
@@ -101,6 +105,15 @@ class Upload:
             self._files.release(self._nbytes)
 
 
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Return the BLAKE2b digest of a file."""
+    found = blake2b(digest_size=20)
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            found.update(data)
+    return found.hexdigest()
+
+
 class SessionFiles:
     """The work directory of one session; made on first use.
 
@@ -116,6 +129,7 @@ class SessionFiles:
         self._sizes: dict[Path, int] = {}
         self._trusted = trusted_paths
         self._uploads: list[Upload] = []
+        self._parts: dict[str, tuple[Upload, int]] = {}  # files that arrive in parts, and how far they are
         self._closed = False
 
     @property
@@ -186,6 +200,59 @@ class SessionFiles:
         self.release(self._sizes.pop(path, 0))
         self._sizes[path] = stored.nbytes
 
+    def put(self, name: str, total: int, offset: int, data: Buffer) -> None:
+        """Write one part of a file that arrives in order; ``name`` appears with the last one.
+
+        Raises:
+            LimitExceeded: No room, or the parts do not fit together.
+        """
+        self.path(name)  # refused before anything is stored
+        if offset == 0:
+            self._drop_parts(name)
+            self._parts[name] = (self.begin_upload(total), 0)
+        upload, written = self._parts.get(name, (None, -1))
+        if upload is None or written != offset or offset + len(data) > total:
+            self._drop_parts(name)
+            raise LimitExceeded(f"part of {len(data)} bytes at {offset} of {total} does not follow {max(written, 0)}")
+        try:
+            upload.write(memoryview(data))
+        except LimitExceeded:
+            del self._parts[name]
+            raise
+        if offset + len(data) < total:
+            self._parts[name] = (upload, offset + len(data))
+            return
+        del self._parts[name]
+        self.write(name, upload.finish())
+
+    def _drop_parts(self, name: str) -> None:
+        upload, _ = self._parts.pop(name, (None, 0))
+        if upload is not None:
+            upload.abort()
+
+    def get(self, name: str, offset: int, nbytes: int) -> bytes:
+        """Return a part of a file."""
+        with open(self._existing(name), "rb") as file:
+            file.seek(offset)
+            return file.read(min(nbytes, _MOST_AT_ONCE))
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file."""
+        return self._existing(name).stat().st_size
+
+    def digest(self, name: str, nbytes: int) -> str:
+        """Return the BLAKE2b digest of a file if it has ``nbytes`` bytes; an empty text if not, or if there is none."""
+        path = self.path(name)
+        if not path.is_file() or path.stat().st_size != nbytes:
+            return ""
+        return file_digest(path)
+
+    def _existing(self, name: str) -> Path:
+        path = self.path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"Cannot open {path}: no such file in the session's directory")
+        return path
+
     def _store(self, data: Buffer) -> StoredFile:
         upload = self.begin_upload(len(data))
         upload.write(memoryview(data))
@@ -194,10 +261,7 @@ class SessionFiles:
 
     def read(self, name: str) -> bytes:
         """Return the content of ``name``."""
-        path = self.path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"Cannot open {path}: no such file in the session's directory")
-        return path.read_bytes()
+        return self._existing(name).read_bytes()
 
     def remove(self, name: str) -> None:
         """Delete ``name``; a file that is not there is no error, as in stock."""

@@ -117,9 +117,8 @@ class LocalServingSession(ServingSession):
     def _find_elsewhere(self, name: str) -> ServedFunction | None:
         from rpcnb.runtime.wellknown import find_well_known
 
-        if name.startswith("rpcnb."):
-            return self.calls.serve(name)
-        found = find_well_known(self, name)
+        found = self.calls.serve(name) if name.startswith("rpcnb.") else None
+        found = found or find_well_known(self, name)
         if found is not None:
             return found
         entry = self.environment.registry.get(f"__async.{name}")

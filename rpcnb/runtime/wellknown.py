@@ -44,6 +44,31 @@ def _listdir(session: LocalServingSession, name: str) -> str:
     return ",".join(session.files.listdir(name))
 
 
+def _put(session: LocalServingSession, name: str, total: int, offset: int, data: bytes) -> None:
+    session.files.put(name, total, offset, data)
+
+
+def _get(session: LocalServingSession, name: str, offset: int, nbytes: int) -> bytes:
+    return session.files.get(name, offset, nbytes)
+
+
+def _size(session: LocalServingSession, name: str) -> int:
+    return session.files.size(name)
+
+
+def _digest(session: LocalServingSession, name: str, nbytes: int) -> str:
+    return session.files.digest(name, nbytes)
+
+
+# Files in parts, between rpcnb peers; not listed among the functions.
+IN_PARTS: dict[str, Callable[..., Any]] = {
+    "rpcnb.put": _put,
+    "rpcnb.get": _get,
+    "rpcnb.size": _size,
+    "rpcnb.digest": _digest,
+}
+
+
 def need_native(session: LocalServingSession, what: str) -> None:
     """Raise AccessDenied unless native code was trusted to this server's clients."""
     if not session.environment.native:
@@ -195,6 +220,9 @@ WELL_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
 
 def find_well_known(session: LocalServingSession, name: str) -> ServedFunction | None:
     """Return a well-known function for this session, or an FFI global it may call, or None."""
+    part = IN_PARTS.get(name)
+    if part is not None:
+        return ServedFunction(name, functools.partial(part, session))
     found = WELL_KNOWN.get(name)
     if found is not None:
         function, run = found

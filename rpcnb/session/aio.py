@@ -157,10 +157,20 @@ class AsyncSession(SessionBase):
             self._ops.upload(data, target), timeout, "upload", moving=describe_upload(data, target), progress=progress
         )
 
-    async def download(self, path: str, *, timeout: float | None = None, progress: Progress | None = None) -> bytearray:
-        """Return the content of a file of the session's directory."""
+    async def download(
+        self,
+        path: str,
+        to: str | os.PathLike[str] | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> bytearray:
+        """Return the content of a file of the session's directory; or write it to the local file ``to`` as it comes.
+
+        With ``to`` nothing is returned but an empty bytearray, and the file is there whole or not at all.
+        """
         data: bytearray = await self._run(
-            self._ops.download(path), timeout, f"download {path}", moving=Moving("down", path, 0), progress=progress
+            self._ops.download(path, to), timeout, f"download {path}", moving=Moving("down", path, 0), progress=progress
         )
         return data
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import DeadlineExceeded
+from rpcnb.errors import DeadlineExceeded, RpcError
 from rpcnb.session.aiolanes import await_flow
 from rpcnb.session.control import Route, StartedTicket
 from rpcnb.session.moving import BULK
@@ -95,7 +95,7 @@ class AsyncOperation:
                 result = await asyncio.wait_for(self._perform(before), self._timeout)
         except BaseException as error:
             failure: BaseException = error
-            if isinstance(error, asyncio.TimeoutError) and not isinstance(error, DeadlineExceeded):
+            if isinstance(error, asyncio.TimeoutError) and not isinstance(error, RpcError):  # a session's time limit is
                 failure = DeadlineExceeded(self.function, time.monotonic() - self.submitted, self._timeout or 0.0)
             self._end(hold, failure)
             if watch is not None:

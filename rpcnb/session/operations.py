@@ -7,16 +7,20 @@ its methods return flows, which :class:`~rpcnb.session.session.Session` runs by 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import json
+import mmap
 import os
+from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rpcnb.errors import ArgumentError, CopyMismatch, FunctionNotFound, RemoteProtocolError, StaleHandle
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.messages import Syscall
+from rpcnb.runtime.files import file_digest
 from rpcnb.session.pace import WHOLE, Pace
 from rpcnb.values import (
     CPU,
@@ -34,7 +38,6 @@ from rpcnb.values import (
 )
 
 if TYPE_CHECKING:
-    from collections import deque
     from collections.abc import Sequence
 
     import numpy as np
@@ -48,6 +51,7 @@ __all__ = ["Operations"]
 
 T = TypeVar("T")
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None), DType})
+_PART, _PARTS_AHEAD = 2 << 20, 4  # of files: what is on the way is in memory
 _BYTES = (bytes, bytearray, memoryview)
 _ATTRIBUTES = {
     "exist": 0,
@@ -403,16 +407,76 @@ class Operations:
         if isinstance(data, (bytes, bytearray, memoryview)):
             if not target:
                 raise ArgumentError(1, "missing", "the name that the bytes get on the server")
-            blob = bytes(data)
+            blob: bytes | memoryview = bytes(data)
         else:
             path = os.fspath(data)
-            with open(path, "rb") as file:
-                blob = file.read()
             target = target or os.path.basename(path)
+            if self.is_rpcnb and os.path.getsize(path) > WHOLE:
+                yield from self._put(path, target)
+                return
+            with open(path, "rb") as file:
+                blob = _content(file)
         yield from self._ask("tvm.rpc.server.upload", target, blob)
 
-    def download(self, path: str) -> Flow[bytearray]:
-        """Return the content of a file of the session's directory."""
+    def _put(self, path: str, target: str) -> Flow[None]:
+        """Upload a large file in parts; nothing of it moves if the server has it already."""
+        with open(path, "rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            known = yield from self._ask("rpcnb.digest", target, total)
+            if known and known == file_digest(path):
+                return
+            put = yield from self.helper("rpcnb.put")
+            pace, offset = Pace(), 0
+            tickets: deque[tuple[Any, int]] = deque()
+            while offset < total:
+                data = file.read(min(pace.size, _PART, total - offset))
+                if not data:
+                    raise CopyMismatch(f"{path} has shrunk to {offset} of {total} bytes while it was uploaded")
+                tickets.append(((yield flows.Send(_call(put, target, total, offset, data))), len(data)))
+                offset += len(data)
+                if len(tickets) > _PARTS_AHEAD:
+                    yield from _arrived(tickets.popleft(), pace)
+            while tickets:
+                yield from _arrived(tickets.popleft(), pace)
+
+    def download(self, path: str, to: str | os.PathLike[str] | None = None) -> Flow[bytearray]:
+        """Return the content of a file of the session's directory, or write it to the local file ``to``."""
+        if to is None:
+            return (yield from self._content_of(path))
+        whole = os.fspath(to)
+        partial = f"{whole}.part"
+        try:
+            with open(partial, "wb") as file:
+                if self.is_rpcnb:
+                    yield from self._get(path, file)
+                else:
+                    file.write((yield from self._content_of(path)))
+            os.replace(partial, whole)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise
+        return bytearray()
+
+    def _get(self, path: str, file: Any) -> Flow[None]:
+        """Download in parts to a local file."""
+        total = _expect((yield from self._ask("rpcnb.size", path)), int, "a file's size")
+        get = yield from self.helper("rpcnb.get")
+        pace, offset = Pace(), 0
+        tickets: deque[tuple[Any, int]] = deque()
+        while offset < total or tickets:
+            if offset < total and len(tickets) <= _PARTS_AHEAD:
+                nbytes = min(pace.size, _PART, total - offset)
+                tickets.append(((yield flows.Send(_call(get, path, offset, nbytes))), nbytes))
+                offset += nbytes
+                continue
+            nbytes = tickets[0][1]
+            data = _expect((yield from _arrived(tickets.popleft(), pace)), _BYTES, "a part of a file")
+            if len(data) != nbytes:
+                raise CopyMismatch(f"{path} has changed at the server while it was downloaded")
+            file.write(data)
+
+    def _content_of(self, path: str) -> Flow[bytearray]:
         return bytearray(_expect((yield from self._ask("tvm.rpc.server.download", path)), _BYTES, "a file's bytes"))
 
     def remove(self, path: str) -> Flow[None]:
@@ -469,6 +533,20 @@ _TIMING = (
     "cache_flush_bytes",
     "f_preproc",
 )
+
+
+def _content(file: Any) -> bytes | memoryview:
+    """Return a file's content without reading it into memory, where it is large."""
+    if os.fstat(file.fileno()).st_size <= WHOLE:
+        found: bytes = file.read()
+        return found
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _arrived(part: tuple[Any, int], pace: Pace) -> Flow[Any]:
+    result = flows.call_result(flows.result_of((yield flows.Wait(part[0]))))
+    pace.moved(part[1])
+    return result
 
 
 def _call(function: RemoteHandle, *args: Value) -> Any:

@@ -297,10 +297,20 @@ class Session(SessionBase):
             self._ops.upload(data, target), timeout, "upload", moving=describe_upload(data, target), progress=progress
         )
 
-    def download(self, path: str, *, timeout: float | None = None, progress: Progress | None = None) -> bytearray:
-        """Return the content of a file of the session's directory."""
+    def download(
+        self,
+        path: str,
+        to: str | os.PathLike[str] | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> bytearray:
+        """Return the content of a file of the session's directory; or write it to the local file ``to`` as it comes.
+
+        With ``to`` nothing is returned but an empty bytearray, and the file is there whole or not at all.
+        """
         data: bytearray = self._run(
-            self._ops.download(path), timeout, f"download {path}", moving=Moving("down", path, 0), progress=progress
+            self._ops.download(path, to), timeout, f"download {path}", moving=Moving("down", path, 0), progress=progress
         )
         return data
 

@@ -14,7 +14,7 @@ from runtime_wire import Client
 from rpcnb.errors import AccessDenied, LimitExceeded, SessionClosed
 from rpcnb.protocol.codes import Limits
 from rpcnb.protocol.messages import CallFunc, Raised, Return, Shutdown
-from rpcnb.runtime.files import SessionFiles, StoredFile, Upload
+from rpcnb.runtime.files import SessionFiles, StoredFile, Upload, file_digest
 from rpcnb.runtime.serving import Environment
 
 REFUSED = [
@@ -266,3 +266,53 @@ def test_only_the_upload_function_gets_a_sink() -> None:
     assert isinstance(client.ask(CallFunc(12345, ("x", bytes(100_000)))), Raised)
     assert client.local.sink_for(upload, (), 5) is None
     client.send(Shutdown())
+
+
+# -- files in parts ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_in_parts_appears_with_its_last(tmp_path: Path) -> None:
+    files = SessionFiles(100)
+    files.put("a", 10, 0, b"01234")
+    assert files.listdir("") == []
+    files.put("a", 10, 5, b"56789")
+    assert files.read("a") == b"0123456789"
+    assert (files.size("a"), files.get("a", 3, 4)) == (10, b"3456")
+    assert files.digest("a", 9) == ""
+    assert files.digest("nothing", 9) == ""
+    (tmp_path / "same").write_bytes(b"0123456789")
+    assert files.digest("a", 10) == file_digest(tmp_path / "same")
+    with pytest.raises(FileNotFoundError):
+        files.size("nothing")
+    files.close()
+
+
+def test_parts_that_do_not_fit_are_refused_and_leave_nothing() -> None:
+    files = SessionFiles(100)
+    files.put("a", 10, 0, b"01234")
+    for offset, data in ((3, b"x"), (5, b"x"), (0, b"too long by one")):
+        with pytest.raises(LimitExceeded, match="does not follow"):
+            files.put("a", 10, offset, data)
+    files.put("b", 50, 0, b"x")
+    files.put("b", 60, 0, b"y")  # begun anew: the room of the first is free again
+    with pytest.raises(LimitExceeded, match="upload_quota"):
+        files.put("c", 90, 0, b"z")
+    with pytest.raises(AccessDenied):
+        files.put("../d", 1, 0, b"z")
+    files.close()
+
+
+def test_a_disk_that_is_full_ends_a_file_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = SessionFiles(100)
+    files.put("a", 10, 0, b"01234")
+
+    def full(self: object, data: memoryview) -> None:
+        raise LimitExceeded("cannot store the upload: No space left on device")
+
+    monkeypatch.setattr("rpcnb.runtime.files.Upload.write", full)
+    with pytest.raises(LimitExceeded, match="No space"):
+        files.put("a", 10, 5, b"56789")
+    monkeypatch.undo()
+    with pytest.raises(LimitExceeded, match="does not follow"):
+        files.put("a", 10, 5, b"56789")
+    files.close()
