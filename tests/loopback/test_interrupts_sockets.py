@@ -7,9 +7,12 @@ import gc
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -332,3 +335,14 @@ def test_a_session_of_a_server_that_dies_while_draining_is_lost() -> None:
         with pytest.raises(errors.SessionLost):
             session.get_function("f")
         session.close()
+
+
+@pytest.mark.parametrize("lanes", [3, 0])
+def test_c6_random_interrupts_lose_no_byte_at_either_end(lanes: int) -> None:
+    """A short run of what ``tests/soak/interrupts.py`` does 5,000 times, in a process of its own."""
+    script = Path(__file__).parents[1] / "soak" / "interrupts.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "150", str(lanes)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "150 interrupts" in done.stdout
