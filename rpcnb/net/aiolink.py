@@ -77,6 +77,8 @@ class AsyncLink:
     def _readable(self) -> None:
         with self.wire.lock:
             self.wire.fill()
+            if self.wire.out and not self._writing:
+                self._flush()  # what waited for a reply
             self._check_ended()
 
     def _check_ended(self) -> None:

@@ -106,6 +106,9 @@ class Wire:
         self.out: deque[tuple[Buffer, Ticket | None]] = deque()
         # Requests that release things; finalizers append here, without a lock and without I/O.
         self.garbage: deque[Request] = deque()
+        # Requests on the way at most; None for any number. Stock's event-driven servers stall behind a parked one.
+        self.depth: int | None = None
+        self.held: deque[list[tuple[Buffer, Ticket | None]]] = deque()  # requests that must not be sent yet
         self.ended: RpcError | None = None
         self.requests = 0  # sent so far
         self.bytes_sent = 0
@@ -154,9 +157,16 @@ class Wire:
         ticket.ordinal = self.requests
         self.tickets.append(ticket)
         payload = request.payload if type(request) is CopyToRemote else None
-        for buffer in buffers:
-            self.out.append((buffer, ticket if buffer is payload or len(buffer) >= _BULK else None))
+        parts = [(buffer, ticket if buffer is payload or len(buffer) >= _BULK else None) for buffer in buffers]
+        self._post(parts)
         return ticket
+
+    def _post(self, parts: list[tuple[Buffer, Ticket | None]]) -> None:
+        """Have a request sent, when its turn comes; its ticket is noted."""
+        if self.depth is None or len(self.tickets) <= self.depth:
+            self.out.extend(parts)
+        else:
+            self.held.append(parts)
 
     def send_call(self, packet: bytes) -> Ticket:
         """Send a call whose packet has been made by the short way; nothing else waits to be sent."""
@@ -192,7 +202,7 @@ class Wire:
         self.requests += 1
         ticket.ordinal = self.requests
         self.tickets.append(ticket)
-        self.out.append((packet, None))
+        self._post([(packet, None)])
         return ticket
 
     def queue_calls(self, handle: int, calls: list[tuple[Any, ...]]) -> list[Ticket]:
@@ -204,6 +214,8 @@ class Wire:
         if self.ended is not None:
             raise self.ended
         packets = [write_call(handle, args) or b"".join(encode_packet(CallFunc(handle, args))) for args in calls]
+        if self.depth is not None:
+            return [self.queue_call(packet) for packet in packets]
         tickets = []
         for _ in calls:
             self.endpoint.note_sent(_CALL)
@@ -315,6 +327,8 @@ class Wire:
         self.endpoint.note_answered()
         ticket.value = value
         ticket.done = True
+        if self.held:
+            self.out.extend(self.held.popleft())
         if ticket.waker is not None:
             ticket.waker()
 
@@ -339,6 +353,8 @@ class Wire:
                 ticket = self.tickets.popleft()
                 ticket.reply = message  # type: ignore[assignment]  # the endpoint lets only replies through
                 ticket.done = True
+                if self.held:
+                    self.out.extend(self.held.popleft())
                 if ticket.waker is not None:
                     ticket.waker()
                 elif ticket.abandoned and ticket.request is not None:
@@ -379,6 +395,7 @@ class Wire:
         if self.ended is None:
             self.ended = error
         self.out.clear()
+        self.held.clear()
         tickets, self.tickets = self.tickets, deque()
         for ticket in tickets:
             ticket.error = self.ended
@@ -405,8 +422,13 @@ class Wire:
 
     def _zero_rest(self, ticket: Ticket) -> None:
         """Replace what is not yet sent of an upload's data by zeros: framing stays whole, user memory is let go."""
-        kept: deque[tuple[Buffer, Ticket | None]] = deque()
-        for buffer, owner in self.out:
+        self.out = deque(self._without(ticket, self.out))
+        self.held = deque(self._without(ticket, parts) for parts in self.held)
+
+    @staticmethod
+    def _without(ticket: Ticket, parts: Iterable[tuple[Buffer, Ticket | None]]) -> list[tuple[Buffer, Ticket | None]]:
+        kept: list[tuple[Buffer, Ticket | None]] = []
+        for buffer, owner in parts:
             if owner is not ticket or not isinstance(buffer, memoryview):
                 kept.append((buffer, owner))
                 continue
@@ -415,7 +437,7 @@ class Wire:
                 part = _ZEROS[: min(left, len(_ZEROS))]
                 kept.append((part, None))
                 left -= len(part)
-        self.out = kept
+        return kept
 
     def shutdown(self) -> None:
         """Say goodbye as far as the socket takes it at once, and close."""

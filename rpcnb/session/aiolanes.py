@@ -73,7 +73,7 @@ async def open_link(dialer: Dialer, key: ClientKey, flow: Flow[Any], deadline: D
     """Open a connection that ``flow`` initializes; returns its link, the server's answer and the flow's result."""
     where = str(dialer.address)
     sock, answer = await dial(dialer.address, key, deadline)
-    link = AsyncLink(make_wire(sock, answer, dialer.address))
+    link = AsyncLink(make_wire(sock, answer, dialer.address, dialer.depth))
     try:
         seconds = None if deadline.at is None else deadline.left()
         return link, answer, await asyncio.wait_for(await_flow(link, flow), seconds)

@@ -71,6 +71,7 @@ class SessionBase:
         self._link = link
         self._told_end = False
         self._held = 0  # bytes of tensors allocated and not freed
+        self._tensors = 0  # how many those are
         self._life = Life(self._lost_after)
         self._ops = Operations(self, self._types, link.peer, answer, link.garbage)
         self._ops.through_stock = not self.is_rpcnb and self._dialer is not None and self._dialer.hops
@@ -154,11 +155,17 @@ class SessionBase:
     def _count_memory(self, nbytes: int) -> None:
         """Note that a tensor was allocated (or freed: negative)."""
         self._held += nbytes
+        self._tensors += (nbytes > 0) - (nbytes < 0)
         if nbytes > 0:
             self.peak_bytes = max(self.peak_bytes, self._held)
         if self.observers and nbytes:
             kind = events.MemoryAllocated if nbytes > 0 else events.MemoryFreed
             self._tell(kind, nbytes=abs(nbytes), held=self._held)
+
+    @property
+    def allocations(self) -> int:
+        """Tensors with data that this session has allocated and not freed."""
+        return self._tensors
 
     @property
     def held_bytes(self) -> int:
@@ -232,7 +239,7 @@ class SessionBase:
     def _closing(self) -> None:
         """Tell of the end, and of what was still allocated."""
         if self._link.wire.ended is None and self._held:
-            log.debug("%s closes with %d bytes allocated", self.name, self._held)
+            log.debug("%s closes with %d tensors, %d bytes, allocated", self.name, self._tensors, self._held)
         if not self._told_end:
             self._told_end = True
             reason = self._link.wire.ended

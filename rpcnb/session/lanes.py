@@ -37,10 +37,11 @@ log = logging.getLogger(__name__)
 OPEN_SECONDS = 10.0
 
 
-def make_wire(sock: socket, answer: KeyText, address: Address) -> Wire:
+def make_wire(sock: socket, answer: KeyText, address: Address, depth: int | None) -> Wire:
     """Return the client's side of a connection that has been greeted."""
     wire = Wire(sock, Endpoint(Role.CLIENT), str(address))
     wire.quick_ack = answer.features is None
+    wire.depth = depth
     return wire
 
 
@@ -52,13 +53,17 @@ class Dialer:
         key: What the client presents.
         constructor: Name and arguments of the session constructor.
         lanes: Further connections at most.
+        depth: Requests on the way on one connection at most; None for any number.
     """
 
-    def __init__(self, address: Address, key: ClientKey, constructor: tuple[Any, ...], lanes: int) -> None:
+    def __init__(
+        self, address: Address, key: ClientKey, constructor: tuple[Any, ...], lanes: int, depth: int | None = None
+    ) -> None:
         self.address = address
         self.key = key
         self.constructor = constructor
         self.lanes = lanes
+        self.depth = depth
 
     @property
     def hops(self) -> bool:
@@ -89,7 +94,7 @@ class Dialer:
         sock = connect_socket(self.address, deadline, guard)
         try:
             answer = shake_hands(sock, key, where, deadline, guard)
-            link = Link(make_wire(sock, answer, self.address))
+            link = Link(make_wire(sock, answer, self.address, self.depth))
         except BaseException:
             sock.close()
             raise

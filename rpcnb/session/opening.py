@@ -55,6 +55,7 @@ def connect(
     extensions: bool = True,
     lanes: int = 3,
     lost_after: float | None = None,
+    depth: int | None = None,
 ) -> Session:
     """Open a session with an RPC server, rpcnb's or stock TVM's.
 
@@ -73,6 +74,8 @@ def connect(
             overlap and for cancelling, two for bulk copies beside calls. 0: everything on one connection.
         lost_after: Seconds of silence, while the server owes something, after which the session is lost; by default
             it is ``unresponsive`` after 40 s and calls go on waiting.
+        depth: Requests on the way on one connection at most. Pass 1 for event-driven stock servers (a browser behind
+            a stock proxy): they stall when a request arrives behind one that answers later.
 
     Raises:
         ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are
@@ -82,7 +85,7 @@ def connect(
     """
     address, client_key = _prepare(url, port, key, session_timeout, token, extensions)
     deadline = Deadline(timeout, f"connect to {address}")
-    dialer = Dialer(address, client_key, tuple(session_constructor_args or ()), lanes)
+    dialer = Dialer(address, client_key, tuple(session_constructor_args or ()), lanes, depth)
     with Guard() as guard:
         link, answer = dialer.open(deadline, guard)
     if enable_logging:
@@ -103,13 +106,14 @@ async def connect_async(
     extensions: bool = True,
     lanes: int = 3,
     lost_after: float | None = None,
+    depth: int | None = None,
 ) -> AsyncSession:
     """Open an awaited session in the running event loop; arguments and errors as :func:`connect`."""
     from rpcnb.session.aio import AsyncSession
     from rpcnb.session.aiolanes import open_async
 
     address, client_key = _prepare(url, port, key, session_timeout, token, extensions)
-    dialer = Dialer(address, client_key, tuple(session_constructor_args or ()), lanes)
+    dialer = Dialer(address, client_key, tuple(session_constructor_args or ()), lanes, depth)
     link, answer = await open_async(dialer, Deadline(timeout, f"connect to {address}"))
     if enable_logging:
         log.debug("session with %s opened, key %r", address, address.key)

@@ -181,3 +181,37 @@ def test_an_abandoned_submitted_call_costs_nothing(serve: Serve, registry: Regis
         eventually(lambda: not session.pending, "the end of the forgotten")
         assert echo(1) == 1
         assert not session._link.wire.tickets
+
+
+def test_with_depth_one_nothing_is_sent_behind_a_request(serve: Serve, registry: Registry) -> None:
+    async def later(x: int) -> int:
+        await asyncio.sleep(0.001)
+        return x
+
+    registry.register("later", later)
+    registry.register("echo", lambda x: x)
+    server = serve()
+    data = np.arange(1 << 18)
+    with rpcnb.connect(server.address, extensions=False, depth=1) as session:
+        function, echo = session.get_function("later"), session.get_function("echo")
+        queued: list[int] = []
+        jobs = [function.submit(number) for number in range(50)]
+        tensor = session.submit(session.array, data)
+        while not all(job.done() for job in jobs):
+            queued += [one.queued for one in server.pending]
+        assert [job.result() for job in jobs] == list(range(50))
+        assert max(queued) == 0
+        np.testing.assert_array_equal(tensor.result(timeout=10).numpy(), data)
+        assert function.map(range(20)) == list(range(20))
+        assert echo.map(range(20)) == list(range(20))
+        up = session.submit(tensor.result().copyfrom, data)
+        assert session.submit(tensor.result().numpy).cancel()
+        up.cancel()
+        assert [echo(number) for number in range(5)] == list(range(5))
+
+    async def main() -> None:
+        async with await rpcnb.connect_async(server.address, extensions=False, depth=1) as session:
+            function = await session.get_function("later")
+            assert await asyncio.gather(*[function(number) for number in range(20)]) == list(range(20))
+
+    asyncio.run(main())
