@@ -247,7 +247,7 @@ class Connection:
         if self.closed:
             return
         self._flush()
-        if servant.more:
+        if servant.more or (servant.congested and not servant.output):
             self._to_loop(self.ready)  # behind what other sessions wait for
         else:
             self._wait_or_close()
@@ -428,6 +428,8 @@ class Connection:
                 continue
             if output and not self._flush():
                 return False
+            if servant.congested:
+                continue
             if servant.parked is not None or servant.over or self.ended or not hot:
                 return False
             if endpoint.payload_left > _PIECE:

@@ -128,10 +128,19 @@ class IOThread:
                     self._do(self._calls.popleft())
                 while self._timers and self._timers[0].at <= time.monotonic():
                     self._do(heapq.heappop(self._timers).function)
+                self._forget_ended(selector)
                 for link in self._all_watched():
                     self._do(link.housekeeping)
                 while self.dropped:
                     self._do(self.dropped.popleft().close)
+
+    @staticmethod
+    def _forget_ended(selector: selectors.BaseSelector) -> None:
+        """Stop watching links that were closed: their sockets' numbers may be others' by now."""
+        for key in list(selector.get_map().values()):
+            if key.data is not None and key.data.wire.ended is not None:
+                with contextlib.suppress(KeyError, ValueError, OSError):
+                    selector.unregister(key.fileobj)
 
     def _all_watched(self) -> list[Link]:
         while True:

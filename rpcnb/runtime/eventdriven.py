@@ -119,8 +119,11 @@ class EventHandler:
 
     def _go_on(self) -> None:
         """Continue with what is buffered behind a request that has just completed."""
-        self.servant.advance()
-        self._flush_all()
+        while True:
+            self.servant.advance()
+            self._flush_all()
+            if not self.servant.congested or self.servant.output:
+                break
         if self.servant.over and not self.servant.output:
             self.servant.cancel()
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import weakref
 from hashlib import blake2b
 from pathlib import Path
@@ -124,6 +125,7 @@ class SessionFiles:
 
     def __init__(self, quota: int = 4 << 30, *, trusted_paths: bool = False) -> None:
         self._root: Path | None = None
+        self._lock = threading.Lock()  # uploads may come on several connections
         self._quota = quota
         self._used = 0
         self._sizes: dict[Path, int] = {}
@@ -137,11 +139,12 @@ class SessionFiles:
         """The directory; never the process's current one."""
         if self._closed:
             raise SessionClosed("the session is closed and its files are removed")
-        if self._root is None:
-            self._root = Path(tempfile.mkdtemp(prefix="rpcnb-"))
-            # A process that ends without closing its servers leaves no directory behind either.
-            self._remove = weakref.finalize(self, shutil.rmtree, str(self._root), ignore_errors=True)
-        return self._root
+        with self._lock:
+            if self._root is None:
+                self._root = Path(tempfile.mkdtemp(prefix="rpcnb-"))
+                # A process that ends without closing its servers leaves no directory behind either.
+                self._remove = weakref.finalize(self, shutil.rmtree, str(self._root), ignore_errors=True)
+            return self._root
 
     def path(self, name: str) -> Path:
         """Return where ``name`` is.
@@ -165,15 +168,17 @@ class SessionFiles:
         Raises:
             LimitExceeded: The quota is used up.
         """
-        if self._used + nbytes > self._quota:
-            raise LimitExceeded(
-                f"upload of {nbytes} bytes exceeds upload_quota={self._quota} ({self._used} bytes are in use)"
-            )
-        self._used += nbytes
+        with self._lock:
+            if self._used + nbytes > self._quota:
+                raise LimitExceeded(
+                    f"upload of {nbytes} bytes exceeds upload_quota={self._quota} ({self._used} bytes are in use)"
+                )
+            self._used += nbytes
 
     def release(self, nbytes: int) -> None:
         """Give back ``nbytes`` of the quota."""
-        self._used -= nbytes
+        with self._lock:
+            self._used -= nbytes
 
     def begin_upload(self, nbytes: int) -> Upload:
         """Return a sink for a bulk upload of ``nbytes`` bytes."""

@@ -8,6 +8,7 @@ reaches anything. Equal objects of a kind get equal handles and are counted, as 
 from __future__ import annotations
 
 import secrets
+import threading
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import blake2s
@@ -55,6 +56,7 @@ class HandleTable:
         self._by_identity: dict[tuple[HandleKind, int], int] = {}
         self._key = secrets.token_bytes(16)
         self._serial = 0
+        self._lock = threading.Lock()  # the session's connections are served by several threads
         self._limit = limit
         self._bad = 0
         self._bad_limit = bad_limit
@@ -80,6 +82,10 @@ class HandleTable:
         Raises:
             LimitExceeded: Too many live handles.
         """
+        with self._lock:
+            return self._issue(kind, thing, mark)
+
+    def _issue(self, kind: HandleKind, thing: Any, mark: bool) -> Pointer:
         identity = (kind, id(thing))
         known = self._by_identity.get(identity)
         if known is not None:
@@ -124,6 +130,10 @@ class HandleTable:
         Raises:
             InvalidHandle: As :meth:`find`.
         """
+        with self._lock:
+            return self._release(handle, kinds)
+
+    def _release(self, handle: int, kinds: tuple[HandleKind, ...]) -> Entry | None:
         entry = self._entries.get(handle)
         if entry is None:
             raise self.unknown(handle)

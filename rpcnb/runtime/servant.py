@@ -188,6 +188,7 @@ class Servant:
         self.extended = False  # the peer is rpcnb: exceptions carry class and traceback
         self.over = False
         self.more = False  # the last turn ended before what has arrived
+        self.congested = False  # it ended because replies have not left: to be tried again as soon as they have
         self._copy: tuple[CopyToRemote, memoryview | None, Exception | None] | None = None
         self._cancel_init: Callable[[], object] | None = None
         endpoint.sink_for = self._sink_for
@@ -205,7 +206,7 @@ class Servant:
         Raises:
             RemoteProtocolError: The peer broke the framing; the conversation is over.
         """
-        self.more = False
+        self.more = self.congested = False
         budget = _BUDGET
         while not self.over and self.running is None:
             parked = self.parked
@@ -221,6 +222,7 @@ class Servant:
                 return False
             budget -= 1
             if self.output.size > _CONGESTED:
+                self.congested = True
                 return False  # the client does not read its replies; go on when it does
             with self.lock:
                 message = self.endpoint.next_message()

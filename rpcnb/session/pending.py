@@ -110,8 +110,12 @@ class Pending(Future[Any]):
         self.session._pending[self.id] = self
         if self.deadline is not None:
             self._timer = iothread.IO_THREAD.call_at(self.deadline, self._expire)
+        try:
+            self._choose_way()  # it may open a lane, which can be interrupted
+        except BaseException as error:
+            self._finish(None, error)
+            raise
         with Guard():  # an interrupt between sending and counting would tear the stream
-            self._choose_way()
             self._hold, before = self.session._order.enter(self._work.names, self._work.queued)
             with self._lock:
                 self._before = sum(hold.then(self._one_ended) for hold in before)
@@ -142,8 +146,9 @@ class Pending(Future[Any]):
     def _begin(self) -> None:
         if self._watch is not None:
             self._watch.sent()
-        self.resume()
-        self._link.settle_in_background()
+        with Guard():
+            self.resume()
+            self._link.settle_in_background()
 
     def resume(self) -> None:
         """Run the flow until it waits for a reply that has not come; whoever received the last one calls this."""
@@ -230,7 +235,8 @@ class Pending(Future[Any]):
         with self._lock:
             if self._settled:
                 return False
-            self._abandon()
+            with Guard():  # it may tell the server
+                self._abandon()
             self._finish(None, error)
         self._tell_end(error)
         return True

@@ -64,8 +64,8 @@ __all__ = ["Session"]
 
 _LAST_WORD = 1.0  # seconds that a report may take, which runs users' code
 _BLOCKING_BULK = 4 << 20  # at the speed of a memory copy it makes no difference; below, a Transfer costs too much
-# A small copy that takes so long shows that the link is slow: from then on smaller ones are transfers too.
-_SLOW, _SLOW_BYTES = 0.1, 16 << 10
+# Small copies that take so long one after the other show that the link is slow: then smaller ones are transfers too.
+_SLOW, _SLOW_COPIES, _SLOW_BYTES = 0.1, 2, 16 << 10
 
 
 class Session(SessionBase):
@@ -84,6 +84,7 @@ class Session(SessionBase):
         lost_after: float | None = None,
     ) -> None:
         self._pending: dict[int, Pending] = {}
+        self._slow_copies = 0  # small ones, one after the other
         self._transfers_from = _BLOCKING_BULK  # bytes from which a blocking copy is a Transfer
         super().__init__(link, key, answer, timeout, dialer, lost_after)
 
@@ -113,20 +114,29 @@ class Session(SessionBase):
             transfer = Transfer(self, work, timeout, moving, progress)
             transfer.start()
             result = wait_or_cancel(transfer)
+            self._note_pace(time.monotonic() - transfer.submitted, moving)
             if (progress is not None or self.observers) and not iothread.IO_THREAD.is_current():
                 transfer.told.wait(_LAST_WORD)  # the last report comes before this returns
             return result
         deadline = NO_DEADLINE if timeout is None else Deadline(timeout, what)
         if self._pending and uses:
             self._await_earlier(names_of(uses), deadline)
+        start = time.monotonic() if moving is not None else 0.0
         if self.observers:
-            return self._run_observed(flow, deadline, what)
-        start = time.monotonic()
-        with Guard() as guard:
-            result = run_flow(self._link, flow, deadline, guard)
-        if moving is not None and time.monotonic() - start > _SLOW:
-            self._transfers_from = _SLOW_BYTES
+            result = self._run_observed(flow, deadline, what)
+        else:
+            with Guard() as guard:
+                result = run_flow(self._link, flow, deadline, guard)
+        if moving is not None:
+            self._note_pace(time.monotonic() - start, moving)
         return result
+
+    def _note_pace(self, seconds: float, moving: Moving) -> None:
+        """See from small copies whether the link is slow: then they are worth being shown."""
+        if moving.total >= _BLOCKING_BULK:
+            return
+        self._slow_copies = self._slow_copies + 1 if seconds > _SLOW else 0
+        self._transfers_from = _SLOW_BYTES if self._slow_copies >= _SLOW_COPIES else _BLOCKING_BULK
 
     def _await_earlier(self, names: frozenset[int], deadline: Deadline) -> None:
         """Wait for submitted operations that name one of these things: the order of submission is kept."""

@@ -25,6 +25,7 @@ from rpcnb import errors
 from rpcnb.net.shaper import Shaper
 from rpcnb.protocol.handshake import refusal
 from rpcnb.runtime.registry import Registry
+from rpcnb.session.moving import Moving
 
 Serve = Callable[..., Any]
 
@@ -693,3 +694,21 @@ def test_blocking_copies_report_progress_too(slow: str) -> None:
         with contextlib.suppress(errors.DeadlineExceeded):
             tensor.numpy(timeout=0.01)
         assert session.call("add", 1, 2) == 3
+
+
+def test_small_copies_are_transfers_where_the_link_is_slow(server: Any) -> None:
+    loop = server.io_loop.asyncio_loop
+    shaper = Shaper(("127.0.0.1", server.port), 300e3, 0.001)
+    asyncio.run_coroutine_threadsafe(shaper.start("127.0.0.1", 0), loop).result(10)
+    data = np.ones(64 << 10, np.uint8)
+    seen: list[str] = []
+    with rpcnb.connect(f"127.0.0.1:{shaper.port}") as session:
+        tensor = session.empty(data.shape, "uint8")
+        session.observers.subscribe(lambda event: seen.append(type(event).__name__))
+        for _ in range(3):
+            tensor.copyfrom(data)
+        assert seen.count("TransferStarted") == 1
+        session._note_pace(0.001, Moving("up", tensor, tensor.nbytes))
+        tensor.copyfrom(data)
+        assert seen.count("TransferStarted") == 1
+    loop.call_soon_threadsafe(shaper.close)

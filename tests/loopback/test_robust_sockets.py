@@ -16,6 +16,7 @@ from conftest import eventually
 import rpcnb
 from rpcnb import errors
 from rpcnb.board import DemoBoard
+from rpcnb.net.connection import Connection
 from rpcnb.net.iothread import IO_THREAD
 from rpcnb.net.shaper import Shaper
 from rpcnb.runtime.registry import Registry
@@ -215,3 +216,26 @@ def test_with_depth_one_nothing_is_sent_behind_a_request(serve: Serve, registry:
             assert await asyncio.gather(*[function(number) for number in range(20)]) == list(range(20))
 
     asyncio.run(main())
+
+
+def test_requests_behind_a_jam_are_served_when_it_ends(
+    serve: Serve, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output drains in the very moment after it was found full: requests that waited for that must not be left."""
+    real, calls = Connection._flush, [0]
+
+    def sometimes(self: Connection) -> bool:
+        calls[0] += 1
+        if calls[0] % 2 and self.servant is not None and self.servant.output:
+            return False
+        return real(self)
+
+    monkeypatch.setattr(Connection, "_flush", sometimes)
+    registry.register("blob", lambda nbytes: bytes(nbytes))
+    data = np.arange(40 << 20, dtype=np.uint8)
+    with rpcnb.connect(serve().address) as session:
+        tensor = session.array(data)
+        for _ in range(3):
+            np.testing.assert_array_equal(session.submit(tensor.numpy).result(timeout=20), data)
+        blob = session.get_function("blob")
+        assert [len(one) for one in blob.map([3 << 20] * 8)] == [3 << 20] * 8
