@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +30,13 @@ _SWITCH_INTERVAL = 0.0005
 
 def serve(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit code."""
-    stop = threading.Event()
+    # A signal may reach another thread than this one, and its handler may run in the middle of a wait that holds a
+    # lock: so it does nothing, and the byte that Python writes for it is waited for.
+    stop, wake = socket.socketpair()
+    wake.setblocking(False)
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    before_wake = signal.set_wakeup_fd(wake.fileno())
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
@@ -42,9 +45,12 @@ def serve(options: argparse.Namespace) -> int:
         sys.setswitchinterval(interval)
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+        signal.set_wakeup_fd(before_wake)
+        stop.close()
+        wake.close()
 
 
-def _serve_until(stop: threading.Event, options: argparse.Namespace) -> int:
+def _serve_until(stop: socket.socket, options: argparse.Namespace) -> int:
     before = ffi_global_names()
     for name in options.load:
         _load(name)
@@ -66,9 +72,7 @@ def _serve_until(stop: threading.Event, options: argparse.Namespace) -> int:
             write_atomically(Path(options.ready_file), _content(options, server, port, secret=False))
         if not options.silent:
             _announce(options, server, port)
-        # A signal may reach another thread than this one, whose wait it then does not end: so look now and then.
-        while not stop.wait(0.25):
-            pass
+        stop.recv(1)
     finally:
         if shaped is not None:
             call_in_loop(server.io_loop, shaped.close)

@@ -304,7 +304,7 @@ def test_c8_a_copy_out_of_time_does_not_write_the_users_array_any_more(serve: Se
         try:
             tensor.copyfrom(np.zeros_like(local), timeout=0.0005)
         except errors.DeadlineExceeded:
-            assert not tensor.defined
+            assert not tensor.defined or (tensor.numpy() == 7).all()  # or its time was over before it began
         assert session.call("rpc.test.addone", 1) == 2
         tensor.copyfrom(local)
         assert tensor.defined
