@@ -509,3 +509,18 @@ def test_what_a_slow_device_raises_late_is_answered() -> None:
         assert isinstance(reply, Raised)
         assert reply.text == text
     client.send(Shutdown())
+
+
+def test_requests_behind_a_parked_one_are_performed_though_their_replies_jam() -> None:
+    registry = Registry()
+    kept: list[Any] = []
+    registry.register("keep", lambda done: kept.append(done), callback=True)
+    client = Client(Environment(registry=registry))
+    meta = client.tensor((3 << 20,))
+    assert client.ask(CallFunc(client.find("keep"), ())) is None
+    into = [memoryview(bytearray(3 << 20)) for _ in range(4)]
+    client.send(*(CopyFromRemote(meta, 3 << 20, part) for part in into))
+    kept[0]("done")  # each two fill the output: what waits for that goes on when they have left
+    replies = [client.reply() for _ in range(5)]
+    assert replies[0].values == (11, "done")
+    assert all(isinstance(reply, CopyAck) for reply in replies[1:])
