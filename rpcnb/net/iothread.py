@@ -69,6 +69,7 @@ class IOThread:
         self._calls: deque[Callable[[], object]] = deque()
         self._timers: list[Timer] = []
         self._wake: int = -1
+        self._next_look = 0.0  # when the links are looked after again
 
     def _start(self) -> None:
         with self._lock:
@@ -128,9 +129,11 @@ class IOThread:
                     self._do(self._calls.popleft())
                 while self._timers and self._timers[0].at <= time.monotonic():
                     self._do(heapq.heappop(self._timers).function)
-                self._forget_ended(selector)
-                for link in self._all_watched():
-                    self._do(link.housekeeping)
+                if self._next_look <= time.monotonic():
+                    self._next_look = time.monotonic() + _FLUSH_EVERY
+                    self._forget_ended(selector)
+                    for link in self._all_watched():
+                        self._do(link.housekeeping)
                 while self.dropped:
                     self._do(self.dropped.popleft().close)
 
@@ -151,7 +154,8 @@ class IOThread:
 
     def _patience(self) -> float | None:
         """Return how long nothing is to be done."""
-        seconds = _FLUSH_EVERY if self.watched or self.dropped else None
+        looks = self.watched or self.dropped
+        seconds = max(0.0, self._next_look - time.monotonic()) if looks else None
         if self._timers:
             left = max(0.0, self._timers[0].at - time.monotonic())
             seconds = left if seconds is None else min(seconds, left)

@@ -168,14 +168,19 @@ class Wire:
         else:
             self.held.append(parts)
 
-    def send_call(self, packet: bytes) -> Ticket:
-        """Send a call whose packet has been made by the short way; nothing else waits to be sent."""
+    def _note_call(self) -> Ticket:
+        """Note a call made the short way; returns the ticket of its reply."""
         self.endpoint.note_sent(_CALL)
         ticket = Ticket(_CALL)
         ticket.value = NOT_PLAIN
         self.requests += 1
         ticket.ordinal = self.requests
         self.tickets.append(ticket)
+        return ticket
+
+    def send_call(self, packet: bytes) -> Ticket:
+        """Send a call whose packet has been made by the short way; nothing else waits to be sent."""
+        ticket = self._note_call()
         try:
             sent = self._send(packet, _NOW)
         except (BlockingIOError, InterruptedError):
@@ -196,12 +201,7 @@ class Wire:
         """
         if self.ended is not None:
             raise self.ended
-        self.endpoint.note_sent(_CALL)
-        ticket = Ticket(_CALL)
-        ticket.value = NOT_PLAIN
-        self.requests += 1
-        ticket.ordinal = self.requests
-        self.tickets.append(ticket)
+        ticket = self._note_call()
         self._post([(packet, None)])
         return ticket
 
@@ -216,15 +216,7 @@ class Wire:
         packets = [write_call(handle, args) or b"".join(encode_packet(CallFunc(handle, args))) for args in calls]
         if self.depth is not None:
             return [self.queue_call(packet) for packet in packets]
-        tickets = []
-        for _ in calls:
-            self.endpoint.note_sent(_CALL)
-            ticket = Ticket(_CALL)
-            ticket.value = NOT_PLAIN
-            self.requests += 1
-            ticket.ordinal = self.requests
-            tickets.append(ticket)
-        self.tickets.extend(tickets)
+        tickets = [self._note_call() for _ in calls]
         self.out.append((b"".join(packets), None))
         return tickets
 

@@ -24,8 +24,7 @@ from rpcnb.protocol.codes import Limits
 from rpcnb.protocol.messages import CallFunc, Raised, Return
 from rpcnb.protocol.sequence import Style, decode_values, encode_values
 from rpcnb.runtime.current import CALL
-from rpcnb.runtime.serving import ServedFunction
-from rpcnb.runtime.tasks import call_cancelled
+from rpcnb.runtime.serving import ServedFunction, Stoppable, raised_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +85,7 @@ def read_records(data: bytes, limits: Limits | None = None) -> list[tuple[int, R
     return found
 
 
-class Started:
+class Started(Stoppable):
     """The ``done`` of a call that was started; exactly the first outcome counts.
 
     Attributes:
@@ -95,17 +94,16 @@ class Started:
         since: ``time.monotonic()`` of its start.
     """
 
-    __slots__ = ("_calls", "_stop", "cancelled", "finished", "id", "name", "since", "timer")
+    __slots__ = ("_calls", "finished", "id", "name", "since", "timer")
 
     def __init__(self, calls: Calls, number: int, name: str) -> None:
+        super().__init__()
         self._calls = calls
-        self._stop: Callable[[], object] | None = None
         self.timer: Callable[[], object] | None = None  # what cancels its time limit
         self.id = number
         self.name = name
         self.since = time.monotonic()
         self.finished = False
-        self.cancelled = False
 
     def __call__(self, result: Any = None) -> None:
         """Complete with an encoded return sequence."""
@@ -114,20 +112,6 @@ class Started:
     def error(self, error: BaseException) -> None:
         """Complete with an exception."""
         self._calls.finish(self, self._calls.raised(error))
-
-    def bind(self, stop: Callable[[], object]) -> None:
-        """Say what ends the call early."""
-        self._stop = stop
-        if self.cancelled:
-            stop()
-
-    def stop(self) -> None:
-        """Cancel: a coroutine gets CancelledError; anything else is answered now, and may ask."""
-        self.cancelled = True
-        if self._stop is not None:
-            self._stop()
-        else:
-            self.error(call_cancelled())
 
 
 class Calls:
@@ -150,7 +134,7 @@ class Calls:
         self._timed = False
         self._plain: deque[tuple[Started, int, tuple[Value, ...]]] = deque()
         self._plain_runs = False
-        # lane -> its servant's cancel_request
+        # The servants of the session's connections, by lane.
         self.lanes: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     @property
@@ -293,11 +277,7 @@ class Calls:
 
     def raised(self, error: BaseException) -> Raised:
         """Return what reports an exception."""
-        try:
-            reply: Raised = self._session.send_exception(error)
-        except Exception as broken:
-            return Raised(f"{type(error).__name__} without a text: {type(broken).__name__} while making it")
-        return reply
+        return raised_by(self._session, error)
 
     def finish(self, call: Started, reply: Raised | Return) -> None:
         """Keep the outcome of a call for the poll; from any thread."""

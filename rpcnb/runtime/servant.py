@@ -39,7 +39,7 @@ from rpcnb.runtime.current import CALL, SESSION
 from rpcnb.runtime.handles import HandleKind
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.output import Output, staging
-from rpcnb.runtime.serving import _ENVIRONMENT, Environment, ServingSession
+from rpcnb.runtime.serving import _ENVIRONMENT, Environment, ServingSession, Stoppable, raised_by
 from rpcnb.runtime.tasks import call_cancelled
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _ignore(name: str) -> None:
     pass
 
 
-class Completion:
+class Completion(Stoppable):
     """The ``done`` of one request in progress; exactly the first call counts.
 
     Attributes:
@@ -89,10 +89,11 @@ class Completion:
     """
 
     __slots__ = (
-        "_finish", "_servant", "_stop", "_stopped", "dropped", "finished", "flush", "gives_way", "name", "since",
+        "_finish", "_servant", "dropped", "finished", "flush", "gives_way", "name", "since",
     )  # fmt: skip
 
     def __init__(self, servant: Servant, name: str, finish: Callable[[Any], Reply], flush: bool) -> None:
+        super().__init__()
         self._servant = servant
         self._finish = finish
         self.flush = flush
@@ -101,27 +102,11 @@ class Completion:
         self.finished = False
         self.dropped = False
         self.gives_way: Callable[[], object] | None = None
-        self._stop: Callable[[], object] | None = None
-        self._stopped = False
 
     @property
     def cancelled(self) -> bool:
         """Tell whether nobody waits for the result any more."""
         return self._stopped or self.dropped
-
-    def bind(self, stop: Callable[[], object]) -> None:
-        """Say what ends the operation early."""
-        self._stop = stop
-        if self._stopped:
-            stop()
-
-    def stop(self) -> None:
-        """Cancel for the client: a coroutine ends by CancelledError; anything else is answered now."""
-        self._stopped = True
-        if self._stop is not None:
-            self._stop()
-        else:
-            self.error(call_cancelled())
 
     def __call__(self, result: Any = None) -> None:
         """Complete with a result."""
@@ -384,11 +369,7 @@ class Servant:
 
     def exception(self, error: BaseException) -> Raised:
         """Return the reply that reports ``error``; a stock peer gets the text alone."""
-        session = self.session or ServingSession()
-        try:
-            reply = session.send_exception(error)
-        except Exception as broken:
-            reply = Raised(f"{type(error).__name__} without a text: {type(broken).__name__} while making it")
+        reply = raised_by(self.session or ServingSession(), error)
         return reply if self.extended else Raised(reply.text)
 
     # -- asynchronous completions ----------------------------------------------------------------------------------

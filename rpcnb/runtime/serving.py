@@ -28,7 +28,7 @@ from rpcnb.protocol.codes import Code, Limits
 from rpcnb.protocol.messages import Raised
 from rpcnb.runtime.current import SESSION
 from rpcnb.runtime.registry import REGISTRY, Registered, Registry
-from rpcnb.runtime.tasks import later_anywhere, spawn_anywhere, thread_anywhere
+from rpcnb.runtime.tasks import call_cancelled, later_anywhere, spawn_anywhere, thread_anywhere
 from rpcnb.values import (
     NULL,
     Device,
@@ -70,6 +70,46 @@ class Done(Protocol):
 
     def error(self, error: BaseException) -> None:
         """Complete with an exception."""
+
+
+def raised_by(session: ServingSession, error: BaseException) -> Raised:
+    """Return the session's report of an exception, also of one that cannot say what it is."""
+    try:
+        return session.send_exception(error)
+    except Exception as broken:
+        return Raised(f"{type(error).__name__} without a text: {type(broken).__name__} while making it")
+
+
+class Stoppable:
+    """A completion whose operation can be ended early for its client."""
+
+    __slots__ = ("_stop", "_stopped")
+
+    def __init__(self) -> None:
+        self._stop: Callable[[], object] | None = None
+        self._stopped = False
+
+    @property
+    def cancelled(self) -> bool:
+        """Tell whether nobody waits for the result any more."""
+        return self._stopped
+
+    def bind(self, stop: Callable[[], object]) -> None:
+        """Say what ends the operation early."""
+        self._stop = stop
+        if self._stopped:
+            stop()
+
+    def stop(self) -> None:
+        """Cancel for the client: a coroutine ends by CancelledError; anything else is answered now, and may ask."""
+        self._stopped = True
+        if self._stop is not None:
+            self._stop()
+        else:
+            self.error(call_cancelled())
+
+    def error(self, error: BaseException) -> None:
+        """Complete with an exception; each kind of completion says how."""
 
 
 def bind(done: Done, stop: Callable[[], object]) -> None:

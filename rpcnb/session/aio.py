@@ -37,10 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from types import TracebackType
 
-    from rpcnb.net.aiolink import AsyncLink
     from rpcnb.protocol.flows import Flow
-    from rpcnb.protocol.handshake import KeyText
-    from rpcnb.session.lanes import Dialer
 
 __all__ = ["AsyncSession"]
 
@@ -50,18 +47,6 @@ class AsyncSession(SessionBase):
 
     _types = (AsyncRemoteFunction, AsyncRemoteModule, AsyncRemoteTensor, RemoteObject, AsyncRemoteDevice)
     _lanes: AsyncLanes | None
-
-    def __init__(
-        self,
-        link: AsyncLink,
-        key: str,
-        answer: KeyText,
-        timeout: float | None = None,
-        dialer: Dialer | None = None,
-        lost_after: float | None = None,
-    ) -> None:
-        self._pending: dict[int, AsyncOperation] = {}
-        super().__init__(link, key, answer, timeout, dialer, lost_after)
 
     def _make_lanes(self, ticket: str) -> AsyncLanes:
         assert self._dialer is not None

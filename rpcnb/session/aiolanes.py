@@ -103,15 +103,15 @@ class AsyncLanes(LanesBase):
     """
 
     def __init__(self, dialer: Dialer, ticket: str, name: str) -> None:
-        super().__init__(ticket, dialer.lanes, name)
+        self._opening = asyncio.Lock()
+        super().__init__(ticket, dialer.lanes, name, self._opening)
         self._dialer = dialer
-        self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def control(self) -> Control | None:
         """Return the control lane, opened now if need be; None if it cannot be."""
         if self.opened is None and not self.refused:
-            async with self._lock:
+            async with self._opening:
                 if self.opened is None and not (self.refused or self.closed):
                     found = await self._open(CONTROL_LANE, look_up_control())
                     if found is not None:
@@ -120,7 +120,7 @@ class AsyncLanes(LanesBase):
 
     async def bulk(self) -> AsyncLink | None:
         """Return a connection for bulk data; None if there is none."""
-        async with self._lock:
+        async with self._opening:
             number = self.missing_bulk
             if number:
                 found = await self._open(number, flows.initialize())
@@ -141,18 +141,6 @@ class AsyncLanes(LanesBase):
             link.close()
             return None
         return link, result
-
-    def cancel_at(self, lane: int, ordinals: list[int]) -> None:
-        """Cancel requests of a connection at the server, without waiting: the control lane may have to be opened."""
-        if self.opened is not None:
-            self.opened.cancel_at(lane, ordinals)
-        else:
-            self._do_soon(lambda control: control.cancel_at(lane, ordinals))
-
-    def open_soon(self) -> None:
-        """Open the control lane without waiting for it."""
-        if not self._lock.locked():
-            self._do_soon(lambda _: None)
 
     def _do_soon(self, use: Callable[[Control], object]) -> None:
         async def open_and_use() -> None:

@@ -64,6 +64,7 @@ class SessionBase:
         self.observers = events.Observers(events.observers)
         self._order = Order()
         self.peak_bytes = 0
+        self._pending: dict[int, Any] = {}  # operations that have not finished, by number
         self._attach(link, answer)
 
     def _attach(self, link: Any, answer: KeyText) -> None:

@@ -24,6 +24,8 @@ from rpcnb.protocol.messages import CallFunc, InitServer, Raised, Syscall
 from rpcnb.runtime.overlap import CANCEL, CANCEL_AT, NEXT, START, read_records
 
 if TYPE_CHECKING:
+    import asyncio
+    import threading
     from collections.abc import Callable, Iterable, Iterator
 
     from rpcnb.protocol.flows import Flow, SendCalls
@@ -246,9 +248,11 @@ class LanesBase:
         ticket: What they present.
         most: How many there may be.
         name: Of the session, for messages.
+        lock: Held while a lane is being opened: a thread's, or an event loop's.
     """
 
-    def __init__(self, ticket: str, most: int, name: str) -> None:
+    def __init__(self, ticket: str, most: int, name: str, lock: threading.Lock | asyncio.Lock) -> None:
+        self._lock = lock
         self.ticket = ticket
         self.most = most
         self.name = name
@@ -296,12 +300,20 @@ class LanesBase:
         control = self.opened
         return [*self.bulk_links, *([] if control is None else [control.link])]
 
+    def cancel_at(self, lane: int, ordinals: list[int]) -> None:
+        """Cancel requests of a connection at the server, without waiting: the control lane may have to be opened."""
+        if self.opened is not None:
+            self.opened.cancel_at(lane, ordinals)
+        else:
+            self._do_soon(lambda control: control.cancel_at(lane, ordinals))
+
     def open_soon(self) -> None:
         """Open the control lane without waiting for it."""
-        raise NotImplementedError
+        if not self._lock.locked():
+            self._do_soon(lambda _: None)
 
-    def cancel_at(self, lane: int, ordinals: list[int]) -> None:
-        """Cancel requests of a connection at the server, without waiting."""
+    def _do_soon(self, use: Callable[[Control], object]) -> None:
+        """Open the control lane in the background and use it; nothing happens where there can be none."""
         raise NotImplementedError
 
     def fail(self, error: RpcError) -> None:

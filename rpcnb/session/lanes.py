@@ -120,14 +120,14 @@ class Lanes(LanesBase):
     """
 
     def __init__(self, dialer: Dialer, ticket: str, name: str) -> None:
-        super().__init__(ticket, dialer.lanes, name)
+        self._opening = threading.Lock()
+        super().__init__(ticket, dialer.lanes, name, self._opening)
         self._dialer = dialer
-        self._lock = threading.Lock()
 
     def control(self) -> Control | None:
         """Return the control lane, opened now if need be; None if it cannot be."""
         if self.opened is None and not self.refused:
-            with self._lock:
+            with self._opening:
                 if self.opened is None and not (self.refused or self.closed):
                     found = self._open(CONTROL_LANE, look_up_control())
                     if found is not None:
@@ -136,7 +136,7 @@ class Lanes(LanesBase):
 
     def bulk(self) -> Link | None:
         """Return a connection for bulk data; None if there is none."""
-        with self._lock:
+        with self._opening:
             number = self.missing_bulk
             if number:
                 found = self._open(number, flows.initialize())
@@ -156,18 +156,6 @@ class Lanes(LanesBase):
             return None
         iothread.IO_THREAD.watch(found[0])
         return found
-
-    def cancel_at(self, lane: int, ordinals: list[int]) -> None:
-        """Cancel requests of a connection at the server, without waiting: the control lane may have to be opened."""
-        if self.opened is not None:
-            self.opened.cancel_at(lane, ordinals)
-        else:
-            self._do_soon(lambda control: control.cancel_at(lane, ordinals))
-
-    def open_soon(self) -> None:
-        """Open the control lane without waiting for it."""
-        if not self._lock.locked():
-            self._do_soon(lambda _: None)
 
     def _do_soon(self, use: Callable[[Control], object]) -> None:
         def open_and_use() -> None:

@@ -65,8 +65,8 @@ class Pending(Future[Any]):
         self._limit = NO_DEADLINE if timeout is None else Deadline(timeout, function)
         self.deadline = self._limit.at
         self._flow = work.flow
-        self._work = work
         self.keeps = work.keeps
+        self._work = work._replace(keeps=None)
         self._link: Any = session._link
         self._route: Route | None = None
         self._hold: Hold | None = None
@@ -203,7 +203,6 @@ class Pending(Future[Any]):
         self.finished = time.monotonic()
         self._flow.close()
         self.keeps = None
-        self._work = self._work._replace(keeps=None)
         self.session._pending.pop(self.id, None)
         if self._timer is not None:
             self._timer.cancel()

@@ -58,7 +58,6 @@ if TYPE_CHECKING:
 
     from rpcnb.protocol.flows import Flow
     from rpcnb.protocol.handshake import KeyText
-    from rpcnb.session.lanes import Dialer
 
 __all__ = ["Session"]
 
@@ -73,20 +72,8 @@ class Session(SessionBase):
 
     _types = (RemoteFunction, RemoteModule, RemoteTensor, RemoteObject, RemoteDevice)
     _lanes: Lanes | None
-
-    def __init__(
-        self,
-        link: Any,
-        key: str,
-        answer: KeyText,
-        timeout: float | None = None,
-        dialer: Dialer | None = None,
-        lost_after: float | None = None,
-    ) -> None:
-        self._pending: dict[int, Pending] = {}
-        self._slow_copies = 0  # small ones, one after the other
-        self._transfers_from = _BLOCKING_BULK  # bytes from which a blocking copy is a Transfer
-        super().__init__(link, key, answer, timeout, dialer, lost_after)
+    _slow_copies = 0  # small ones, one after the other
+    _transfers_from = _BLOCKING_BULK  # bytes from which a blocking copy is a Transfer
 
     def _attach(self, link: Any, answer: KeyText) -> None:
         """Begin to use a connection that has just been opened."""

@@ -410,7 +410,7 @@ def test_a_coroutine_that_is_cancelled_before_it_is_bound_ends(server: Server) -
 
     ended: list[str] = []
     call = Started(server.client.local.calls, 99, "late")
-    call.cancelled = True
+    call._stopped = True
     call.bind(lambda: ended.append("started"))
     completion = Completion(server.client.servant, "late", Return, True)
     completion._stopped = True
