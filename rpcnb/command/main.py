@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import ConnectFailed, RpcError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
 
@@ -43,12 +43,21 @@ def _parser() -> argparse.ArgumentParser:
     functions = commands.add_parser("functions", help="list a server's functions")
     _peer_options(functions)
     functions.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="such as 'demo.*'")
+    _tracker_options(commands.add_parser("tracker", help="hand out boards by key"))
+    _proxy_options(commands.add_parser("proxy", help="join clients with servers that dial out, TCP or WebSocket"))
+    devices = commands.add_parser("devices", help="list the boards of a tracker")
+    devices.add_argument("address", metavar="HOST:PORT", help="tracker")
+    devices.add_argument("--json", action="store_true", help="print JSON")
+    devices.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    devices.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds for an answer")
     commands.add_parser("demo", help="show the whole story in the terminal: a demo board, calls, copies, a wait")
     return parser
 
 
 def _peer_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("address", metavar="HOST:PORT", help="server, or rpc://host:port/key")
+    parser.add_argument(
+        "address", metavar="HOST:PORT", help="server, rpc://host:port/key, tracker://host:port/key or ws://host:port/ws"
+    )
     parser.add_argument("--key", default="", help="key that the server serves")
     parser.add_argument("--token-file", metavar="FILE", help="file that holds the server's token")
     parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds for connecting and calling")
@@ -72,11 +81,52 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     add("--load-library", metavar="PATHS", help="compiled libraries to load, with : between them")
     add("--session", metavar="NAME", help="registered session constructor that serves clients")
     add("--max-sessions", type=int, metavar="N", help="sessions at once")
+    add("--tracker", metavar="HOST:PORT", help="let this tracker hand it out")
+    add("--trust-tracker", action="store_true", help="who comes from the tracker (or proxy) needs no token")
+    add("--proxy", metavar="HOST:PORT", help="dial out to this proxy (or ws://...) instead of listening")
+    add("--web-port", type=int, metavar="N", help="listen for WebSockets too, at ws://HOST:N/ws; 0 for any port")
+    _origin_option(parser)
     add("--ready-file", metavar="PATH", help="write host, port, pid and key as JSON when listening")
     add("--demo", action="store_true", help="serve the demo board's functions")
     add("--link", metavar="RATE,LATENCY", help="shape the link, for example 10M,20ms")
     add("--silent", action="store_true", help="print errors only")
     add("--no-fork", action="store_true", help=argparse.SUPPRESS)  # TVM's; there is never a fork
+
+
+def _origin_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name (of a hub, say) under which browsers may reach the WebSocket; repeatable",
+    )
+
+
+def _service_options(parser: argparse.ArgumentParser, port: int) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    add("--port", type=int, default=port, help="first port to try, 0 for any")
+    add("--port-end", type=int, default=9199, help="last port to try, exclusive")
+    add("--insecure", action="store_true", help="allow to listen beyond this machine")
+    add("--ready-file", metavar="PATH", help="write host, port and pid as JSON when listening")
+    add("--silent", action="store_true", help="print errors only")
+
+
+def _tracker_options(parser: argparse.ArgumentParser) -> None:
+    _service_options(parser, 9190)
+
+
+def _proxy_options(parser: argparse.ArgumentParser) -> None:
+    _service_options(parser, 9090)
+    add = parser.add_argument
+    add("--web-port", type=int, metavar="N", help="listen for WebSockets too, at ws://HOST:N/ws; 0 for any port")
+    _origin_option(parser)
+    add("--tracker", default="", metavar="HOST:PORT", help="let this tracker hand out the servers that wait here")
+    add("--client-timeout", type=float, default=600.0, metavar="S", help="seconds a client waits for its server")
+    add("--server-timeout", type=float, default=600.0, metavar="S", help="seconds a server waits for its client")
+    add("--index-page", metavar="FILE", help="HTML page to serve at the web port")
+    add("--resource", action="append", default=[], metavar="FOLDER:FILE", help="file to serve there; repeatable")
 
 
 def _read_token(path: str | None) -> str | None:
@@ -169,6 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rpcnb.command.serve import serve
 
             return serve(options)
+        if options.command in ("tracker", "proxy", "devices"):
+            from rpcnb.command import farm
+
+            run: Callable[[argparse.Namespace], int] = getattr(farm, options.command)
+            return run(options)
         if options.command == "demo":
             from rpcnb.command.story import tell
 

@@ -6,13 +6,13 @@ import importlib
 import importlib.util
 import json
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.net.address import is_loopback, show_address
+from rpcnb.command.until import until_signal
+from rpcnb.net.address import is_loopback, parse_address, parse_pair, show_address
 from rpcnb.net.loopthread import call_in_loop
 from rpcnb.net.runfiles import publish, write_atomically
 from rpcnb.net.server import Server
@@ -22,6 +22,8 @@ from rpcnb.runtime.registry import REGISTRY
 if TYPE_CHECKING:
     import argparse
 
+    from rpcnb.command.until import Stop
+
 __all__ = ["serve"]
 
 # A process of our own: another thread gets the interpreter within half a millisecond (performance.md 7).
@@ -30,27 +32,16 @@ _SWITCH_INTERVAL = 0.0005
 
 def serve(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit code."""
-    # A signal may reach another thread than this one, and its handler may run in the middle of a wait that holds a
-    # lock: so it does nothing, and the byte that Python writes for it is waited for.
-    stop, wake = socket.socketpair()
-    wake.setblocking(False)
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before_wake = signal.set_wakeup_fd(wake.fileno())
-    before = [signal.signal(number, lambda *_: None) for number in numbers]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
-        return _serve_until(stop, options)
+        with until_signal() as stop:
+            return _serve_until(stop, options)
     finally:
         sys.setswitchinterval(interval)
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(before_wake)
-        stop.close()
-        wake.close()
 
 
-def _serve_until(stop: socket.socket, options: argparse.Namespace) -> int:
+def _serve_until(stop: Stop, options: argparse.Namespace) -> int:
     before = ffi_global_names()
     for name in options.load:
         _load(name)
@@ -72,7 +63,7 @@ def _serve_until(stop: socket.socket, options: argparse.Namespace) -> int:
             write_atomically(Path(options.ready_file), _content(options, server, port, secret=False))
         if not options.silent:
             _announce(options, server, port)
-        stop.recv(1)
+        stop.wait()
     finally:
         if shaped is not None:
             call_in_loop(server.io_loop, shaped.close)
@@ -121,16 +112,22 @@ def _make_server(options: argparse.Namespace, ffi_names: frozenset[str]) -> Serv
                 f"no session constructor is registered as {options.session!r}; load its module with --load"
             )
         session = entry.call
+    if options.link and (options.tracker or options.proxy):
+        raise ValueError("--link shapes the connections of clients that dial here; leave out --tracker and --proxy")
+    proxy = parse_address(options.proxy) if options.proxy else None
+    tracker = parse_pair(options.tracker, 9190) if options.tracker else None
     loopback = is_loopback(options.host)
     return Server(
-        options.host if not options.link else "127.0.0.1",
-        0 if options.link else options.port,
+        options.proxy or (options.host if not options.link else "127.0.0.1"),
+        proxy.port if proxy is not None else 0 if options.link else options.port,
         options.port_end,
+        proxy is not None,
+        tracker,
         key=options.key,
         load_library=options.load_library,
         custom_addr=options.custom_addr,
         silent=True,
-        token=True if token is None and (loopback or options.link) else token,
+        token=True if token is None and (loopback or options.link or proxy is not None) else token,
         session=session,
         max_sessions=options.max_sessions,
         allow_native=options.allow_native,
@@ -138,6 +135,9 @@ def _make_server(options: argparse.Namespace, ffi_names: frozenset[str]) -> Serv
         trusted_paths=options.trusted_paths,
         insecure=options.insecure,
         ffi_names=ffi_names,
+        web_port=options.web_port,
+        allow_origin=options.allow_origin,
+        trust_tracker=options.trust_tracker,
     )
 
 
@@ -164,28 +164,44 @@ def _shape(server: Server, options: argparse.Namespace) -> tuple[Any, int]:
 
 
 def _content(options: argparse.Namespace, server: Server, port: int, *, secret: bool) -> dict[str, Any]:
-    content: dict[str, Any] = {"host": options.host, "port": port, "pid": os.getpid(), "key": options.key}
+    host = server.host if options.proxy else options.host
+    content: dict[str, Any] = {"host": host, "port": port, "pid": os.getpid(), "key": options.key}
+    if server.web_port is not None:
+        content["web_port"] = server.web_port
     return {**content, "token": server.token} if secret else content
 
 
 def _announce(options: argparse.Namespace, server: Server, port: int) -> None:
     """Say where it listens, and what to paste."""
-    host = options.custom_addr or _outside(options.host)
+    host = server.host if options.proxy else options.custom_addr or _outside(options.host)
     address = show_address(host, port)
-    key, named = (f" --key {options.key}", f", key={options.key!r}") if options.key else ("", "")
-    lines = [f"rpcnb serves on {show_address(options.host, port)}, key {options.key!r}"]
+    if options.tracker:
+        address = f"tracker://{options.tracker}/{options.key}"
+    key, named = (
+        (f" --key {options.key}", f", key={options.key!r}") if options.key and not options.tracker else ("", "")
+    )
+    where = f"behind the proxy {options.proxy}" if options.proxy else f"on {show_address(options.host, port)}"
+    lines = [f"rpcnb serves {where}, key {options.key!r}"]
+    if options.tracker:
+        lines.append(f"  tracker:    {options.tracker} hands it out, {server.max_sessions} at a time")
+    if server.web_port is not None:
+        lines.append(f"  WebSocket:  ws://{show_address(host, server.web_port)}/ws")
     if server.token is None:
         lines.append("  no token:   whoever can reach this port may call its functions")
     else:
-        own = "; this user's own clients here find it by themselves" if is_loopback(options.host) else ""
+        own = "; this user's own clients here find it by themselves" if is_loopback(host) else ""
         lines.append(f"  token:      {server.token}{own}")
-        named += f", token={server.token!r}"
+        if not options.trust_tracker:
+            named += f", token={server.token!r}"
     lines += [
         f"  notebook:   %load_ext rpcnb, then %rpc_connect {address}{key}        (asks for the token where it must)",
         f"  Python:     rpcnb.connect({address!r}{named})",
     ]
-    if server.token is not None:
+    if server.token is not None and not options.tracker:
         lines.append(f"  stock TVM:  rpc.connect({host!r}, {port}, key={f'{options.key} -token={server.token}'!r})")
+    if options.tracker and (server.token is None or options.trust_tracker):
+        tracker = parse_pair(options.tracker, 9190)
+        lines.append(f"  stock TVM:  rpc.connect_tracker{tracker!r}.request({options.key!r})")
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 

@@ -1,25 +1,53 @@
-"""Addresses that users write: ``host:port``, ``rpc://host:port/key``, IPv6 in brackets."""
+"""Addresses that users write: ``host:port``, ``rpc://host:port/key``, ``tracker://host:port/key``, ``ws://...``."""
 
 from __future__ import annotations
 
 import ipaddress
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-__all__ = ["Address", "is_loopback", "parse_address", "show_address"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Address", "is_loopback", "parse_address", "parse_pair", "show_address"]
 
 DEFAULT_PORT = 9090
+PORTS = {"rpc": DEFAULT_PORT, "tracker": 9190, "ws": 80, "wss": 443}
+_WEB = ("ws", "wss")
 
 
-class Address(NamedTuple):
-    """Where a server is, and the key it serves."""
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server is, and the key it serves.
+
+    Attributes:
+        host: Name or number.
+        port: Of the server.
+        key: That it serves.
+        scheme: ``rpc``, ``tracker``, ``ws`` or ``wss``.
+        path: Of a WebSocket: the HTTP path, with a query if there is one.
+        headers: Of a WebSocket: further HTTP headers; never shown, as they may hold secrets.
+    """
 
     host: str
     port: int
     key: str = ""
+    scheme: str = "rpc"
+    path: str = "/ws"
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+
+    @property
+    def is_web(self) -> bool:
+        """Tell whether it is a WebSocket's."""
+        return self.scheme in _WEB
 
     def __str__(self) -> str:
-        return show_address(self.host, self.port)
+        shown = show_address(self.host, self.port)
+        if self.scheme == "rpc":
+            return shown
+        path = self.path.partition("?")[0] if self.is_web else ""  # a query may hold a token
+        return f"{self.scheme}://{shown}{path}"
 
 
 def show_address(host: str, port: int) -> str:
@@ -27,24 +55,62 @@ def show_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def parse_address(text: str, port: int = DEFAULT_PORT, key: str = "") -> Address:
+def parse_address(
+    text: str, port: int | None = None, key: str = "", headers: Mapping[str, str] | None = None
+) -> Address:
     """Read an address.
 
     Args:
-        text: ``host``, ``host:port``, ``[::1]:port``, or a URL ``rpc://host:port/key``.
-        port: What holds where the text names none.
+        text: ``host``, ``host:port``, ``[::1]:port``, or a URL: ``rpc://host:port/key``, ``tracker://host:port/key``,
+            ``ws://host:port/path`` or ``wss://``.
+        port: What holds where the text names none; by default that of the scheme.
         key: Likewise.
+        headers: HTTP headers for a WebSocket.
 
     Raises:
         ValueError: It is not one.
     """
     rest = text.strip()
-    scheme, separator, after = rest.partition("://")
+    scheme, path = "rpc", "/ws"
+    before, separator, after = rest.partition("://")
     if separator:
-        if scheme != "rpc":
-            raise ValueError(f"address {text!r} has scheme {scheme!r}; expected rpc://host:port/key or host:port")
-        rest, _, path = after.partition("/")
-        key = unquote(path) or key
+        if before not in PORTS:
+            expected = "rpc://host:port/key, tracker://host:port/key, ws://host:port/ws or host:port"
+            raise ValueError(f"address {text!r} has scheme {before!r}; expected {expected}")
+        scheme = before
+        rest, slash, tail = after.partition("/")
+        if scheme in _WEB:
+            path = slash + tail if tail else path
+            _check_path(path, text)
+        else:
+            key = unquote(tail) or key
+    if headers and scheme not in _WEB:
+        raise ValueError(f"headers= are for ws:// and wss:// addresses, not for {text!r}")
+    host, number = _split(rest, text)
+    if number:
+        if not number.isdecimal() or not 0 < int(number) < 65536:
+            raise ValueError(f"address {text!r} has port {number!r}; expected 1 to 65535")
+        port = int(number)
+    return Address(host, PORTS[scheme] if port is None else port, key, scheme, path, dict(headers or {}))
+
+
+def parse_pair(text: str, port: int) -> tuple[str, int]:
+    """Read ``host:port`` of a tracker or proxy, or ``host`` alone.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    found = parse_address(text if "://" in text else f"rpc://{text}", port)
+    return found.host, found.port
+
+
+def _check_path(path: str, text: str) -> None:
+    if not path.isascii() or not path.isprintable() or " " in path:
+        raise ValueError(f"address {text!r} has a path with characters that must be written as %XX")
+
+
+def _split(rest: str, text: str) -> tuple[str, str]:
+    """Return host and port of ``host:port``, the port empty if there is none."""
     if rest.startswith("["):
         host, bracket, tail = rest[1:].partition("]")
         if not bracket or (tail and not tail.startswith(":")):
@@ -56,11 +122,7 @@ def parse_address(text: str, port: int = DEFAULT_PORT, key: str = "") -> Address
         host, _, number = rest.partition(":")
     if not host:
         raise ValueError(f"address {text!r} names no host; expected host:port")
-    if number:
-        if not number.isdecimal() or not 0 < int(number) < 65536:
-            raise ValueError(f"address {text!r} has port {number!r}; expected 1 to 65535")
-        port = int(number)
-    return Address(host, port, key)
+    return host, number
 
 
 def is_loopback(host: str) -> bool:

@@ -12,7 +12,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, DeadlineExceeded, NotAnRpcServer, RpcError
-from rpcnb.net.dial import expired, explain_errno, found_hosts, greet, look_up, tune
+from rpcnb.net.dial import ends_head, expired, explain_errno, found_hosts, greet, look_up, secured, tune
 from rpcnb.net.wire import Ticket, Wire, stop_waiting
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rpcnb.protocol.handshake import KeyText
     from rpcnb.protocol.messages import Request
 
-__all__ = ["AsyncLink", "dial"]
+__all__ = ["AsyncLink", "connect_awaiting", "dial"]
 
 _FLUSH_EVERY = 0.1
 
@@ -157,22 +157,38 @@ class AsyncLink:
 
 async def dial(address: Address, key: ClientKey, deadline: Deadline) -> tuple[socket.socket, KeyText]:
     """Resolve, connect and shake hands within ``deadline``."""
+    sock = await connect_awaiting(address, deadline)
+    try:
+        return sock, await asyncio.wait_for(_shake_hands(sock, key, str(address)), deadline.left())
+    except (asyncio.TimeoutError, DeadlineExceeded):
+        sock.close()
+        raise expired(str(address), "handshake", deadline.exceeded()) from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def connect_awaiting(address: Address, deadline: Deadline) -> Any:
+    """Resolve and connect within ``deadline``; to a WebSocket too."""
     phase = "resolve"
     try:
         found = found_hosts(address, await asyncio.wait_for(_look_up(address), deadline.left()))
         phase = "connect"
         sock = await _connect(found, address, deadline)
+        if not address.is_web:
+            return sock
         phase = "handshake"
-        try:
-            return sock, await asyncio.wait_for(_shake_hands(sock, key, str(address)), deadline.left())
-        except BaseException:
-            sock.close()
-            raise
+        return await asyncio.wait_for(_upgrade(sock, address, deadline), deadline.left())
     except (asyncio.TimeoutError, DeadlineExceeded):
         raise expired(str(address), phase, deadline.exceeded()) from None
 
 
 async def _look_up(address: Address) -> Any:
+    return await _reported(lambda report: look_up(address, report))
+
+
+async def _reported(begin: Callable[[Callable[[Any], object]], object]) -> Any:
+    """Await what a thread reports once."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
@@ -184,7 +200,7 @@ async def _look_up(address: Address) -> Any:
         if not future.done():
             future.set_result(found)
 
-    look_up(address, report)
+    begin(report)
     return await future
 
 
@@ -206,6 +222,48 @@ async def _connect(found: list[Any], address: Address, deadline: Deadline) -> so
             sock.close()
             raise
     raise ConnectFailed(str(address), "connect", last)
+
+
+async def _upgrade(sock: socket.socket, address: Address, deadline: Deadline) -> Any:
+    """Speak TLS where the address wants it, and ask for a WebSocket."""
+    from rpcnb.net.websocket import WebSocket, check_answer, upgrade_request
+
+    loop = asyncio.get_running_loop()
+    try:
+        request, expected = upgrade_request(address)
+        if address.scheme == "wss":
+            sock = await _secure(sock, address, deadline)
+        await loop.sock_sendall(sock, request)
+        head = bytearray()
+        while not ends_head(sock, head, address):
+            await _readable(sock)
+        check_answer(address, bytes(head), expected)
+        return WebSocket(sock, client=True)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _secure(sock: socket.socket, address: Address, deadline: Deadline) -> socket.socket:
+    from rpcnb.net.tls import secure
+
+    return secured(address, await _reported(lambda report: secure(sock, address.host, deadline.left(), report)))
+
+
+async def _readable(sock: socket.socket) -> None:
+    """Wait until there is something to receive."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    loop.add_reader(sock, wake)
+    try:
+        await future
+    finally:
+        loop.remove_reader(sock)
 
 
 async def _shake_hands(sock: socket.socket, key: ClientKey, address: str) -> KeyText:

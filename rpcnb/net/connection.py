@@ -69,6 +69,8 @@ class ClientState(NamedTuple):
 class Connection:
     """One client; made by the server for every accepted socket. Methods run on the loop unless they say otherwise."""
 
+    dialled = False  # by the server, to a proxy
+
     def __init__(self, server: Server, sock: socket.socket, address: tuple[Any, ...]) -> None:
         self.server = server
         self.sock = sock
@@ -146,9 +148,12 @@ class Connection:
         if isinstance(found, str):
             self._accept(found)
         elif found is not None:
-            raise RemoteProtocolError(f"expected a client, got the word {found:#x}")
+            self._refused(found)
         else:
             self.server.watcher.arm(self.fd, READ)
+
+    def _refused(self, word: int) -> None:
+        raise RemoteProtocolError(f"expected a client, got the word {word:#x}")
 
     def _accept(self, text: str) -> None:
         server = self.server
@@ -161,15 +166,20 @@ class Connection:
             server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong key or token")
             self._send_last(refusal())
             return
-        full = ""
-        if server.full:
-            log.warning("%s: refused %s: %d sessions are open", server.name, self.peer, server.max_sessions)
-            server.tell(events.ConnectionRejected, peer=self.peer, reason="full")
-            full = f"server is full: max_sessions={server.max_sessions} are open; try again later"
+        full = self.why_full()
         options = {"-rpcnb": EXTENSION} if key.features is not None else {}
         if options and not full:
             options = {"-rpcnb": f"{EXTENSION},lanes", TICKET: server.lanes.issue(self)}
         self._begin(key, options, full)
+
+    def why_full(self) -> str:
+        """Return what to say to a client for whom there is no room; empty if there is."""
+        server = self.server
+        if not server.full:
+            return ""
+        log.warning("%s: refused %s: %d sessions are open", server.name, self.peer, server.max_sessions)
+        server.tell(events.ConnectionRejected, peer=self.peer, reason="full")
+        return f"server is full: max_sessions={server.max_sessions} are open; try again later"
 
     def _accept_lane(self, key: KeyText) -> None:
         """Let a further connection of a session in, if it presents the session's ticket."""
@@ -199,9 +209,7 @@ class Connection:
         """Answer the handshake and begin the conversation."""
         server = self.server
         self.key = key
-        answer = hello(key_text(Role.SERVER, server.key, options))
-        if self.sock.send(answer, _NOW) != len(answer):  # pragma: no cover  # an empty send buffer takes so few bytes
-            raise RemoteProtocolError("expected room for the handshake")
+        self._answer(options)
         servant = Servant(
             Endpoint(Role.SERVER, server.limits),
             server.environment,
@@ -222,6 +230,15 @@ class Connection:
         if rest:
             servant.endpoint.receive_data(rest)
         self._serve()
+
+    def _answer(self, options: dict[str, str]) -> None:
+        """Answer the client's key with ours."""
+        self.send_all(hello(key_text(Role.SERVER, self.server.key, options)))
+
+    def send_all(self, data: bytes) -> None:
+        """Send a few bytes on a connection that has just been opened."""
+        if self.sock.send(data, _NOW) != len(data):  # pragma: no cover  # an empty send buffer takes so few bytes
+            raise RemoteProtocolError("expected room for the handshake")
 
     def _send_last(self, data: bytes) -> None:
         with contextlib.suppress(OSError):

@@ -41,6 +41,8 @@ __all__ = ["ClientKey", "connect_socket", "explain_errno", "explain_init", "gree
 
 log = logging.getLogger(__name__)
 
+WRONG_TOKEN = "wrong key or token"  # what a server behind a proxy says, which cannot refuse at the handshake
+_HEAD = 16384  # bytes of an HTTP answer's head
 _BUSY_HINT = (
     "it accepted the connection but does not answer; a stock TVM server does so while it serves another session"
 )
@@ -107,6 +109,8 @@ def greet(key: ClientKey, address: str) -> Generator[bytes | None, bytes, KeyTex
 
 def explain_init(address: str, error: RpcError) -> RpcError:
     """Turn a failed kInitServer into an error that says what to do."""
+    if isinstance(error, RemoteError) and error.message.startswith(WRONG_TOKEN):
+        return KeyMismatch(address, "init", f"{error.message}; pass token= (--token-file F)")
     if isinstance(error, RemoteError) and "protocol version mismatch" in error.message:
         return VersionMismatch(
             address, "init", f"it speaks another protocol version than our {VERSION}: {error.message.splitlines()[0]}"
@@ -189,12 +193,20 @@ def tune(sock: socket.socket) -> None:
 _KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 4), ("TCP_KEEPCNT", 10), ("TCP_USER_TIMEOUT", 60_000))
 
 
-def connect_socket(address: Address, deadline: Deadline, guard: Guard) -> socket.socket:
-    """Connect to the first of the host's addresses that answers; interruptible.
+def connect_socket(address: Address, deadline: Deadline, guard: Guard) -> Any:
+    """Connect to the first of the host's addresses that answers, and to its WebSocket if it is one; interruptible.
+
+    Returns:
+        A socket, or what is used like one.
 
     Raises:
         ConnectFailed: None did; the text has the last reason.
     """
+    sock = _connect(address, deadline, guard)
+    return _upgrade(sock, address, deadline, guard) if address.is_web else sock
+
+
+def _connect(address: Address, deadline: Deadline, guard: Guard) -> socket.socket:
     last: str = "no address"
     for family, kind, protocol, _, where in resolve(address, deadline, guard):
         sock = socket.socket(family, kind, protocol)
@@ -214,6 +226,71 @@ def connect_socket(address: Address, deadline: Deadline, guard: Guard) -> socket
             raise
         sock.close()
     raise ConnectFailed(str(address), "connect", last)
+
+
+def _upgrade(sock: socket.socket, address: Address, deadline: Deadline, guard: Guard) -> Any:
+    """Speak TLS where the address wants it, and ask for a WebSocket."""
+    from rpcnb.net.websocket import WebSocket, check_answer, upgrade_request
+
+    poll = select.poll()
+    try:
+        request, expected = upgrade_request(address)
+        if address.scheme == "wss":
+            sock = _secure(sock, address, deadline, guard)
+        _send_all(sock, request, poll, deadline, guard)
+        head = bytearray()
+        while not ends_head(sock, head, address):
+            poll.register(sock, select.POLLIN)
+            while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
+                pass
+        check_answer(address, bytes(head), expected)
+        return WebSocket(sock, client=True)
+    except DeadlineExceeded as error:
+        sock.close()
+        raise expired(str(address), "handshake", error) from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _secure(sock: socket.socket, address: Address, deadline: Deadline, guard: Guard) -> socket.socket:
+    from rpcnb.net.tls import secure
+
+    answers: queue.SimpleQueue[socket.socket | OSError] = queue.SimpleQueue()
+    secure(sock, address.host, deadline.left(), answers.put)
+    while True:
+        try:
+            return secured(address, guard.wait(lambda limit: answers.get(timeout=limit), deadline.left()))
+        except queue.Empty:  # noqa: PERF203  # a tick went by
+            continue
+
+
+def secured(address: Address, found: socket.socket | OSError) -> socket.socket:
+    """Return the plain end of a TLS connection, or raise ConnectFailed."""
+    if isinstance(found, OSError):
+        reason = getattr(found, "verify_message", "") or found.strerror or str(found)
+        raise ConnectFailed(str(address), "connect", f"TLS failed: {reason}") from None
+    found.setblocking(False)
+    return found
+
+
+def ends_head(sock: socket.socket, head: bytearray, address: Address) -> bool:
+    """Receive more of an HTTP answer's head, and nothing behind it; True when it is whole."""
+    from rpcnb.net.websocket import HEAD_END
+
+    try:
+        seen = sock.recv(_HEAD, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise NotAnRpcServer(str(address), "handshake", f"{error.strerror}") from None
+    if not seen:
+        raise NotAnRpcServer(str(address), "handshake", "it closed the connection without an HTTP answer")
+    end = (bytes(head) + seen).find(HEAD_END)
+    head += sock.recv(len(seen) if end < 0 else end + len(HEAD_END) - len(head))
+    if len(head) > _HEAD:
+        raise NotAnRpcServer(str(address), "handshake", "its HTTP answer does not end")
+    return end >= 0
 
 
 def _await_connected(sock: socket.socket, deadline: Deadline, guard: Guard) -> int:

@@ -92,10 +92,10 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def find_token(port: int) -> str | None:
-    """Return the token of this user's own server on ``port``, if there is one."""
-    for server in list_servers():
-        if server.get("port") == port:
-            token = server.get("token")
-            return token if isinstance(token, str) and token else None
+def find_token(port: int, key: str = "") -> str | None:
+    """Return the token of this user's own server on ``port``, if there is one; behind a proxy ``key`` tells which."""
+    found = [server for server in list_servers() if port in (server.get("port"), server.get("web_port"))]
+    for server in sorted(found, key=lambda server: server.get("key") != key):
+        token = server.get("token")
+        return token if isinstance(token, str) and token else None
     return None

@@ -18,19 +18,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
-import socket
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rpcnb import events
 from rpcnb.errors import AccessDenied
-from rpcnb.net.address import is_loopback, show_address
+from rpcnb.net.address import is_loopback, parse_address, show_address
 from rpcnb.net.connection import ClientState, Connection
 from rpcnb.net.lanes import Lanes
+from rpcnb.net.listen import Acceptor, listen
 from rpcnb.net.loopthread import LoopThread, call_in_loop
 from rpcnb.net.watcher import make_watcher
 from rpcnb.net.workers import WorkerPool
@@ -40,6 +38,7 @@ from rpcnb.runtime.serving import Environment
 from rpcnb.runtime.tasks import spawn_on
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
@@ -59,8 +58,10 @@ class Server:
         host: Address to listen on. Beyond loopback a token is always needed; one is made if none is given.
         port: First port to try; 0 for any free one.
         port_end: Ports up to this one, exclusive, are tried when ``port`` is taken.
-        is_proxy: TVM's keyword; not available in this version.
-        tracker_addr: TVM's keyword; not available in this version.
+        is_proxy: ``host`` and ``port`` are those of a proxy: nothing listens here, the server dials out and keeps a
+            connection waiting there.
+        tracker_addr: Host and port of a tracker that hands this server out, one session at a time (``max_sessions``
+            may say more). Clients then come with the match keys it gives them, not with ``key``.
         key: Key that clients must name.
         load_library: Libraries to load at start: paths, or TVM's text with ``:`` between them. What they register
             with apache-tvm-ffi may be called.
@@ -82,10 +83,14 @@ class Server:
         registry: Functions to serve; the global registry by default.
         ffi_names: Globals of apache-tvm-ffi that clients may call besides the harmless ones.
         loop: A running tornado IOLoop to live on; by default one in a daemon thread of its own.
+        web_port: Listen for WebSockets too, at path ``/ws`` of this port; 0 for any free one.
+        allow_origin: Host names under which browsers and hubs may reach the WebSocket, besides numbers and our own.
+        trust_tracker: A match key that the tracker (or proxy) hands out is enough; else a client needs the token too.
 
     Attributes:
-        host: Where it listens.
+        host: Where it listens (or the proxy is).
         port: Likewise; the real one.
+        web_port: Likewise, of WebSockets; None if there is none.
         token: What clients must present, or None.
         observers: Who is told of its events.
 
@@ -121,22 +126,36 @@ class Server:
         registry: Registry | None = None,
         ffi_names: frozenset[str] = frozenset(),
         loop: IOLoop | None = None,
+        web_port: int | None = None,
+        allow_origin: Sequence[str] = (),
+        trust_tracker: bool = False,
     ) -> None:
-        if is_proxy or tracker_addr:
-            raise ValueError("is_proxy and tracker_addr are not available in this version of rpcnb")
         if not key.isprintable() or any(letter.isspace() for letter in key):
             raise ValueError(f"expected a key without white space, got {key!r}")
         self.name = f"server:{key}" if key else "server"
         self.key = key
         self.custom_addr = custom_addr
-        self.token = self._choose_token(host, token, insecure)
+        self._proxy = parse_address(host, port) if is_proxy else None
+        self.token = self._choose_token(host if self._proxy is None else self._proxy.host, token, insecure)
         self.limits = limits or Limits()
-        self.max_sessions = max_sessions
+        # With a tracker or a proxy one session at a time, as in TVM: whoever got the board has it alone.
+        self.max_sessions = 1 if max_sessions is None and (tracker_addr or is_proxy) else max_sessions
         self.kernel = _kernel_loop()
-        self._level = logging.DEBUG if silent else logging.INFO
+        self.log_level = logging.DEBUG if silent else logging.INFO
         self.workers = WorkerPool("rpcnb")
         self.lanes = Lanes()
-        self._gate = Gate(key, self.token, time.monotonic, self.limits.auth_failures)
+        if trust_tracker and not (tracker_addr or is_proxy):
+            raise ValueError("trust_tracker=True needs a tracker (tracker_addr=) or a proxy (is_proxy=True)")
+        if is_proxy and tracker_addr:
+            raise ValueError("a server behind a proxy is registered by the proxy; leave tracker_addr out")
+        self.gate = Gate(
+            key,
+            self.token,
+            time.monotonic,
+            self.limits.auth_failures,
+            tracked=bool(tracker_addr),
+            trusts_tracker=trust_tracker,
+        )
         self._own_loop = LoopThread("rpcnb-server") if loop is None else None
         self.io_loop: IOLoop = loop if loop is not None else self._own_loop.io_loop  # type: ignore[union-attr]  # one is set
         asyncio_loop = self.io_loop.asyncio_loop
@@ -161,6 +180,10 @@ class Server:
         self._sessions = 0
         self._closed = False
         self._listeners: list[socket.socket] = []
+        self._acceptor: Acceptor | None = None
+        self._web: Any = None
+        self._registration: Any = None
+        self._dial_out: Any = None
         try:
             self.environment.ffi_names = ffi_names
             if load_library:
@@ -170,16 +193,22 @@ class Server:
                 self.environment.ffi_names |= load_libraries(paths)
             if server_init_callback is not None:
                 server_init_callback()
-            self._listeners = _listen(host, port, port_end)
-            self.host, self.port = host, int(self._listeners[0].getsockname()[1])
-            call_in_loop(self.io_loop, self._start)
+            if not is_proxy:
+                self._listeners = listen(host, port, port_end)
+            self.host, self.port = (
+                (self._proxy.host, self._proxy.port)
+                if self._proxy is not None
+                else (host, int(self._listeners[0].getsockname()[1]))
+            )
+            tracker = None if tracker_addr is None else (tracker_addr[0], int(tracker_addr[1]))
+            call_in_loop(self.io_loop, lambda: self._start(web_port, allow_origin, tracker))
         except BaseException:
             for listener in self._listeners:
                 listener.close()
             if self._own_loop is not None:
                 self._own_loop.stop()
             raise
-        log.log(self._level, "%s listens on %s", self.name, self.address)
+        log.log(self.log_level, "%s %s %s", self.name, "dials" if is_proxy else "listens on", self.address)
 
     @staticmethod
     def _choose_token(host: str, token: str | bool | None, insecure: bool) -> str | None:
@@ -202,33 +231,28 @@ class Server:
 
     # -- on the loop ---------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _start(
+        self,
+        web_port: int | None,
+        allow_origin: Sequence[str],
+        tracker: tuple[str, int] | None,
+    ) -> None:
         self.watcher = make_watcher(self.io_loop)
-        for listener in self._listeners:
-            self.io_loop.add_handler(listener, self._on_accept, self.io_loop.READ)
+        if web_port is not None:
+            from rpcnb.net.web import WebPort
 
-    def _on_accept(self, listener: Any, events: int) -> None:
-        for _ in range(64):
-            try:
-                sock, address = listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._pause_accepting(listener, error)
-                return
-            self._admit(sock, address)
+            names = [*allow_origin, *([self.custom_addr] if self.custom_addr else [])]
+            host = self.host if self._proxy is None else "127.0.0.1"
+            self._web = WebPort(host, web_port, self._admit, names, name=self.name)
+        self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._drop_oldest_half_open)
+        if tracker is not None:
+            from rpcnb.net.registration import ServerRegistration
 
-    def _pause_accepting(self, listener: Any, error: OSError) -> None:
-        """Stop accepting for a moment when the process has no descriptors left, instead of spinning."""
-        log.warning("%s: cannot accept: %s; trying again in a moment", self.name, error.strerror)
-        self._drop_oldest_half_open()
-        self.io_loop.remove_handler(listener)
-        self.io_loop.call_later(0.2, self._resume_accepting, listener)
+            self._registration = ServerRegistration(self, tracker, self.port, self.max_sessions or 1)
+        if self._proxy is not None:
+            from rpcnb.net.dialout import DialOut
 
-    def _resume_accepting(self, listener: Any) -> None:
-        if not self._closed:
-            self.io_loop.add_handler(listener, self._on_accept, self.io_loop.READ)
+            self._dial_out = DialOut(self, self._proxy)
 
     def _admit(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         try:
@@ -250,6 +274,11 @@ class Server:
         self.watcher.add(connection.fd, connection.ready)
         connection.deadline = self.io_loop.call_later(self.limits.handshake_timeout, self._handshake_over, connection)
 
+    def adopt(self, connection: Connection) -> None:
+        """Take a connection that the server has dialled."""
+        self._connections[connection] = None
+        self.watcher.add(connection.fd, connection.ready)
+
     def _handshake_over(self, connection: Connection) -> None:
         if connection.servant is None:
             log.debug("%s: %s did not finish its handshake in time", self.name, connection.peer)
@@ -257,13 +286,13 @@ class Server:
 
     def _drop_oldest_half_open(self) -> None:
         for connection in self._connections:
-            if connection.servant is None:
+            if connection.servant is None and not connection.dialled:
                 connection.close()
                 return
 
     def admits(self, text: str, address: tuple[Any, ...]) -> bool:
         """Tell whether a client with this key text may enter."""
-        return self._gate.admits(text, self._counted(address, self.token is not None))
+        return self.gate.admits(text, self._counted(address, self.token is not None))
 
     def _counted(self, address: tuple[Any, ...], guarded: bool = True) -> str | None:
         """Return the host under which wrong attempts are counted, if they are."""
@@ -273,13 +302,13 @@ class Server:
     def throttles(self, address: tuple[Any, ...]) -> bool:
         """Tell whether this address has guessed too often."""
         host = self._counted(address)
-        return host is not None and self._gate.throttles(host)
+        return host is not None and self.gate.throttles(host)
 
     def note_failure(self, address: tuple[Any, ...]) -> None:
         """Count a wrong guess."""
         host = self._counted(address)
         if host is not None:
-            self._gate.note_failure(host)
+            self.gate.note_failure(host)
 
     @property
     def full(self) -> bool:
@@ -289,16 +318,21 @@ class Server:
     def opened(self, connection: Connection) -> None:
         """Note that a handshake has succeeded."""
         self._forget_half_open(connection)
-        self.io_loop.remove_timeout(connection.deadline)
-        connection.deadline = None
+        if connection.deadline is not None:
+            self.io_loop.remove_timeout(connection.deadline)
+            connection.deadline = None
         if connection.lane:
             return
+        if self._registration is not None:
+            self._registration.opened(connection.key.key, connection.peer, connection.key.timeout)
         self._sessions += 1
-        log.log(self._level, "%s: session of %s opened", self.name, connection.peer)
+        log.log(self.log_level, "%s: session of %s opened", self.name, connection.peer)
         self.tell(events.ConnectionAccepted, peer=connection.peer)
         self._hook("tvm.rpc.server.start")
 
     def _forget_half_open(self, connection: Connection) -> None:
+        if connection.dialled:
+            return
         host = str(connection.address[0])
         self._half_open[host] -= 1
         if not self._half_open[host]:
@@ -315,7 +349,11 @@ class Server:
             lane.close()
         if not connection.lane:
             self._sessions -= 1
-            log.log(self._level, "%s: session of %s ended", self.name, connection.peer)
+            if self._registration is not None:
+                self._registration.ended(connection.key.key)
+            if self._dial_out is not None:
+                self._dial_out.ended()
+            log.log(self.log_level, "%s: session of %s ended", self.name, connection.peer)
             self._hook("tvm.rpc.server.shutdown")
 
     def tell(self, kind: type[Any], **facts: Any) -> None:
@@ -360,6 +398,18 @@ class Server:
         return show_address(self.host, self.port)
 
     @property
+    def web_port(self) -> int | None:
+        """Port of the WebSocket; None if there is none."""
+        port: int | None = None if self._web is None else self._web.port
+        return port
+
+    @property
+    def registered(self) -> bool:
+        """Tell whether a tracker has it in its list, or it waits at its proxy."""
+        registration, dial_out = self._registration, self._dial_out
+        return (registration is not None and registration.connected) or (dial_out is not None and dial_out.waiting)
+
+    @property
     def pending(self) -> list[ClientState]:
         """What each client's session is doing: its state, the function in progress and its age, requests behind it."""
         return [
@@ -387,14 +437,14 @@ class Server:
         self.workers.close(1.0)
         if self._own_loop is not None:
             self._own_loop.stop()
-        log.log(self._level, "%s on %s closed", self.name, self.address)
+        log.log(self.log_level, "%s on %s closed", self.name, self.address)
 
     terminate = close  # TVM's word
 
     def _stop(self) -> None:
-        for listener in self._listeners:
-            self.io_loop.remove_handler(listener)
-            listener.close()
+        for part in (self._registration, self._dial_out, self._web, self._acceptor):
+            if part is not None:
+                part.close()
         for connection in list(self._connections):
             connection.close()
         self.watcher.close()
@@ -419,40 +469,3 @@ def _kernel_loop() -> Callable[[Callable[[], None]], object] | None:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
         return None
-
-
-def _listen(host: str, port: int, port_end: int) -> list[socket.socket]:
-    """Bind the first free port of the range; ``localhost`` on all its addresses."""
-    if not isinstance(port, int) or not 0 <= port < 65536:
-        raise ValueError(f"expected a port of 0 to 65535, got {port!r}")
-    last: OSError | None = None
-    for number in range(port, max(port_end, port + 1)) if port else (0,):
-        try:
-            return [_bind(host, number)]
-        except OSError as error:  # noqa: PERF203  # each port may be taken
-            if error.errno != errno.EADDRINUSE:
-                raise
-            last = error
-    tried = (
-        f"port {port} on {host} is taken"
-        if port_end <= port + 1
-        else f"ports {port} to {port_end - 1} on {host} are taken"
-    )
-    raise OSError(errno.EADDRINUSE, f"no free port: {tried}") from last
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-        0
-    ]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        if os.name != "nt":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(where)
-        sock.listen(1024)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

@@ -43,11 +43,24 @@ class Gate:
         token: Token that a client must present, or None.
         clock: Seconds, for the rate of failures.
         failures: Wrong attempts per minute and address; further ones are refused unseen.
+        tracked: Clients come with match keys that a tracker hands out, each good for one session, instead of the key.
+        trusts_tracker: Such a match key is enough; else the token is needed as well.
     """
 
-    def __init__(self, key: str, token: str | None, clock: Callable[[], float], failures: int = 10) -> None:
+    def __init__(
+        self,
+        key: str,
+        token: str | None,
+        clock: Callable[[], float],
+        failures: int = 10,
+        *,
+        tracked: bool = False,
+        trusts_tracker: bool = False,
+    ) -> None:
         self.key = key
         self.token = token
+        self._match_keys: set[str] | None = set() if tracked else None
+        self._needs_token = token is not None and not (tracked and trusts_tracker)
         self._clock = clock
         self._allowed = failures
         self._failed: dict[str, deque[float]] = {}
@@ -63,13 +76,33 @@ class Gate:
             return False
         # TVM's own rule: the first word, whole.
         word = text.split(None, 1)[0] if text.split() else ""
-        known = hmac.compare_digest(word.encode(), f"client:{self.key}".encode())
-        if self.token is not None:
-            given = KeyText.parse(text).options.get("-token", "")
-            known &= hmac.compare_digest(given.encode(), self.token.encode())
+        keys = [self.key] if self._match_keys is None else list(self._match_keys)
+        known = any([hmac.compare_digest(word.encode(), f"client:{key}".encode()) for key in keys])  # noqa: C419  # all
+        known &= self.has_token(text)
         if not known and address is not None:
             self.note_failure(address)
+        if known and self._match_keys is not None:
+            self._match_keys.discard(word.removeprefix("client:"))
         return known
+
+    def has_token(self, text: str) -> bool:
+        """Tell whether a client with this key text has the token, if it needs one."""
+        if not self._needs_token or self.token is None:
+            return True
+        given = KeyText.parse(text).options.get("-token", "")
+        return hmac.compare_digest(given.encode(), self.token.encode())
+
+    def issue(self) -> str:
+        """Return a fresh match key of 128 bits, good for one session."""
+        assert self._match_keys is not None, "tracked"
+        match_key = f"{self.key}:{secrets.token_urlsafe(16)}"
+        self._match_keys.add(match_key)
+        return match_key
+
+    def withdraw(self, match_key: str) -> None:
+        """Let nobody in with this match key any more."""
+        assert self._match_keys is not None, "tracked"
+        self._match_keys.discard(match_key)
 
     def note_failure(self, address: str) -> None:
         """Count a wrong attempt of this address."""

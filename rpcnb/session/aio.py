@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.net.link import Deadline
-from rpcnb.session.aiolanes import AsyncLanes, open_async
+from rpcnb.session.aiolanes import AsyncLanes
 from rpcnb.session.aiooperation import AsyncOperation, AsyncTransfer
 from rpcnb.session.base import SessionBase
 from rpcnb.session.moving import Moving, Progress, describe_upload, moving_array
@@ -187,7 +187,7 @@ class AsyncSession(SessionBase):
         """Open the session again, under the same name; as :meth:`Session.reconnect`."""
         self._detach()
         assert self._dialer is not None
-        link, answer = await open_async(self._dialer, Deadline(timeout, f"connect to {self.peer}"))
+        link, answer = await self._dialer.open_awaiting(Deadline(timeout, f"connect to {self.peer}"))
         self._attach(link, answer)
         self._opened()
 

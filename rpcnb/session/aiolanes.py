@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rpcnb.protocol.handshake import KeyText
     from rpcnb.session.control import Route
 
-__all__ = ["AsyncLanes", "await_flow", "open_async", "open_link"]
+__all__ = ["AsyncLanes", "await_flow", "open_dialled", "open_link"]
 
 
 async def await_flow(
@@ -87,8 +87,8 @@ async def open_link(dialer: Dialer, key: ClientKey, flow: Flow[Any], deadline: D
         raise
 
 
-async def open_async(dialer: Dialer, deadline: Deadline) -> tuple[AsyncLink, KeyText]:
-    """Open the connection that opens a session."""
+async def open_dialled(dialer: Dialer, deadline: Deadline) -> tuple[AsyncLink, KeyText]:
+    """Open the connection that opens a session, where the dialler aims."""
     link, answer, _ = await open_link(dialer, dialer.key, flows.initialize(dialer.constructor), deadline)
     return link, answer
 

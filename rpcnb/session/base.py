@@ -70,6 +70,7 @@ class SessionBase:
     def _attach(self, link: Any, answer: KeyText) -> None:
         """Begin to use a connection that has just been opened."""
         self._link = link
+        self.peer = link.peer  # another board, perhaps, when a tracker is asked again
         self._told_end = False
         self._held = 0  # bytes of tensors allocated and not freed
         self._tensors = 0  # how many those are

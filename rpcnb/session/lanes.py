@@ -81,6 +81,12 @@ class Dialer:
         link, answer, _ = self._open(self.key, flows.initialize(self.constructor), deadline, guard)
         return link, answer
 
+    async def open_awaiting(self, deadline: Deadline) -> tuple[Any, KeyText]:
+        """Open the connection that opens an awaited session."""
+        from rpcnb.session.aiolanes import open_dialled
+
+        return await open_dialled(self, deadline)
+
     def open_lane(self, ticket: str, number: int, flow: Flow[Any]) -> tuple[Link, Any]:
         """Open a further connection, initialized by ``flow``; returns the flow's result too."""
         deadline = Deadline(OPEN_SECONDS, f"lane {number} to {self.address}")

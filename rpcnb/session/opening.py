@@ -5,35 +5,48 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rpcnb.net.address import Address, is_loopback, parse_address
+from rpcnb.net.address import DEFAULT_PORT, is_loopback, parse_address
 from rpcnb.net.dial import ClientKey
 from rpcnb.net.interrupt import Guard
 from rpcnb.net.link import Deadline
 from rpcnb.session.base import SessionBase
 from rpcnb.session.lanes import Dialer
 from rpcnb.session.session import Session
+from rpcnb.session.tracker import TrackedDialer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rpcnb.session.aio import AsyncSession
 
-__all__ = ["connect", "connect_async"]
+__all__ = ["connect", "connect_async", "open_session", "open_session_async"]
 
 S = TypeVar("S", bound=SessionBase)
 
 log = logging.getLogger(__name__)
 
 
-def _prepare(
-    url: str, port: int, key: str, session_timeout: float, token: str | None, extensions: bool
-) -> tuple[Address, ClientKey]:
-    address = parse_address(url, port, key)
+def _make_dialer(
+    url: str,
+    port: int,
+    key: str,
+    session_timeout: float,
+    session_constructor_args: Sequence[Any] | None,
+    token: str | None,
+    extensions: bool,
+    lanes: int,
+    depth: int | None,
+    headers: Mapping[str, str] | None,
+) -> Dialer:
+    address = parse_address(url, port if port != DEFAULT_PORT or "://" not in url else None, key, headers)
+    constructor = tuple(session_constructor_args or ())
+    if address.scheme == "tracker":
+        return TrackedDialer(address, 1, session_timeout, 5, constructor, token, extensions, lanes=lanes, depth=depth)
     if token is None and is_loopback(address.host):
         from rpcnb.net.runfiles import find_token
 
-        token = find_token(address.port)
-    return address, ClientKey(address.key, session_timeout, token, extensions)
+        token = find_token(address.port, address.key)
+    return Dialer(address, ClientKey(address.key, session_timeout, token, extensions), constructor, lanes, depth)
 
 
 def _opened(session: S) -> S:
@@ -56,11 +69,13 @@ def connect(
     lanes: int = 3,
     lost_after: float | None = None,
     depth: int | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Session:
     """Open a session with an RPC server, rpcnb's or stock TVM's.
 
     Args:
-        url: Host, ``host:port``, or ``rpc://host:port/key``.
+        url: Host, ``host:port``, ``rpc://host:port/key``; ``tracker://host:port/key`` for a board that a tracker
+            hands out; ``ws://host:port/ws`` or ``wss://...`` for a server behind the web.
         port: Port, if the URL names none.
         key: Key that the server must serve, if the URL names none.
         session_timeout: Seconds after which the server ends the session; 0 for never.
@@ -68,7 +83,8 @@ def connect(
             ``["rpc.Connect", "inner-host", 9090, "key"]`` to go on to another server through this one.
         enable_logging: Log every operation at level DEBUG.
         token: The server's token; one of a server of this user on this machine is found without it.
-        timeout: Seconds for resolving, connecting, handshake and init together; None for no limit.
+        timeout: Seconds for resolving, connecting, handshake and init together; None for no limit. Waiting for a
+            tracker's board takes as long as it takes (:meth:`TrackerSession.request` has a limit for that too).
         extensions: Offer rpcnb's extensions; False makes us stock to the byte.
         lanes: Further connections that the session may open to an rpcnb server when it needs them: one for calls that
             overlap and for cancelling, two for bulk copies beside calls. 0: everything on one connection.
@@ -76,6 +92,8 @@ def connect(
             it is ``unresponsive`` after 40 s and calls go on waiting.
         depth: Requests on the way on one connection at most. Pass 1 for event-driven stock servers (a browser behind
             a stock proxy): they stall when a request arrives behind one that answers later.
+        headers: Further HTTP headers for ``ws://`` and ``wss://``, such as ``{"Authorization": "token ..."}`` of a
+            hub.
 
     Raises:
         ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are
@@ -83,14 +101,35 @@ def connect(
         RemoteError: The session constructor failed.
         ValueError: ``url`` is not an address.
     """
-    address, client_key = _prepare(url, port, key, session_timeout, token, extensions)
-    deadline = Deadline(timeout, f"connect to {address}")
-    dialer = Dialer(address, client_key, tuple(session_constructor_args or ()), lanes, depth)
+    dialer = _make_dialer(
+        url, port, key, session_timeout, session_constructor_args, token, extensions, lanes, depth, headers
+    )
+    session = open_session(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
+    if enable_logging:
+        log.debug("session with %s opened, key %r", session.peer, session.key)
+    return session
+
+
+def _limit(dialer: Dialer, timeout: float | None) -> Deadline:
+    """Return the limit for connecting; waiting for a tracker's board takes as long as it takes."""
+    return Deadline(None if isinstance(dialer, TrackedDialer) else timeout, f"connect to {dialer.address}")
+
+
+def open_session(dialer: Dialer, key: str, deadline: Deadline, lost_after: float | None = None) -> Session:
+    """Open a blocking session where ``dialer`` leads."""
     with Guard() as guard:
         link, answer = dialer.open(deadline, guard)
-    if enable_logging:
-        log.debug("session with %s opened, key %r", address, address.key)
-    return _opened(Session(link, address.key, answer, dialer=dialer, lost_after=lost_after))
+    return _opened(Session(link, key, answer, dialer=dialer, lost_after=lost_after))
+
+
+async def open_session_async(
+    dialer: Dialer, key: str, deadline: Deadline, lost_after: float | None = None
+) -> AsyncSession:
+    """Open an awaited session where ``dialer`` leads."""
+    from rpcnb.session.aio import AsyncSession
+
+    link, answer = await dialer.open_awaiting(deadline)
+    return _opened(AsyncSession(link, key, answer, dialer=dialer, lost_after=lost_after))
 
 
 async def connect_async(
@@ -107,14 +146,13 @@ async def connect_async(
     lanes: int = 3,
     lost_after: float | None = None,
     depth: int | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> AsyncSession:
     """Open an awaited session in the running event loop; arguments and errors as :func:`connect`."""
-    from rpcnb.session.aio import AsyncSession
-    from rpcnb.session.aiolanes import open_async
-
-    address, client_key = _prepare(url, port, key, session_timeout, token, extensions)
-    dialer = Dialer(address, client_key, tuple(session_constructor_args or ()), lanes, depth)
-    link, answer = await open_async(dialer, Deadline(timeout, f"connect to {address}"))
+    dialer = _make_dialer(
+        url, port, key, session_timeout, session_constructor_args, token, extensions, lanes, depth, headers
+    )
+    session = await open_session_async(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
     if enable_logging:
-        log.debug("session with %s opened, key %r", address, address.key)
-    return _opened(AsyncSession(link, address.key, answer, dialer=dialer, lost_after=lost_after))
+        log.debug("session with %s opened, key %r", session.peer, session.key)
+    return session

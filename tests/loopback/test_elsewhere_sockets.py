@@ -19,7 +19,7 @@ import pytest
 import rpcnb
 from rpcnb.net import runfiles
 from rpcnb.net import server as server_module
-from rpcnb.net.address import is_loopback, parse_address, show_address
+from rpcnb.net.address import Address, is_loopback, parse_address, show_address
 from rpcnb.net.shaper import parse_link
 from rpcnb.net.watcher import LoopWatcher, make_watcher
 from rpcnb.net.workers import WorkerPool
@@ -125,11 +125,11 @@ def test_the_runtime_directory_follows_the_system(monkeypatch: pytest.MonkeyPatc
 
 
 def test_addresses_are_read_as_users_write_them() -> None:
-    assert parse_address("board") == ("board", 9090, "")
-    assert parse_address("board:1", key="k") == ("board", 1, "k")
-    assert parse_address("rpc://board:1/rpi%20x") == ("board", 1, "rpi x")
-    assert parse_address("[::1]:2") == ("::1", 2, "")
-    assert parse_address("::1") == ("::1", 9090, "")
+    assert parse_address("board") == Address("board", 9090, "")
+    assert parse_address("board:1", key="k") == Address("board", 1, "k")
+    assert parse_address("rpc://board:1/rpi%20x") == Address("board", 1, "rpi x")
+    assert parse_address("[::1]:2") == Address("::1", 2, "")
+    assert parse_address("::1") == Address("::1", 9090, "")
     assert show_address("::1", 2) == "[::1]:2"
     for bad in ("http://x", "[::1", "[::1]x", ":1", "x:0", "x:y", "x:70000"):
         with pytest.raises(ValueError, match="expected"):

@@ -206,7 +206,7 @@ def test_s13_the_token_is_in_no_log_repr_or_error(
     caplog.set_level(logging.DEBUG)
     registry.register("fail", lambda: 1 / 0)
     server = serve(token=CANARY, silent=False, key="board")
-    seen = [repr(server), str(server), repr(server._gate)]
+    seen = [repr(server), str(server), repr(server.gate)]
 
     def note(session: Any) -> None:
         seen.extend([repr(session), repr(session.cpu()), repr(session.fn), repr(session._ops.key.key)])

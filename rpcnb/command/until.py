@@ -1,0 +1,52 @@
+"""Running until SIGINT or SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Stop", "until_signal"]
+
+
+class Stop:
+    """The end that a signal, or another part of the program, brings."""
+
+    def __init__(self, sock: socket.socket, wake: socket.socket) -> None:
+        self._sock = sock
+        self._wake = wake
+
+    def wait(self) -> None:
+        """Return when it has come."""
+        self._sock.recv(1)
+
+    def set(self) -> None:
+        """Let it come; from any thread."""
+        with contextlib.suppress(OSError):
+            self._wake.send(b"\0")
+
+
+@contextlib.contextmanager
+def until_signal() -> Iterator[Stop]:
+    """Take SIGINT and SIGTERM over.
+
+    A signal may reach another thread than the main one, and its handler may run in the middle of a wait that holds a
+    lock: so it does nothing, and the byte that Python writes for it is waited for.
+    """
+    sock, wake = socket.socketpair()
+    wake.setblocking(False)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before_wake = signal.set_wakeup_fd(wake.fileno())
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
+    try:
+        yield Stop(sock, wake)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before_wake)
+        sock.close()
+        wake.close()
