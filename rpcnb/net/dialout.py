@@ -81,6 +81,7 @@ class DialOut:
         self.waiting = False
         self._server = server
         self._room = asyncio.Event()
+        self._closed = False
         self._task = asyncio.ensure_future(self._run())
 
     def ended(self) -> None:
@@ -90,7 +91,7 @@ class DialOut:
     async def _run(self) -> None:
         backoff = Backoff()
         told = ""
-        while True:
+        while not self._closed:
             self._room.clear()
             if self._server.full:
                 await self._room.wait()
@@ -135,4 +136,5 @@ class DialOut:
 
     def close(self) -> None:
         """End it; on the loop."""
+        self._closed = True
         self._task.cancel()

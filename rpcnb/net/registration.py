@@ -64,6 +64,7 @@ class Registration:
         self._offers: dict[str, int] = {}  # match key: looks at which it was gone
         self._changed = asyncio.Event()
         self._told = ""  # what was last logged
+        self._closed = False
         self._task = asyncio.ensure_future(self._run())
 
     # -- what is registered --------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class Registration:
 
     async def _run(self) -> None:
         backoff = Backoff()
-        while True:
+        while not self._closed:
             try:
                 await self._stay(backoff)
             except (RpcError, OSError, asyncio.TimeoutError) as error:
@@ -127,7 +128,7 @@ class Registration:
     async def _keep(self, link: TrackerLink) -> None:
         """Replace match keys that were used, or taken and never used."""
         looked = time.monotonic()
-        while True:
+        while not self._closed:
             try:
                 await asyncio.wait_for(self._changed.wait(), max(0.0, looked + _POLL - time.monotonic()))
             except asyncio.TimeoutError:
@@ -158,6 +159,7 @@ class Registration:
 
     def close(self) -> None:
         """End it; on the loop."""
+        self._closed = True  # wait_for may lose a cancellation (before Python 3.12)
         self._task.cancel()
         self._withdraw_all()
 

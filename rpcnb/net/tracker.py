@@ -68,7 +68,7 @@ class _Client:
             sent = self._stream.write(encode_frame(value))
         except Exception as error:  # a full buffer, a closed socket
             log.warning("tracker: %s dropped: %s", self.name, error or type(error).__name__)
-            self._tracker.io_loop.add_callback(self.close)
+            self._stream.close()  # the reader notices, and forgets the rest
             return
         sent.add_done_callback(lambda future: future.exception())
 

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -394,7 +395,7 @@ def test_through_a_hop_everything_works_on_one_connection(server: Any, serve: Se
 
 def test_a_lane_that_cannot_be_opened_is_done_without(server: Any, board: Board) -> None:
     with rpcnb.connect(server.address) as session:
-        session._dialer.address = session._dialer.address._replace(port=1)  # nobody there
+        session._dialer.address = replace(session._dialer.address, port=1)  # nobody there
         job = session.get_function("wait_for").submit(1)
         eventually(lambda: board.waiting)
         board.let(1)
