@@ -120,11 +120,13 @@ class DialOut:
         """Wait at the proxy; returns how that ended: ``paired``, ``unmatched``, ``duplicate`` or ``closed``."""
         sock = await connect_awaiting(self.proxy, Deadline(_CONNECT, f"connect to {self.proxy}"))
         try:
+            if self._closed:  # a cancellation was lost on the way (before Python 3.12)
+                raise asyncio.CancelledError
             connection = _Dialled(self._server, sock, (self.proxy.host, self.proxy.port))
+            self._server.adopt(connection)
         except BaseException:
             sock.close()
             raise
-        self._server.adopt(connection)
         self.waiting = True
         try:
             return await connection.settled

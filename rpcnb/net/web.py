@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import os
 import socket
+import weakref
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -68,7 +69,7 @@ class WebPort:
         handlers: list[Any] = [("/ws", _Upgrade, {"web": self})]
         handlers += [(path, _Page, {"web": self, "file": file}) for path, file in pages]
         application = Application(handlers, log_function=lambda handler: None)
-        self._server = HTTPServer(
+        self._server = _HttpServer(
             application, max_header_size=65536, max_body_size=1024, idle_connection_timeout=60, no_keep_alive=False
         )
         self._server.add_sockets(self._listeners)
@@ -109,8 +110,22 @@ class WebPort:
         return name in self._allowed or "*" in self._allowed
 
     def close(self) -> None:
-        """Stop listening; on the loop. WebSockets that were admitted belong to others."""
+        """Stop listening, and end what has not become a WebSocket; on the loop. Those that have belong to others."""
         self._server.stop()
+        for stream in list(self._server.streams):
+            stream.close()
+
+
+class _HttpServer(HTTPServer):  # type: ignore[misc]  # tornado is not followed
+    """Knows its connections, also those that have never asked for anything."""
+
+    def initialize(self, *args: Any, **options: Any) -> None:
+        super().initialize(*args, **options)
+        self.streams: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def handle_stream(self, stream: Any, address: tuple[Any, ...]) -> None:
+        self.streams.add(stream)
+        super().handle_stream(stream, address)
 
 
 def _host_of(url: str) -> str:
