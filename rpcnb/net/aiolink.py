@@ -217,7 +217,7 @@ async def _connect(found: list[Any], address: Address, deadline: Deadline) -> so
             sock.close()
             if isinstance(error, (TimeoutError, RpcError)):
                 raise
-            last = explain_errno(error.errno or 0)
+            last = explain_errno(error.errno or 0, address)
         except BaseException:
             sock.close()
             raise

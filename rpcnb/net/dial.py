@@ -217,7 +217,7 @@ def _connect(address: Address, deadline: Deadline, guard: Guard) -> socket.socke
                 code = _await_connected(sock, deadline, guard)
             if code == 0:
                 return sock
-            last = explain_errno(code)
+            last = explain_errno(code, address)
         except DeadlineExceeded as error:
             sock.close()
             raise expired(str(address), "connect", error) from None
@@ -301,8 +301,10 @@ def _await_connected(sock: socket.socket, deadline: Deadline, guard: Guard) -> i
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
-def explain_errno(code: int) -> str:
+def explain_errno(code: int, address: Address) -> str:
     """Say why a connect failed, and what to try."""
+    if code == errno.ECONNREFUSED and address.scheme == "tracker":
+        return "connection refused; is a tracker running there? (`rpcnb tracker`)"
     if code == errno.ECONNREFUSED:
         return "connection refused; is a server running there? (`rpcnb serve`, `rpcnb servers`)"
     return os.strerror(code)

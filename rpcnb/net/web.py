@@ -185,9 +185,13 @@ class _Upgrade(_Checked):
         self.set_header("Sec-WebSocket-Accept", accept_key(key))
         self.finish()
         stream = self.detach()
-        sock = socket.socket(fileno=os.dup(stream.socket.fileno()))  # the stream's own is closed with it
-        address = stream.socket.getpeername()
-        stream.close()
+        try:
+            address = stream.socket.getpeername()
+            sock = socket.socket(fileno=os.dup(stream.socket.fileno()))  # the stream's own is closed with it
+        except (OSError, AttributeError):
+            return  # the peer has gone meanwhile
+        finally:
+            stream.close()
         sock.setblocking(False)
         self.web.admit(WebSocket(sock, client=False), address)
 

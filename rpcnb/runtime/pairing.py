@@ -76,13 +76,9 @@ class Pairing(Generic[P]):
 
     def leave(self, peer: P) -> None:
         """Forget a peer that waits no longer."""
-        for place, waiting in list(self._waiting.items()):
-            if waiting is peer:
-                del self._waiting[place]
+        self._waiting = {place: waiting for place, waiting in self._waiting.items() if waiting is not peer}
         self._servers.pop(peer, None)
-        for match_key, server in list(self._match_keys.items()):
-            if server is peer:
-                del self._match_keys[match_key]
+        self._match_keys = {match_key: server for match_key, server in self._match_keys.items() if server is not peer}
 
     # -- with a tracker ------------------------------------------------------------------------------------------
 

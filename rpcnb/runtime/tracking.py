@@ -22,7 +22,6 @@ from rpcnb.protocol.tracker import (
     Ping,
     Put,
     RequestBoard,
-    Stop,
     Summary,
     TrackerCode,
     TrackerRequest,
@@ -197,7 +196,7 @@ class Tracking:
             case PendingKeys():
                 record.polls = True
                 peer.send(list(record.pending))
-            case Stop():
+            case _:
                 self._stop(peer, request.stop_key)
 
     def _put(self, peer: Peer, record: _Record, put: Put) -> None:

@@ -190,3 +190,108 @@ def test_no_server_says_how_to_start_one(
     assert main(["servers"]) == 0
     assert "rpcnb serve" in capsys.readouterr().out
     assert os.listdir(tmp_path) == []
+
+
+# -- a farm --------------------------------------------------------------------------------------------------------
+
+
+class Running:
+    """A command that runs until it is told to stop."""
+
+    def __init__(self, file: Path, *args: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rpcnb", *args, "--ready-file", str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        eventually(lambda: file.exists() or self.process.poll() is not None, "the ready file")
+        self.ready: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    @property
+    def address(self) -> str:
+        return f"{self.ready['host']}:{self.ready['port']}"
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[str, str]:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.communicate(timeout=10)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Any]:
+    started: list[Running] = []
+
+    def start(*args: str) -> Running:
+        started.append(Running(tmp_path / f"{len(started)}.json", *args))
+        return started[-1]
+
+    yield start
+    for one in reversed(started):
+        one.stop()
+
+
+def test_a_farm_from_the_command_line(running: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = running("tracker", "--port", "0")
+    proxy = running("proxy", "--port", "0", "--web-port", "0", "--tracker", tracker.address)
+    near = running("serve", "--demo", "--port", "0", "--key", "near", "--tracker", tracker.address)
+    far = running("serve", "--demo", "--key", "far", "--proxy", proxy.address, "--trust-tracker")
+    session = rpcnb.connect_tracker(tracker.address)
+    eventually(lambda: all(session.summary()["queue_info"].get(key) for key in ("near", "far")), "both boards")
+    for key in ("near", "far"):
+        assert main(["call", f"tracker://{tracker.address}/{key}", "demo.add", "1", "2"]) == 0
+        assert capsys.readouterr().out == "3\n"
+    eventually(lambda: session.summary()["queue_info"]["near"]["free"] == 1, "its return")
+    assert main(["devices", tracker.address]) == 0
+    text = capsys.readouterr().out
+    assert near.address in text
+    assert "proxy[far]" in text
+    assert main(["devices", tracker.address, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["queue_info"]["near"]["free"] == 1
+    said = {name: one.stop()[0] for name, one in (("far", far), ("near", near), ("proxy", proxy), ("tracker", tracker))}
+    assert f"%rpc_connect tracker://{tracker.address}/near" in said["near"]
+    assert f"behind the proxy {proxy.address}" in said["far"]
+    assert f"rpcnb serve --proxy {proxy.address}" in said["proxy"]
+    assert f"ws://127.0.0.1:{proxy.ready['web_port']}/ws" in said["proxy"]
+    assert f"rpcnb devices {tracker.address}" in said["tracker"]
+    assert [one.process.returncode for one in (far, near, proxy, tracker)] == [0] * 4
+
+
+def test_devices_are_watched_until_ctrl_c(running: Any) -> None:
+    tracker = running("tracker", "--port", "0", "--silent")
+    command = [sys.executable, "-m", "rpcnb", "devices", tracker.address, "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(4)]
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+    assert lines.count("no server\n") == 2
+    assert process.returncode == 130
+
+
+def test_a_server_listens_on_the_web_too(running: Any) -> None:
+    served = running("serve", "--demo", "--port", "0", "--web-port", "0", "--key", "web")
+    with rpcnb.connect(f"ws://127.0.0.1:{served.ready['web_port']}/ws", key="web") as session:  # the token is found
+        assert session.call("demo.add", 1, 2) == 3
+    assert f"ws://127.0.0.1:{served.ready['web_port']}/ws" in served.stop()[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["tracker", "--host", "0.0.0.0"], "--insecure"),
+        (["proxy", "--host", "0.0.0.0"], "--insecure"),
+        (["proxy", "--resource", "nothing"], "FOLDER:FILE"),
+        (["serve", "--trust-tracker"], "needs a tracker"),
+        (["serve", "--link", "1M,1ms", "--tracker", "h:1"], "--link"),
+        (["serve", "--proxy", "h:1", "--tracker", "h:1"], "registered by the proxy"),
+        (["devices", "127.0.0.1:1"], "connection refused"),
+        (["devices", "ftp://x"], "scheme"),
+    ],
+    ids=lambda one: " ".join(one) if isinstance(one, list) else "",
+)
+def test_wrong_words_for_a_farm_get_one_line(args: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) in (1, 2, 3)
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1

@@ -87,3 +87,30 @@ def test_failures_of_many_addresses_are_forgotten_when_they_are_old() -> None:
 def test_the_token_is_not_shown() -> None:
     assert repr(Gate("k", "secret", Clock())) == "Gate(key='k', token=set)"
     assert repr(Gate("k", None, Clock())) == "Gate(key='k', token=none)"
+
+
+@pytest.mark.parametrize(("trusts", "bare"), [(False, False), (True, True)])
+def test_a_match_key_is_good_for_one_session(trusts: bool, bare: bool) -> None:
+    gate = Gate("gpu", "token", Clock(), tracked=True, trusts_tracker=trusts)
+    match_key = gate.issue()
+    assert match_key.startswith("gpu:")
+    assert len(match_key) >= len("gpu:") + 22  # 128 bits
+    assert not gate.admits("client:gpu -token=token")
+    assert gate.admits(f"client:{match_key}") is bare
+    assert gate.admits(f"client:{match_key} -token=token") is not bare, "spent, if it was enough"
+    assert not gate.admits(f"client:{match_key} -token=token")
+    other = gate.issue()
+    gate.withdraw(other)
+    assert not gate.admits(f"client:{other} -token=token")
+    assert gate.has_token("client:x -token=token")
+    assert gate.has_token("client:x") is trusts
+
+
+def test_guessing_match_keys_is_of_no_use() -> None:
+    clock = Clock()
+    gate = Gate("gpu", None, clock, tracked=True)
+    match_key = gate.issue()
+    for _ in range(10):
+        assert not gate.admits("client:gpu:guess", "10.0.0.9")
+    assert not gate.admits(f"client:{match_key}", "10.0.0.9"), "who guesses is refused unseen"
+    assert gate.admits(f"client:{match_key}", "10.0.0.8")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from runtime_wire import Client, function_of, handle_of, module_of, object_of
 
+from rpcnb.errors import DeviceError
 from rpcnb.protocol.messages import Shutdown
 from rpcnb.runtime import libraries
 from rpcnb.runtime.registry import Registry
@@ -34,6 +35,7 @@ def test_files_are_uploaded_listed_downloaded_and_removed(client: Client) -> Non
     assert client.call(PREFIX + "download", "d/x") == (12, b"data")
     assert client.call(PREFIX + "workpath", "d/x")[1] == str(client.local.files.root / "d" / "x")
     assert client.call(PREFIX + "remove", "a") == (0, None)
+    assert client.call(PREFIX + "remove", "") == (0, None), "TVM's runners clean up so"
     assert client.call(PREFIX + "listdir", "") == (11, "d")
     assert "no such file in the session's directory" in client.call_error(PREFIX + "download", "a")
     assert "is refused" in client.call_error(PREFIX + "workpath", "../x")
@@ -169,3 +171,19 @@ def test_without_the_ffi_its_globals_are_absent(monkeypatch: pytest.MonkeyPatch)
     client = Client(Environment(expose_ffi=True))
     assert client.find("ffi.GetRegisteredTypeKeys") == 0
     client.send(Shutdown())
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8", "uint64", "bool"])
+def test_random_fill_writes_numbers_from_one_to_ten(client: Client, kind: str) -> None:
+    fill: Any = WELL_KNOWN["tvm.contrib.random.random_fill_for_measure"][0]
+    array = np.zeros((40, 50), kind)
+    fill(client.local, array)
+    assert len(np.unique(array)) > 1
+    assert array.max() <= 10
+    assert kind == "bool" or array.min() >= 1
+
+
+def test_random_fill_works_in_the_cpus_memory_only(client: Client) -> None:
+    fill: Any = WELL_KNOWN["tvm.contrib.random.random_fill"][0]
+    with pytest.raises(DeviceError, match="CPU's memory"):
+        fill(client.local, "no tensor")
