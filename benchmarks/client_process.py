@@ -267,9 +267,32 @@ class Ours(Rpc):
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
+class OverWeb(Ours):
+    """rpcnb's client over a WebSocket."""
+
+    def open(self) -> Any:
+        """Open a session."""
+        import rpcnb
+
+        return rpcnb.connect(f"ws://127.0.0.1:{self.port}")
+
+
+class ThroughProxy(Ours):
+    """rpcnb's client through a proxy."""
+
+    def open(self) -> Any:
+        """Open a session."""
+        import rpcnb
+
+        return rpcnb.connect("127.0.0.1", self.port, "bench")
+
+
+KINDS = {"raw": Raw, "stock": Stock, "ours": Ours, "web": OverWeb, "proxy": ThroughProxy}
+
+
 def main() -> None:
     """Serve cases until end of input."""
-    client = {"raw": Raw, "stock": Stock, "ours": Ours}[sys.argv[1]](int(sys.argv[2]))
+    client = KINDS[sys.argv[1]](int(sys.argv[2]))
     for line in sys.stdin:
         case, *args = json.loads(line)
         print(json.dumps(getattr(client, case)(*args)), flush=True)

@@ -47,8 +47,8 @@ class _Process:
 class Server(_Process):
     """A server of a kind; ``port`` is where it listens."""
 
-    def __init__(self, kind: str, cpu: int | None = None) -> None:
-        super().__init__("-m", "benchmarks.server_process", kind, cpu=cpu)
+    def __init__(self, kind: str, cpu: int | None = None, *args: str) -> None:
+        super().__init__("-m", "benchmarks.server_process", kind, *args, cpu=cpu)
         self.kind = kind
         self.port = int(self.read())
 

@@ -1,4 +1,4 @@
-"""One server: ``python -m benchmarks.server_process raw|stock|ours``; prints its port, runs until killed."""
+"""One server: ``python -m benchmarks.server_process raw|stock|ours|web|proxy|behind PORT``; prints its port."""
 
 from __future__ import annotations
 
@@ -63,9 +63,14 @@ def _stock() -> None:
     server.terminate()
 
 
-def _ours() -> None:
+def _ours(kind: str = "ours") -> None:
     import rpcnb
 
+    if kind == "proxy":
+        with rpcnb.Proxy(port=0, silent=True) as proxy:
+            print(proxy.port, flush=True)
+            sys.stdin.read()
+        return
     rpcnb.register_func("bench.add", add)
 
     @rpcnb.register_func("bench.async")
@@ -77,11 +82,19 @@ def _ours() -> None:
         await asyncio.sleep(0.1)
 
     sys.setswitchinterval(0.0005)
-    server = rpcnb.Server(port=0, silent=True)
-    print(server.port, flush=True)
+    if kind == "behind":
+        server = rpcnb.Server("127.0.0.1", int(sys.argv[2]), key="bench", is_proxy=True, silent=True)
+    else:
+        server = rpcnb.Server(port=0, silent=True, web_port=0 if kind == "web" else None)
+    print(server.web_port or server.port, flush=True)
     sys.stdin.read()
     server.close()
 
 
 if __name__ == "__main__":
-    {"raw": _raw, "stock": _stock, "ours": _ours}[sys.argv[1]]()
+    if sys.argv[1] == "raw":
+        _raw()
+    elif sys.argv[1] == "stock":
+        _stock()
+    else:
+        _ours(sys.argv[1])
