@@ -49,8 +49,8 @@ class _Dialled(Connection):
         if not self.server.gate.has_token(text):
             log.warning("%s: refused a client behind %s: wrong key or token", self.server.name, self.peer)
             refusal = WRONG_TOKEN
+        self._settle("paired")  # before anything that may end the connection
         self._begin(key, {}, refusal)
-        self._settle("paired")
 
     def _answer(self, options: dict[str, str]) -> None:
         """Nothing: our key went out first."""

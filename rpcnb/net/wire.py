@@ -411,6 +411,8 @@ class Wire:
         elif isinstance(request, CopyToRemote):
             self._zero_rest(ticket)
             request.payload = b""
+        elif isinstance(request, CallFunc) and request.sink is not None:
+            request.sink.drop()
 
     def _zero_rest(self, ticket: Ticket) -> None:
         """Replace what is not yet sent of an upload's data by zeros: framing stays whole, user memory is let go."""

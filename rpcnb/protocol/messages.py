@@ -21,7 +21,8 @@ Source:
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from rpcnb.protocol.codes import VERSION, Code
 from rpcnb.protocol.sequence import Buffer, Style, encode_tensor, encode_values
@@ -63,10 +64,15 @@ class InitServer:
 
 @dataclass(slots=True)
 class CallFunc:
-    """Call the packed function ``handle``."""
+    """Call the packed function ``handle``.
+
+    ``sink`` (never on the wire) takes a large bytes value of the reply piece by piece: its ``begin(nbytes)`` returns a
+    :class:`~rpcnb.protocol.reader.Sink`.
+    """
 
     handle: int
     args: tuple[Value, ...] = ()
+    sink: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(slots=True)

@@ -84,7 +84,7 @@ class PacketReader:
         self.role = role
         self.limits = limits or Limits()
         self.owed: deque[Request] = deque()  # client: requests whose replies have not come
-        self.sink_for = sink_for
+        self.sink_for = sink_for if role is Role.SERVER else self._reply_sink
         # What a limit might refuse is looked at piece by piece.
         limit = min(self.limits.call, self.limits.bytes_argument, self.limits.text)
         self._whole = min(_WHOLE, limit)
@@ -474,6 +474,12 @@ class PacketReader:
             self._left -= consumed
         self._check_sequence(count, len(values), self._left)
         return tuple(values)
+
+    def _reply_sink(self, handle: int, values: list[Value], nbytes: int) -> Sink | None:
+        """Client: return what takes a large bytes value of the reply that is being read, if its request says so."""
+        sink = getattr(self.owed[0], "sink", None) if self.owed else None
+        found: Sink | None = None if sink is None else sink.begin(nbytes)
+        return found
 
     def _check_plain(self, plain: int) -> None:
         if plain > self.limits.call:

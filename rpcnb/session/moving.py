@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
-__all__ = ["BULK", "Moving", "Progress", "describe_upload", "moving_array"]
+__all__ = ["BULK", "FileSink", "Moving", "Progress", "describe_upload", "moving_array"]
 
 BULK = 1 << 20  # bytes from which a copy travels on a lane of its own, where there are lanes
 
 
-class Moving(NamedTuple):
+@dataclass(slots=True)
+class Moving:
     """What moves.
 
     Attributes:
         direction: ``up`` to the server, or ``down``.
         thing: A tensor, an array, or a file's name.
-        total: Bytes, 0 while unknown (a file that is downloaded).
+        total: Bytes, 0 while unknown (a file that is downloaded, until the server has said its size).
     """
 
     direction: str
@@ -29,6 +31,43 @@ class Moving(NamedTuple):
         """A tensor's shape and type, or a file's name."""
         shape = getattr(self.thing, "shape", None)
         return str(self.thing) if shape is None else f"{tuple(shape)} {self.thing.dtype}"
+
+
+class FileSink:
+    """Takes a reply's bytes value into a file, piece by piece, as it comes; errors wait for who wants the file.
+
+    Attributes:
+        error: What writing the file raised; the rest of the value was received and dropped.
+    """
+
+    def __init__(self, file: BinaryIO, moving: Moving | None) -> None:
+        self.error: OSError | None = None
+        self._file: BinaryIO | None = file
+        self._moving = moving
+
+    def begin(self, nbytes: int) -> FileSink:
+        """Take the size; the value follows."""
+        if self._moving is not None:
+            self._moving.total = nbytes
+        return self
+
+    def write(self, data: memoryview) -> None:
+        """Take the next piece."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            self._file = None
+
+    def finish(self) -> bytes:
+        """Return what stands in the value's place."""
+        return b""
+
+    def drop(self) -> None:
+        """Write no more: whoever wanted the file has given it up."""
+        self._file = None
 
 
 Progress = Callable[[Any], object]

@@ -14,13 +14,14 @@ import json
 import mmap
 import os
 from collections import deque
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from rpcnb.errors import ArgumentError, CopyMismatch, FunctionNotFound, RemoteProtocolError, StaleHandle
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.messages import Syscall
 from rpcnb.runtime.files import file_digest
+from rpcnb.session.moving import FileSink
 from rpcnb.session.pace import WHOLE, Pace
 from rpcnb.values import (
     CPU,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from rpcnb.protocol.flows import Flow, Result
     from rpcnb.protocol.handshake import KeyText
     from rpcnb.protocol.messages import Request
+    from rpcnb.session.moving import Moving
     from rpcnb.session.remote import RemoteHandle, RemoteTensor
 
 __all__ = ["Operations"]
@@ -439,7 +441,9 @@ class Operations:
             while tickets:
                 yield from _arrived(tickets.popleft(), pace)
 
-    def download(self, path: str, to: str | os.PathLike[str] | None = None) -> Flow[bytearray]:
+    def download(
+        self, path: str, to: str | os.PathLike[str] | None = None, moving: Moving | None = None
+    ) -> Flow[bytearray]:
         """Return the content of a file of the session's directory, or write it to the local file ``to``."""
         if to is None:
             return (yield from self._content_of(path))
@@ -448,9 +452,9 @@ class Operations:
         try:
             with open(partial, "wb") as file:
                 if self.is_rpcnb:
-                    yield from self._get(path, file)
+                    yield from self._get(path, file, moving)
                 else:
-                    file.write((yield from self._content_of(path)))
+                    yield from self._stream(path, file, moving)
             os.replace(partial, whole)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -458,9 +462,22 @@ class Operations:
             raise
         return bytearray()
 
-    def _get(self, path: str, file: Any) -> Flow[None]:
+    def _stream(self, path: str, file: BinaryIO, moving: Moving | None) -> Flow[None]:
+        """Download in one piece, written as it comes: from a stock server."""
+        download = yield from self.helper("tvm.rpc.server.download")
+        sink = FileSink(file, moving)
+        call = _call(download, path)
+        call.sink = sink
+        data = _expect(flows.call_result(flows.result_of((yield call))), _BYTES, "a file's bytes")
+        if sink.error is not None:
+            raise sink.error
+        file.write(data)  # a small one came whole
+
+    def _get(self, path: str, file: BinaryIO, moving: Moving | None) -> Flow[None]:
         """Download in parts to a local file."""
         total = _expect((yield from self._ask("rpcnb.size", path)), int, "a file's size")
+        if moving is not None:
+            moving.total = total
         get = yield from self.helper("rpcnb.get")
         pace, offset = Pace(), 0
         tickets: deque[tuple[Any, int]] = deque()

@@ -253,10 +253,35 @@ class _Device:
         return Device(self.type, self.index)
 
 
+class _Attribute:
+    """A device attribute under TVM's name; asked for at every look."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, device: RemoteDevice | None, owner: type) -> Any:
+        return self if device is None else device.attribute(self._name)
+
+
 class RemoteDevice(_Device):
-    """A device of a session's server."""
+    """A device of a session's server; TVM's attributes (``exist``, ``device_name``...) are asked for at every look."""
 
     __slots__ = ()
+
+    exist = _Attribute()
+    max_threads_per_block = _Attribute()
+    warp_size = _Attribute()
+    max_shared_memory_per_block = _Attribute()
+    compute_version = _Attribute()
+    device_name = _Attribute()
+    max_clock_rate = _Attribute()
+    multi_processor_count = _Attribute()
+    max_thread_dimensions = _Attribute()
+    api_version = _Attribute()
+    driver_version = _Attribute()
+    l2_cache_size_bytes = _Attribute()
+    total_global_memory = _Attribute()
+    available_global_memory = _Attribute()
 
     def sync(self, stream: int = 0, *, timeout: float | None = None) -> None:
         """Wait for the work of a stream, the default one if none is named."""

@@ -306,8 +306,9 @@ class Session(SessionBase):
 
         With ``to`` nothing is returned but an empty bytearray, and the file is there whole or not at all.
         """
+        moving = Moving("down", path, 0)
         data: bytearray = self._run(
-            self._ops.download(path, to), timeout, f"download {path}", moving=Moving("down", path, 0), progress=progress
+            self._ops.download(path, to, moving), timeout, f"download {path}", moving=moving, progress=progress
         )
         return data
 

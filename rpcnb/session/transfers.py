@@ -35,7 +35,6 @@ class Measured:
     Attributes:
         direction: ``up`` to the server, or ``down``.
         what: A tensor's shape and type, or a file's name.
-        total: Bytes in all, 0 while unknown.
         rate: Bytes a second, smoothed over some reports; 0 at first.
     """
 
@@ -45,11 +44,16 @@ class Measured:
     submitted: float
 
     def _measure(self, moving: Moving, progress: Callable[[Any], object] | None) -> None:
-        self.direction, self.what, self.total = moving.direction, moving.what, moving.total
+        self.direction, self.what, self._moving = moving.direction, moving.what, moving
         self.rate = 0.0
         self._progress = progress
         self._reported = -1
         self._last = (self.submitted, 0)
+
+    @property
+    def total(self) -> int:
+        """Bytes in all, 0 while unknown."""
+        return self._moving.total
 
     def _outcome(self) -> str | None:
         """Return None while it goes on, an empty text if it ended well, else why it ended."""
@@ -135,6 +139,11 @@ class Transfer(Measured, Pending):
         """As :attr:`Pending.state`, and ``copying`` once bytes move."""
         state = super().state
         return "copying" if state == "sent" and self.moved else state
+
+    @property
+    def total(self) -> int:
+        """Bytes in all, 0 while unknown."""
+        return self._moving.total
 
     def _outcome(self) -> str | None:
         if not self.done():

@@ -55,7 +55,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_board(key: str, tracker: int = 0, proxy: int = 0) -> None:
+def start_board(key: str, tracker: int = 0, proxy: int = 0) -> int:
     from stock_peer import register_stock_functions, tvm
 
     address = ("127.0.0.1", tracker) if tracker else None
@@ -64,6 +64,7 @@ def start_board(key: str, tracker: int = 0, proxy: int = 0) -> None:
         "127.0.0.1", port, 65000, bool(proxy), address, key, server_init_callback=register_stock_functions
     )
     _KEPT.append(server)
+    return proxy or int(server.port)
 
 
 def stop_boards() -> None:
@@ -295,7 +296,11 @@ def test_h7_our_client_learns_of_a_duplicate(boards: Peer) -> None:
 
 
 def test_a_proxy_of_each_kind_registers_with_a_tracker_of_the_other(
-    stock: Peer, boards: Peer, tracker: rpcnb.Tracker, ours: Callable[..., Any]
+    stock: Peer,
+    boards: Peer,
+    tracker: rpcnb.Tracker,
+    ours: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     port, _ = boards.run(start_proxy, tracker.port)
     first = ours(host="127.0.0.1", port=port, key="a", is_proxy=True)
@@ -316,6 +321,7 @@ def test_a_proxy_of_each_kind_registers_with_a_tracker_of_the_other(
         assert stock.run(call_tracked, stock_tracker, "b", "rpc.test.addone", 1, 2) == [2, 2]
         server.close()
         boards.run(stop_boards)
+    caplog.clear()  # the proxy's word that its tracker has gone
 
 
 def test_meta_schedule_tunes_unchanged_on_our_farm(stock: Peer, tracker: rpcnb.Tracker, tmp_path: Path) -> None:

@@ -434,3 +434,32 @@ def test_a_busy_stock_server_is_named_to_an_awaiting_client(session: Session, st
     assert session.state == "ready"
     with pytest.raises(rpcnb.ConnectFailed, match="stock TVM server does so while it serves another session"):
         asyncio.run(rpcnb.connect_async("127.0.0.1", stock_port, key="stock", timeout=0.5))
+
+
+def anonymous_memory() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+
+def test_u3_a_file_of_a_stock_server_is_written_as_it_comes(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "huge.bin"
+    with path.open("wb") as file:
+        for _ in range(192):
+            file.write(np.random.default_rng(4).bytes(1 << 20))
+    session.upload(path, "huge.bin")
+    before, seen, totals = anonymous_memory(), [0], []
+
+    def look(transfer: Any) -> None:
+        seen.append(anonymous_memory())
+        totals.append(transfer.total)
+
+    session.download("huge.bin", tmp_path / "back.bin", progress=look)
+    assert max(seen) - before < 16 << 20
+    assert totals[-1] == 192 << 20, "its size is known as soon as it comes"
+    assert (tmp_path / "back.bin").read_bytes() == path.read_bytes()
+    session.download("huge.bin", tmp_path / "again.bin")
+    assert (tmp_path / "again.bin").stat().st_size == 192 << 20
+    session.remove("huge.bin")
+    session.upload(b"tiny", "tiny")
+    session.download("tiny", tmp_path / "tiny")
+    assert (tmp_path / "tiny").read_bytes() == b"tiny"

@@ -88,6 +88,59 @@ def test_stock_servers_get_and_give_files_in_one_packet(serve: Serve, tmp_path: 
         assert (tmp_path / "back.bin").read_bytes() == content
 
 
+class FullDisk:
+    """A file on a disk that is full after the first piece."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def write(self, data: Any) -> int:
+        if self.written:
+            raise OSError(28, "No space left on device")
+        self.written += len(data)
+        return len(data)
+
+
+@pytest.mark.parametrize("twin", ["rpcnb", "stock"])
+def test_u2_a_full_disk_here_is_an_error_and_the_session_goes_on(
+    serve: Serve, tmp_path: Path, content: bytes, twin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import nullcontext
+
+    with rpcnb.connect(serve().address, extensions=twin == "rpcnb") as session:
+        session.upload(tmp_path / "big.bin", "x")
+        real = open
+
+        def full(name: Any, *args: Any, **options: Any) -> Any:
+            return nullcontext(FullDisk()) if str(name).endswith(".part") else real(name, *args, **options)
+
+        monkeypatch.setattr("builtins.open", full)
+        with pytest.raises(OSError, match="No space left"):
+            session.download("x", tmp_path / "back.bin")
+        monkeypatch.undo()
+        assert not (tmp_path / "back.bin").exists()
+        session.download("x", tmp_path / "back.bin")
+        assert (tmp_path / "back.bin").read_bytes() == content
+
+
+def test_a_streamed_download_in_one_packet_can_be_given_up(serve: Serve, tmp_path: Path, content: bytes) -> None:
+    server = serve()
+    loop = server.io_loop.asyncio_loop
+    shaper = Shaper(("127.0.0.1", server.port), 20e6, 0.001)
+    asyncio.run_coroutine_threadsafe(shaper.start("127.0.0.1", 0), loop).result(10)
+    with rpcnb.connect("127.0.0.1", shaper.port, extensions=False) as session:
+        session.upload(tmp_path / "big.bin", "x")
+        transfer: Any = session.submit(session.download, "x", tmp_path / "down")
+        eventually(functools.partial(has_moved, transfer), "bytes", 20)
+        assert transfer.total == SIZE
+        assert transfer.cancel()
+        with pytest.raises(CancelledError):
+            transfer.result(timeout=10)
+        assert session.listdir() == ["x"], "the rest was received and dropped"
+    assert sorted(os.listdir(tmp_path)) == ["big.bin"]
+    loop.call_soon_threadsafe(shaper.close)
+
+
 def test_refusals_leave_nothing(serve: Serve, tmp_path: Path, content: bytes) -> None:
     with rpcnb.connect(serve(limits=Limits(upload_quota=1 << 20)).address) as session:
         with pytest.raises(errors.RemoteError, match="upload_quota"):

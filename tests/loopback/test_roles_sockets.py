@@ -127,3 +127,14 @@ def test_a_no_token_beside_a_token_is_wrong_usage(capsys: pytest.CaptureFixture[
 
     assert main(["serve", "--port", "0", "--no-token", "--token", "abc"]) == 2
     assert "exclude each other" in capsys.readouterr().err
+
+
+def test_a_device_has_tvms_attributes(serve: Callable[..., Any]) -> None:
+    from rpcnb.session.operations import _ATTRIBUTES
+
+    with rpcnb.connect(serve().address) as session:
+        device = session.cpu()
+        assert device.exist is True
+        assert session.cuda(7).exist is False
+        for name in _ATTRIBUTES:
+            assert getattr(device, name, "missing") != "missing", name
