@@ -6,6 +6,7 @@ Lane 1 is the control lane; 2 and 3 carry bulk copies. Where they are not to be 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from rpcnb.errors import DeadlineExceeded, RpcError
 from rpcnb.net import iothread
 from rpcnb.net.dial import ClientKey, connect_socket, expired, explain_init, shake_hands
 from rpcnb.net.interrupt import Guard
-from rpcnb.net.link import Deadline, Link
+from rpcnb.net.link import NO_DEADLINE, Deadline, Link
 from rpcnb.net.wire import Wire
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Role
@@ -23,7 +24,7 @@ from rpcnb.session.control import CONTROL_LANE, Control, LanesBase, look_up_cont
 from rpcnb.session.running import run_flow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from socket import socket
 
     from rpcnb.net.address import Address
@@ -87,9 +88,9 @@ class Dialer:
 
         return await open_dialled(self, deadline)
 
-    def open_lane(self, ticket: str, number: int, flow: Flow[Any]) -> tuple[Link, Any]:
-        """Open a further connection, initialized by ``flow``; returns the flow's result too."""
-        deadline = Deadline(OPEN_SECONDS, f"lane {number} to {self.address}")
+    def open_lane(self, ticket: str, number: int, flow: Flow[Any], seconds: float) -> tuple[Link, Any]:
+        """Open a further connection within ``seconds``, initialized by ``flow``; returns the flow's result too."""
+        deadline = Deadline(seconds, f"lane {number} to {self.address}")
         with Guard() as guard:
             link, _, result = self._open(ClientKey.for_lane(ticket, number), flow, deadline, guard)
         link.lane = number
@@ -130,31 +131,50 @@ class Lanes(LanesBase):
         super().__init__(ticket, dialer.lanes, name, self._opening)
         self._dialer = dialer
 
-    def control(self) -> Control | None:
-        """Return the control lane, opened now if need be; None if it cannot be."""
+    def control(self, deadline: Deadline = NO_DEADLINE) -> Control | None:
+        """Return the control lane, opened now if need be; None if it cannot be.
+
+        Raises:
+            DeadlineExceeded: The time of the operation that wants it was over first.
+        """
         if self.opened is None and not self.refused:
-            with self._opening:
+            with self._opening_within(deadline):
                 if self.opened is None and not (self.refused or self.closed):
-                    found = self._open(CONTROL_LANE, look_up_control())
+                    found = self._open(CONTROL_LANE, look_up_control(), deadline)
                     if found is not None:
                         self.opened = Control(*found, self.numbers, self.control_lost)
         return self.opened
 
-    def bulk(self) -> Link | None:
-        """Return a connection for bulk data; None if there is none."""
-        with self._opening:
+    def bulk(self, deadline: Deadline = NO_DEADLINE) -> Link | None:
+        """Return a connection for bulk data; None if there is none.
+
+        Raises:
+            DeadlineExceeded: The time of the operation that wants it was over first.
+        """
+        with self._opening_within(deadline):
             number = self.missing_bulk
             if number:
-                found = self._open(number, flows.initialize())
+                found = self._open(number, flows.initialize(), deadline)
                 if found is not None:
                     self.bulk_links.append(found[0])
             link: Link | None = self.least_busy()
             return link
 
-    def _open(self, number: int, flow: Flow[Any]) -> tuple[Link, Any] | None:
+    @contextlib.contextmanager
+    def _opening_within(self, deadline: Deadline) -> Iterator[None]:
+        """Take the turn to open lanes; another thread may be at it."""
+        if not self._opening.acquire(timeout=deadline.left()):
+            raise deadline.exceeded()
         try:
-            found = self._dialer.open_lane(self.ticket, number, flow)
+            yield
+        finally:
+            self._opening.release()
+
+    def _open(self, number: int, flow: Flow[Any], deadline: Deadline) -> tuple[Link, Any] | None:
+        try:
+            found = self._dialer.open_lane(self.ticket, number, flow, min(OPEN_SECONDS, deadline.left()))
         except RpcError as error:
+            deadline.left()  # raises if it was the operation's time that was over, not the lane's
             self.failed(error)
             return None
         if self.closed:

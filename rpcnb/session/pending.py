@@ -20,7 +20,7 @@ from collections import deque
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpcnb.errors import DeadlockError
+from rpcnb.errors import DeadlineExceeded, DeadlockError
 from rpcnb.net import iothread
 from rpcnb.net.interrupt import Guard
 from rpcnb.net.link import NO_DEADLINE, Deadline
@@ -112,9 +112,13 @@ class Pending(Future[Any]):
             self._timer = iothread.IO_THREAD.call_at(self.deadline, self._expire)
         try:
             self._choose_way()  # it may open a lane, which can be interrupted
+        except DeadlineExceeded as error:
+            self._give_up(error)
         except BaseException as error:
             self._finish(None, error)
             raise
+        if self._settled:
+            return  # its time was over before anything was sent
         with Guard():  # an interrupt between sending and counting would tear the stream
             self._hold, before = self.session._order.enter(self._work.names, self._work.queued)
             with self._lock:
@@ -128,9 +132,9 @@ class Pending(Future[Any]):
         control = None
         if lanes is not None:
             if self._work.bulk:
-                self._link = lanes.bulk() or self._link
+                self._link = lanes.bulk(self._limit) or self._link
             elif self._work.may_overlap:
-                control = lanes.control()
+                control = lanes.control(self._limit)
         self._route = Route(self._link, control, self._seconds_left)
 
     def _seconds_left(self) -> float:

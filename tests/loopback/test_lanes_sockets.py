@@ -393,6 +393,28 @@ def test_through_a_hop_everything_works_on_one_connection(server: Any, serve: Se
         assert len(outer._connections) == 1
 
 
+def test_c5_opening_a_lane_takes_no_longer_than_the_operation_may(server: Any, board: Board) -> None:
+    with contextlib.ExitStack() as stack:
+        hole = stack.enter_context(socket.create_server(("127.0.0.1", 0)))  # it accepts, and says nothing
+        session = stack.enter_context(rpcnb.connect(server.address))
+        function = session.get_function("wait_for")
+        there = session._dialer.address
+        session._dialer.address = replace(there, port=hole.getsockname()[1])
+        start = time.monotonic()
+        with pytest.raises(rpcnb.DeadlineExceeded, match="wait_for"):
+            function(1, timeout=0.3)
+        with pytest.raises(rpcnb.DeadlineExceeded):
+            function.submit(1, timeout=0.3).result()
+        assert time.monotonic() - start < 2
+        session._dialer.address = there
+        job = function.submit(1)
+        eventually(lambda: board.waiting)
+        board.let(1)
+        assert job.result(timeout=10) == 1
+        assert session._lanes is not None
+        assert not session._lanes.refused, "it was the operation's time that was over"
+
+
 def test_a_lane_that_cannot_be_opened_is_done_without(server: Any, board: Board) -> None:
     with rpcnb.connect(server.address) as session:
         session._dialer.address = replace(session._dialer.address, port=1)  # nobody there
