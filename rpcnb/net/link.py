@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["NO_DEADLINE", "Deadline", "Link"]
 
 _FOREVER = 3600.0
+_LOOK_EVERY = 1.0  # seconds
 _TOGETHER = 32  # requests that wait for a reply to leave together
 
 
@@ -99,6 +100,7 @@ class Link:
         self._poll.register(wire.sock, select.POLLIN)
         self._poll.register(self._wake_reader, select.POLLIN)
         self._polls_write = False
+        self._look_at = 0.0  # when an idle connection is looked at again
 
     # -- sending -----------------------------------------------------------------------------------------------
 
@@ -426,6 +428,7 @@ class Link:
         """Look after the session, and send the frees that finalizers noted."""
         if self.on_tick is not None:
             self.on_tick()
+        self._look_for_end()
         if not self.garbage and not self.wire.out:
             return
         with self.wire.lock:
@@ -434,6 +437,16 @@ class Link:
             self.wire.queue_garbage()
             self.wire.flush()
         self.settle_in_background()
+
+    def _look_for_end(self) -> None:
+        """See, now and then, whether an idle connection has ended: nobody polls it, and a user should not find out."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_EVERY
+        with self.wire.lock:
+            if not (self._pumping or self._adopted or self.wire.tickets) and self.wire.ended is None:
+                self.wire.fill()
 
     # -- end -----------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rpcnb.protocol.flows import Flow
     from rpcnb.session.moving import Moving
     from rpcnb.session.order import Hold
+    from rpcnb.session.running import Unfinished
     from rpcnb.session.session import Session
 
 __all__ = ["Pending", "Work", "record", "work_of_call"]
@@ -126,6 +127,25 @@ class Pending(Future[Any]):
                 waits = self._before > 0
             if not waits:
                 self._begin()
+
+    def adopt(self, link: Any, begun: Unfinished, deadline: Deadline, since: float, watch: Watch | None) -> None:
+        """Go on with a flow that its caller has begun; called instead of :meth:`start`."""
+        self.set_running_or_notify_cancel()
+        self._watch, self._link, self._limit, self.deadline = watch, link, deadline, deadline.at
+        self.submitted = since
+        self.session._pending[self.id] = self
+        if self.deadline is not None:
+            self._timer = iothread.IO_THREAD.call_at(self.deadline, self._expire)
+        self._route = Route(link, None, self._seconds_left)
+        self._hold, _ = self.session._order.enter(self._work.names, False)
+        self._tickets = begun.tickets
+        with self._lock:
+            self._waits_for = begun.ticket
+            done = link.resume_when_done(begun.ticket, self)
+        if done:
+            self.resume()
+        with Guard():
+            link.settle_in_background()
 
     def _choose_way(self) -> None:
         lanes = self.session._lanes

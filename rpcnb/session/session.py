@@ -22,7 +22,6 @@ within half a second; the session and its device memory survive, and the next ca
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,7 @@ from rpcnb.session.remote import (
     _timing_options,
     wait_or_cancel,
 )
-from rpcnb.session.running import run_flow
+from rpcnb.session.running import Unfinished, run_flow
 from rpcnb.session.transfers import Transfer
 from rpcnb.session.watch import Watch
 
@@ -63,8 +62,7 @@ __all__ = ["Session"]
 
 _LAST_WORD = 1.0  # seconds that a report may take, which runs users' code
 _BLOCKING_BULK = 4 << 20  # at the speed of a memory copy it makes no difference; below, a Transfer costs too much
-# Small copies that take so long one after the other show that the link is slow: then smaller ones are transfers too.
-_SLOW, _SLOW_COPIES, _SLOW_BYTES = 0.1, 2, 16 << 10
+_PATIENCE = 0.5  # seconds after which a small one becomes a Transfer after all
 
 
 class Session(SessionBase):
@@ -72,8 +70,6 @@ class Session(SessionBase):
 
     _types = (RemoteFunction, RemoteModule, RemoteTensor, RemoteObject, RemoteDevice)
     _lanes: Lanes | None
-    _slow_copies = 0  # small ones, one after the other
-    _transfers_from = _BLOCKING_BULK  # bytes from which a blocking copy is a Transfer
 
     def _attach(self, link: Any, answer: KeyText) -> None:
         """Begin to use a connection that has just been opened."""
@@ -96,34 +92,51 @@ class Session(SessionBase):
     ) -> Any:
         if timeout is None:
             timeout = self.timeout
-        if moving is not None and (progress is not None or moving.total >= self._transfers_from):
+        if moving is not None and (progress is not None or moving.total >= _BLOCKING_BULK):
             work = Work(flow, what, names_of(uses), bulk=moving.total >= BULK)
             transfer = Transfer(self, work, timeout, moving, progress)
             transfer.start()
-            result = wait_or_cancel(transfer)
-            self._note_pace(time.monotonic() - transfer.submitted, moving)
-            if (progress is not None or self.observers) and not iothread.IO_THREAD.is_current():
-                transfer.told.wait(_LAST_WORD)  # the last report comes before this returns
-            return result
+            return self._wait_for(transfer, progress is not None)
         deadline = NO_DEADLINE if timeout is None else Deadline(timeout, what)
         if self._pending and uses:
             self._await_earlier(names_of(uses), deadline)
-        start = time.monotonic() if moving is not None else 0.0
-        if self.observers:
-            result = self._run_observed(flow, deadline, what)
-        else:
-            with Guard() as guard:
-                result = run_flow(self._link, flow, deadline, guard)
         if moving is not None:
-            self._note_pace(time.monotonic() - start, moving)
+            return self._run_copy(flow, deadline, what, uses, moving)
+        if self.observers:
+            return self._run_observed(flow, deadline, what)
+        with Guard() as guard:
+            return run_flow(self._link, flow, deadline, guard)
+
+    def _run_copy(self, flow: Flow[Any], deadline: Deadline, what: str, uses: Iterable[Any], moving: Moving) -> Any:
+        """Run a small copy here; one that takes long becomes a transfer, for all to see."""
+        link, patience = self._link, Deadline(_PATIENCE, what)
+        watch = Watch(self, what) if self.observers else None
+        try:
+            with Guard() as guard:
+                result = run_flow(link, flow, deadline, guard, patience)
+        except Unfinished as still:
+            try:
+                transfer = Transfer(self, Work(flow, what, names_of(uses)), deadline.timeout, moving, None)
+                transfer.adopt(link, still, deadline, patience.start, watch)
+            except BaseException:
+                flow.close()
+                link.abandon(still.tickets)
+                raise
+            return self._wait_for(transfer, False)
+        except BaseException as error:
+            if watch is not None:
+                watch.ended(error)
+            raise
+        if watch is not None:
+            watch.ended(None)
         return result
 
-    def _note_pace(self, seconds: float, moving: Moving) -> None:
-        """See from small copies whether the link is slow: then they are worth being shown."""
-        if moving.total >= _BLOCKING_BULK:
-            return
-        self._slow_copies = self._slow_copies + 1 if seconds > _SLOW else 0
-        self._transfers_from = _SLOW_BYTES if self._slow_copies >= _SLOW_COPIES else _BLOCKING_BULK
+    def _wait_for(self, transfer: Transfer, reports: bool) -> Any:
+        """Wait for a transfer, and for its last report where somebody gets it."""
+        result = wait_or_cancel(transfer)
+        if (reports or self.observers) and not iothread.IO_THREAD.is_current():
+            transfer.told.wait(_LAST_WORD)  # the last report comes before this returns
+        return result
 
     def _await_earlier(self, names: frozenset[int], deadline: Deadline) -> None:
         """Wait for submitted operations that name one of these things: the order of submission is kept."""

@@ -134,6 +134,13 @@ class Transfer(Measured, Pending):
         if not self.done():
             iothread.IO_THREAD.call_at(time.monotonic() + self.TICK, self._tick)
 
+    def adopt(self, *begun: Any) -> None:
+        """Go on with a flow that its caller has begun; called instead of :meth:`start`."""
+        self._report_start()
+        super().adopt(*begun)
+        if not self.done():
+            iothread.IO_THREAD.call_at(time.monotonic() + self.TICK, self._tick)
+
     @property
     def state(self) -> str:
         """As :attr:`Pending.state`, and ``copying`` once bytes move."""

@@ -26,7 +26,6 @@ from rpcnb import errors
 from rpcnb.net.shaper import Shaper
 from rpcnb.protocol.handshake import refusal
 from rpcnb.runtime.registry import Registry
-from rpcnb.session.moving import Moving
 
 Serve = Callable[..., Any]
 
@@ -719,19 +718,41 @@ def test_blocking_copies_report_progress_too(slow: str) -> None:
         assert session.call("add", 1, 2) == 3
 
 
-def test_small_copies_are_transfers_where_the_link_is_slow(server: Any) -> None:
+def test_a_small_copy_that_takes_long_becomes_a_transfer(server: Any) -> None:
     loop = server.io_loop.asyncio_loop
     shaper = Shaper(("127.0.0.1", server.port), 300e3, 0.001)
     asyncio.run_coroutine_threadsafe(shaper.start("127.0.0.1", 0), loop).result(10)
-    data = np.ones(64 << 10, np.uint8)
+    data = np.random.default_rng(5).integers(0, 255, 320 << 10, "uint8")
+    small = np.ones(1000, np.uint8)
     seen: list[str] = []
+    shown: list[tuple[str, int]] = []
     with rpcnb.connect(f"127.0.0.1:{shaper.port}") as session:
-        tensor = session.empty(data.shape, "uint8")
-        session.observers.subscribe(lambda event: seen.append(type(event).__name__))
-        for _ in range(3):
-            tensor.copyfrom(data)
-        assert seen.count("TransferStarted") == 1
-        session._note_pace(0.001, Moving("up", tensor, tensor.nbytes))
+        tensor, other = session.empty(data.shape, "uint8"), session.empty(small.shape, "uint8")
+
+        def watch() -> None:
+            eventually(lambda: session.pending, "the transfer")
+            (transfer,) = session.pending
+            shown.append((transfer.direction, transfer.total))
+            assert transfer.told.wait(10), "its last report"
+
+        thread = threading.Thread(target=watch)
+        thread.start()
         tensor.copyfrom(data)
+        thread.join()
+        assert shown == [("up", data.nbytes)]
+        assert session.pending == []
+        session.observers.subscribe(lambda event: seen.append(type(event).__name__))
+        other.copyfrom(small)
+        assert "TransferStarted" not in seen
+        assert (tensor.numpy() == data).all()
+        eventually(lambda: seen.count("TransferFinished") == 1, "its end")
         assert seen.count("TransferStarted") == 1
+        start = time.monotonic()
+        with pytest.raises(errors.DeadlineExceeded):
+            tensor.numpy(timeout=0.7)
+        assert time.monotonic() - start < 1.2
+        with pytest.raises(errors.DeadlineExceeded):
+            tensor.numpy(timeout=0.2)
+        assert session.call("add", 1, 2) == 3
+        assert (tensor.numpy() == data).all()
     loop.call_soon_threadsafe(shaper.close)

@@ -234,3 +234,20 @@ def test_an_awaited_session_is_opened_again(serve: Serve, registry: Registry) ->
 def test_a_local_session_cannot_be_opened_again() -> None:
     with rpcnb.LocalSession() as session, pytest.raises(errors.LocalProtocolError, match="no address"):
         session.reconnect()
+
+
+@pytest.mark.parametrize("extensions", [True, False])
+def test_c5_the_end_of_an_idle_session_is_seen_without_using_it(serve: Serve, extensions: bool) -> None:
+    server = serve()
+    with rpcnb.connect(server.address, extensions=extensions) as session:
+        assert session.call("rpc.test.addone", 1) == 2
+        server.close()
+        eventually(lambda: session.state == "lost", "the loss", 4)
+        with pytest.raises(errors.SessionLost):
+            session.call("rpc.test.addone", 1)
+
+
+def test_the_end_of_an_idle_sessions_time_is_seen_too(serve: Serve) -> None:
+    with rpcnb.connect(serve().address, session_timeout=0.3) as session:
+        eventually(lambda: session.state == "lost", "the end", 4)
+        assert isinstance(session.ended_by, errors.SessionTimeout)

@@ -213,6 +213,7 @@ def test_tornados_own_client_may_be_at_the_other_end(server: Any) -> None:
         await other.write_message(struct.pack("<ii", 0xFF271, len(text)) + text, binary=True)
         answer = await other.read_message()
         other.close()
+        assert await other.read_message() is None, "the server's close frame"
         return bytes(answer)
 
     assert asyncio.run(story()) == struct.pack("<ii", 0xFF271, 10) + b"server:web"
