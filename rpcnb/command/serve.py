@@ -168,6 +168,8 @@ def _content(options: argparse.Namespace, server: Server, port: int, *, secret: 
     content: dict[str, Any] = {"host": host, "port": port, "pid": os.getpid(), "key": options.key}
     if server.web_port is not None:
         content["web_port"] = server.web_port
+    if options.proxy:
+        content["proxy"] = options.proxy  # others may wait at the same port: the key tells them apart
     return {**content, "token": server.token} if secret else content
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from rpcnb.errors import ConnectFailed, DeadlineExceeded
@@ -31,6 +32,7 @@ __all__ = ["DialOut"]
 log = logging.getLogger(__name__)
 
 _CONNECT = 10.0  # seconds
+_SHORT_WAIT = 1.0  # seconds; a proxy that ends a wait sooner is not dialled again at once
 
 
 class _Dialled(Connection):
@@ -96,12 +98,15 @@ class DialOut:
             if self._server.full:
                 await self._room.wait()
                 continue
+            began = time.monotonic()
             try:
                 how = await self._wait_for_client()
                 problem = {
                     "duplicate": f"a server with key {self._server.key!r} is already waiting there",
                     "closed": "it closed the connection",
                 }.get(how, "")
+                if how == "unmatched" and time.monotonic() - began < _SHORT_WAIT:
+                    problem = "it does not let servers wait"
             except (ConnectFailed, DeadlineExceeded, OSError) as error:
                 problem = str(error)
             except Exception:

@@ -93,9 +93,14 @@ def _alive(pid: int) -> bool:
 
 
 def find_token(port: int, key: str = "") -> str | None:
-    """Return the token of this user's own server on ``port``, if there is one; behind a proxy ``key`` tells which."""
-    found = [server for server in list_servers() if port in (server.get("port"), server.get("web_port"))]
-    for server in sorted(found, key=lambda server: server.get("key") != key):
-        token = server.get("token")
-        return token if isinstance(token, str) and token else None
+    """Return the token of this user's own server on ``port``, if there is one.
+
+    Behind a proxy's port there may be servers of others: there the key must be the same, or a token would get about.
+    """
+    for server in list_servers():
+        if port in (server.get("port"), server.get("web_port")) and (
+            not server.get("proxy") or server.get("key") == key
+        ):
+            token = server.get("token")
+            return token if isinstance(token, str) and token else None
     return None

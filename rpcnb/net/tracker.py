@@ -48,7 +48,6 @@ class _Client:
         self.host = str(address[0]) if address else ""
         self.name = f"{address[0]}:{address[1]}" if address else "local"
         self._tracker = tracker
-        self._sock = sock
         self._frames = Frames()
         self._known = False
         self._allowance, self._since = _BURST, time.monotonic()

@@ -140,12 +140,13 @@ class TrackedDialer(Dialer):
         self._failed += 1
         self._wrong_keys += isinstance(error, KeyMismatch)
         if self._failed >= self._max_retry or self._wrong_keys >= _WRONG_KEYS:
-            tries, self._failed, self._wrong_keys = self._failed, 0, 0
-            text = f"{tries} board{'s' if tries > 1 else ''} {self.tracker.key!r} of {self.tracker} could not be used"
+            boards = f"{self._failed} board{'s' if self._failed > 1 else ''} {self.tracker.key!r}"
+            text = f"{boards} of {self.tracker} could not be used"
             raise type(error)(error.address, error.phase, f"{text}; the last: {error}") from None
 
     def open(self, deadline: Deadline, guard: Guard) -> tuple[Link, KeyText]:
         """Ask, wait, and open the session; ``deadline`` holds for all of it."""
+        self._failed = self._wrong_keys = 0
         while True:
             flow, waiting = self._ask()
             self._aim(*converse(self.tracker, flow, deadline, guard, waiting.no_word))
@@ -156,6 +157,7 @@ class TrackedDialer(Dialer):
 
     async def open_awaiting(self, deadline: Deadline) -> tuple[Any, KeyText]:
         """Do as :meth:`open`, awaited."""
+        self._failed = self._wrong_keys = 0
         while True:
             flow, _ = self._ask()
             self._aim(*await _converse_awaiting(self.tracker, flow, deadline))

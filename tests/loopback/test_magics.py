@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import eventually
 from IPython.core.interactiveshell import InteractiveShell
 
+import rpcnb
 from rpcnb.jupyter.displays import session_html
 from rpcnb.jupyter.sessions import BOOK
 from rpcnb.runtime.registry import Registry
@@ -187,3 +189,27 @@ def test_load_ext_twice_and_unload(cell: Cell, shell: Any) -> None:
     assert "rpc_connect" not in shell.magics_manager.magics["line"]
     cell("%load_ext rpcnb")
     assert "rpc_connect" in shell.magics_manager.magics["line"]
+
+
+def test_a_trackers_board_is_connected_to_and_given_back(
+    cell: Cell, serve: Callable[..., Any], registry: Registry
+) -> None:
+    registry.register("demo.add", lambda a, b: a + b)
+    with rpcnb.Tracker(port=0, silent=True) as tracker:
+        server = serve(key="rpi", tracker_addr=tracker.address_pair)
+        eventually(lambda: server.registered, "the registration")
+        session = cell(f"%rpc_connect tracker://{tracker.address}/rpi")
+        assert session.fn.demo.add(1, 2) == 3
+        assert cell.out.splitlines()[0] == f"connected to {server.address}, key rpi (rpcnb)"
+        assert cell(f"%rpc_connect tracker://{tracker.address}/rpi") is session
+        cell("%rpc_close")
+        eventually(lambda: tracker.boards[0]["state"] == "free", "its return")
+        server.close()
+
+
+def test_a_servers_web_port_is_connected_to(cell: Cell, serve: Callable[..., Any]) -> None:
+    server = serve(web_port=0)
+    session = cell(f"%rpc_connect ws://127.0.0.1:{server.web_port}/ws")
+    assert session.call("rpc.test.addone", 1) == 2
+    cell("%rpc_connect ftp://somewhere")
+    assert "expected rpc://host:port/key, tracker://host:port/key" in cell.err

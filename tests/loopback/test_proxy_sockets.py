@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from rawpeer import hello
 import rpcnb
 from rpcnb.net import proxy as proxy_module
 from rpcnb.net import registration
+from rpcnb.net.runfiles import find_token, publish
 from rpcnb.protocol.tracker import GREETING
 from rpcnb.runtime.registry import Registry
 
@@ -282,6 +285,35 @@ def test_a_second_server_of_the_same_key_says_so(
     first.close()
     eventually(lambda: proxy.waiting == 1 and second.registered, "the second's turn")
     caplog.clear()
+
+
+def test_a_proxy_that_lets_no_server_wait_is_not_dialled_without_a_pause(
+    serve: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with rpcnb.Proxy(port=0, timeout_server=0, silent=True) as proxy:
+        dialled: list[float] = []
+
+        def admit(*args: Any) -> None:
+            dialled.append(time.monotonic())
+            proxy._admit(*args)
+
+        proxy._acceptor._admit = admit
+        server = serve(host="127.0.0.1", port=proxy.port, key="x", is_proxy=True)
+        eventually(lambda: len(dialled) >= 4, "some tries")
+        assert dialled[3] - dialled[0] > 0.3
+        assert "does not let servers wait" in caplog.text
+        server.close()
+    caplog.clear()
+
+
+def test_a_token_is_found_for_ones_own_key_behind_a_proxy_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPCNB_RUNTIME_DIR", str(tmp_path / "run"))
+    entry = {"host": "127.0.0.1", "port": 4711, "pid": os.getpid(), "token": "mine"}
+    publish(4711, {**entry, "key": "mine", "proxy": "127.0.0.1:4711"})
+    assert find_token(4711, "mine") == "mine"
+    assert find_token(4711, "another's") is None
+    assert find_token(4711) is None
+    assert find_token(4712, "mine") is None
 
 
 # -- with a tracker ------------------------------------------------------------------------------------------------
