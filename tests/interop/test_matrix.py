@@ -62,7 +62,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["direct", "hop through ours", "our proxy", "stock proxy"])
+@pytest.fixture(params=["direct", "hop through ours", "hop through stock", "our proxy", "stock proxy"])
 def way(request: pytest.FixtureRequest, kind: str, stock_servers: Peer) -> Iterator[Any]:
     """Port, key and constructor that lead to the server."""
     closing: list[Any] = []
@@ -86,6 +86,9 @@ def way(request: pytest.FixtureRequest, kind: str, stock_servers: Peer) -> Itera
         middle = rpcnb.Server(port=0, silent=True)
         closing.append(middle)
         key, constructor, port = "", ["rpc.Connect", "127.0.0.1", port, KEY, False], middle.port
+    if request.param == "hop through stock":
+        middle_port = stock_servers.run(start_board, "middle")
+        key, constructor, port = "middle", ["rpc.Connect", "127.0.0.1", port, KEY, False], middle_port
     yield port, key, constructor
     for one in reversed(closing):
         one.close()
