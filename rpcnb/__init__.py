@@ -42,6 +42,7 @@ _PUBLIC = {
     "list_global_func_names": "rpcnb.runtime.registry",
     "register_func": "rpcnb.runtime.registry",
     "remove_global_func": "rpcnb.runtime.registry",
+    "serve": "rpcnb.jupyter.serving",
     "serve_blocking": "rpcnb.net.blocking",
     "tensor": "rpcnb.session.arrays",
     "workpath": "rpcnb.runtime.serving",

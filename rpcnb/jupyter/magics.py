@@ -12,33 +12,37 @@ import sys
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
 from rpcnb.errors import KeyMismatch, RpcError
+from rpcnb.jupyter.serving import kernel_server, paste_lines, serve, stop_serving
 from rpcnb.jupyter.sessions import BOOK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rpcnb.net.server import Server
     from rpcnb.session.session import Session
 
-__all__ = ["RpcMagics"]
+__all__ = ["RpcMagics", "plain_errors", "say"]
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line under the cell."""
     sys.stdout.write(f"{text}\n")
 
 
-def _plain_errors(function: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+def plain_errors(function: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
     """Show help for ``-h``, and errors as one line without a traceback."""
 
     @wraps(function)
     def call(self: Any, line: str) -> Any:
         if line.split()[:1] in (["-h"], ["--help"]):
-            _say(function.__doc__ or "")
+            say(function.__doc__ or "")
             return None
         try:
             return function(self, line)
@@ -52,11 +56,11 @@ def _plain_errors(function: Callable[[Any, str], Any]) -> Callable[[Any, str], A
 class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     """Magics for sessions with remote devices."""
 
-    NAMES = ("rpc_connect", "rpc_close", "rpc_sessions", "rpc_functions")
+    NAMES = ("rpc_connect", "rpc_close", "rpc_sessions", "rpc_functions", "rpc_serve")
 
     @no_var_expand
     @line_magic
-    @_plain_errors
+    @plain_errors
     @magic_arguments()
     @argument("address", nargs="?", default=None, help="HOST:PORT, rpc://HOST:PORT/KEY, or demo for a demo board")
     @argument("--key", default="", help="key that the server serves")
@@ -94,7 +98,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
             BOOK.tokens[address] = asked
         kind = "rpcnb" if session.is_rpcnb else "stock TVM"
         key = f", key {session.server_key}" if session.server_key else ""
-        _say(f"{'connected to' if fresh else 'still connected to'} {session.peer}{key} ({kind})")
+        say(f"{'connected to' if fresh else 'still connected to'} {session.peer}{key} ({kind})")
         if options.name:
             self.shell.user_ns[options.name] = session
             return None
@@ -102,7 +106,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
 
     @no_var_expand
     @line_magic
-    @_plain_errors
+    @plain_errors
     @magic_arguments()
     @argument("name", nargs="?", default=None, help="name of the session; the current one by default")
     @argument("--all", action="store_true", help="close all, and stop the demo board")
@@ -110,24 +114,24 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         """Close a session, or all of them; the server releases what it held."""
         options = parse_argstring(self.rpc_close, line)
         closed = BOOK.close_all() if options.all else BOOK.close(options.name)
-        _say(f"closed {', '.join(closed)}" if closed else "no session was open")
+        say(f"closed {', '.join(closed)}" if closed else "no session was open")
 
     @no_var_expand
     @line_magic
-    @_plain_errors
+    @plain_errors
     @magic_arguments()
     def rpc_sessions(self, line: str) -> None:
         """List the open sessions; the current one is marked."""
         parse_argstring(self.rpc_sessions, line)
         current = BOOK.current
         if current is None:
-            _say("no session is open; connect with %rpc_connect HOST:PORT or %rpc_connect demo")
+            say("no session is open; connect with %rpc_connect HOST:PORT or %rpc_connect demo")
         for session in BOOK.sessions.values():
-            _say(f"{'*' if session is current else ' '} {session.name}: {session.peer}, {session.state}")
+            say(f"{'*' if session is current else ' '} {session.name}: {session.peer}, {session.state}")
 
     @no_var_expand
     @line_magic
-    @_plain_errors
+    @plain_errors
     @magic_arguments()
     @argument("pattern", nargs="?", default="*", help="such as demo.*")
     @argument("--session", help="name of the session; the current one by default")
@@ -135,7 +139,40 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         """List the functions of a session's server."""
         options = parse_argstring(self.rpc_functions, line)
         for name in fnmatch.filter(BOOK.find(options.session).list_functions(), options.pattern):
-            _say(name)
+            say(name)
+
+    @no_var_expand
+    @line_magic
+    @plain_errors
+    @magic_arguments()
+    @argument("--port", type=int, default=0, help="port to listen on; any free one by default")
+    @argument("--key", default="", help="key that clients must name")
+    @argument("--host", default="127.0.0.1", help="address to listen on; only this machine by default")
+    @argument("--web-port", type=int, help="listen for WebSockets too; 0 for any free port")
+    @argument("--no-token", action="store_true", help="let anybody in who can reach the port")
+    @argument("--allow-native", action="store_true", help="let clients load compiled code without a token")
+    @argument("--run", choices=("thread", "kernel"), default="thread", help="where plain functions run")
+    @argument("--max-sessions", type=int, help="sessions at once")
+    @argument("--stop", action="store_true", help="end the server")
+    def rpc_serve(self, line: str) -> Server | None:
+        """Make this kernel a device: serve the functions that its cells register."""
+        options = parse_argstring(self.rpc_serve, line)
+        if options.stop:
+            say("stopped serving" if stop_serving() else "this kernel does not serve")
+            return None
+        server = serve(
+            options.port,
+            options.key,
+            options.host,
+            web_port=options.web_port,
+            token=False if options.no_token else True,
+            allow_native=options.allow_native,
+            run=options.run,
+            max_sessions=options.max_sessions,
+        )
+        for text in paste_lines(server):
+            say(text)
+        return server
 
 
 def _ask_token(address: str) -> str | None:
@@ -150,9 +187,12 @@ def _ask_token(address: str) -> str | None:
 
 
 def _default_address() -> str:
-    """Return the newest server of this user, or the demo board."""
+    """Return this kernel's server, else the newest one of this user, else the demo board."""
     from rpcnb.net.runfiles import list_servers
 
+    own = kernel_server()
+    if own is not None:
+        return f"rpc://{own.address}/{quote(own.key)}"
     for server in list_servers():
         return f"{server['host']}:{server['port']}"
     return "demo"

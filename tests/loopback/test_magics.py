@@ -12,7 +12,10 @@ from IPython.core.interactiveshell import InteractiveShell
 
 import rpcnb
 from rpcnb.jupyter.displays import session_html
+from rpcnb.jupyter.serving import stop_serving
 from rpcnb.jupyter.sessions import BOOK
+from rpcnb.jupyter.workmagics import histogram
+from rpcnb.net.runfiles import list_servers
 from rpcnb.runtime.registry import Registry
 
 
@@ -213,3 +216,136 @@ def test_a_servers_web_port_is_connected_to(cell: Cell, serve: Callable[..., Any
     assert session.call("rpc.test.addone", 1) == 2
     cell("%rpc_connect ftp://somewhere")
     assert "expected rpc://host:port/key, tracker://host:port/key" in cell.err
+
+
+# -- files and timing ----------------------------------------------------------------------------------------------
+
+
+def test_files_go_there_and_back(cell: Cell, address: str, tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"a" * 2000)
+    (tmp_path / "b.bin").write_bytes(b"b")
+    session = cell(f"%rpc_connect {address} --key rpi")
+    cell(f"%rpc_upload {tmp_path}/a.bin {tmp_path}/b.bin")
+    assert [line.split(" in ")[0] for line in cell.out.splitlines()] == [
+        "uploaded a.bin: 2 KB",
+        "uploaded b.bin: 1 bytes",
+    ]
+    cell(f"%rpc_upload {tmp_path}/b.bin --to c.bin")
+    assert session.listdir() == ["a.bin", "b.bin", "c.bin"]
+    (tmp_path / "back").mkdir()
+    cell(f"%rpc_download a.bin c.bin --to {tmp_path}/back")
+    assert (tmp_path / "back" / "a.bin").read_bytes() == b"a" * 2000
+    assert (tmp_path / "back" / "c.bin").read_bytes() == b"b"
+    cell(f"%rpc_download a.bin --to {tmp_path}/other.bin --session {session.name}")
+    assert (tmp_path / "other.bin").read_bytes() == b"a" * 2000
+
+
+def test_a_remote_function_is_measured_at_the_board(
+    cell: Cell, serve: Callable[..., Any], registry: Registry, shell: Any
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def add(a: int, b: int) -> int:
+        calls.append((a, b))
+        return a + b
+
+    registry.register("demo.add", add)
+    cell(f"session = %rpc_connect {serve().address}")
+    shell.user_ns["x"] = 20
+    timing = cell("%rpc_timeit demo.add(x, 2) -n 3 -r 4")
+    assert len(timing.results) == 4
+    assert set(calls) == {(20, 2)}
+    lines = cell.out.splitlines()
+    assert lines[0].startswith("demo.add: 4 repeats of 3 calls, ")
+    assert lines[1].split() == ["mean", "median", "min", "max", "std"]
+    assert lines[3].count("|") == 2
+    shell.user_ns["add"] = shell.user_ns["session"].get_function("demo.add")
+    assert len(cell("%rpc_timeit -n 1 -r 2 add(1, 2)").results) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("%rpc_upload nowhere.bin", "nowhere.bin"),
+        ("%rpc_upload a b --to c", "--to names one file"),
+        ("%rpc_download a b --to nowhere", "must be a folder"),
+        ("%rpc_download nothing", "no such file"),
+        ("%rpc_timeit 1 + 1", "expected a call"),
+        ("%rpc_timeit f(", "expected a call"),
+        ("%rpc_timeit nothing.there(1)", "nothing.there"),
+        ("%rpc_timeit demo.add(1, 2) --session nobody", "no session nobody"),
+        ("%rpc_upload a --wrong", "unrecognized arguments: --wrong"),
+    ],
+)
+def test_work_magics_say_what_is_wrong_in_one_line(cell: Cell, address: str, line: str, text: str) -> None:
+    cell(f"%rpc_connect {address} --key rpi")
+    cell(line)
+    assert text in cell.err
+    assert "Traceback" not in cell.err + cell.out
+
+
+def test_a_histogram_has_a_block_for_each_bin_that_is_not_empty() -> None:
+    assert histogram([1.0, 1.0]) == "█"
+    assert histogram([0.0, 1.0, 1.0, 1.0]) == "▄  █"
+    assert len(histogram([float(value) for value in range(1000)])) == 24
+
+
+# -- the kernel as a device ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _serves_no_more() -> Iterator[None]:
+    yield
+    stop_serving()
+    rpcnb.remove_global_func("kernel.greet")
+
+
+@pytest.mark.usefixtures("_serves_no_more")
+def test_a_kernel_serves_what_its_cells_register(cell: Cell) -> None:
+    server = cell("%rpc_serve --key mine")
+    assert server.token
+    assert server.token not in cell.out
+    assert f"%rpc_connect {server.address} --key mine" in cell.out
+    assert cell("%rpc_serve --key mine") is server, "again is harmless"
+    cell("import rpcnb\n@rpcnb.register_func('kernel.greet', override=True)\ndef greet(name): return 'hello ' + name")
+    session = cell("%rpc_connect")
+    assert session.peer == server.address, "this kernel's server comes first"
+    assert session.call("kernel.greet", "you") == "hello you"
+    cell("@rpcnb.register_func('kernel.greet', override=True)\ndef greet(name): return 'good day ' + name")
+    assert session.call("kernel.greet", "you") == "good day you"
+    assert [one["port"] for one in list_servers()] == [server.port]
+    other = cell("%rpc_serve --key other --web-port 0")
+    assert server.closed
+    assert f"ws://127.0.0.1:{other.web_port}/ws" in cell.out
+    assert (
+        rpcnb.serve(key="other", web_port=0, token=True, allow_native=False, run="thread", max_sessions=None) is other
+    )
+    cell("%rpc_serve --stop")
+    assert cell.out == "stopped serving\n"
+    assert other.closed
+    assert list_servers() == []
+    cell("%rpc_serve --stop")
+    assert cell.out == "this kernel does not serve\n"
+
+
+@pytest.mark.usefixtures("_serves_no_more")
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("%rpc_serve --host 0.0.0.0 --no-token", "open to everybody"),
+        ("%rpc_serve --run nowhere", "invalid choice"),
+        ("%rpc_serve --port 99999", "0 to 65535"),
+        ("%rpc_serve --key 'a b'", "without white space"),
+    ],
+)
+def test_serving_wrongly_gives_one_line(cell: Cell, line: str, text: str) -> None:
+    cell(line)
+    assert text in cell.err
+    assert "Traceback" not in cell.err + cell.out
+
+
+@pytest.mark.usefixtures("_serves_no_more")
+def test_serving_without_a_token_says_so(cell: Cell) -> None:
+    server = cell("%rpc_serve --no-token")
+    assert server.token is None
+    assert "whoever can reach this port" in cell.out

@@ -1,0 +1,104 @@
+"""The server in the kernel: what ``%rpc_serve`` starts.
+
+It has a thread and a loop of its own, so it answers while cells run. One kernel has one such server; starting it again
+with the same words is harmless, with other words it is replaced. It ends with the kernel, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.net.address import show_address
+from rpcnb.net.runfiles import publish
+from rpcnb.net.server import Server
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["KernelServer", "kernel_server", "paste_lines", "serve", "stop_serving"]
+
+
+class KernelServer(Server):
+    """A server whose address and token this user's own clients find by themselves."""
+
+    _file: Path | None = None
+
+    def publish(self) -> None:
+        """Write the run file, until the server is closed."""
+        content = {"host": self.host, "port": self.port, "pid": os.getpid(), "key": self.key, "token": self.token}
+        if self.web_port is not None:
+            content["web_port"] = self.web_port
+        self._file = publish(self.port, content)
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End it, and take its run file away. Idempotent."""
+        atexit.unregister(self.close)
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+            self._file = None
+        super().close()
+
+
+_running: tuple[KernelServer, dict[str, Any]] | None = None
+
+
+def kernel_server() -> KernelServer | None:
+    """Return this kernel's server, if it runs."""
+    return _running[0] if _running is not None and not _running[0].closed else None
+
+
+def serve(port: int = 0, key: str = "", host: str = "127.0.0.1", **options: Any) -> KernelServer:
+    """Serve this kernel's functions: ``%rpc_serve``.
+
+    Functions registered with ``@rpcnb.register_func``, before or after, may be called; registering one again replaces
+    it. Called again with the same arguments it returns the server that runs; with others it replaces it.
+
+    Args:
+        port: Port to listen on; 0 for any free one.
+        key: Key that clients must name.
+        host: Address to listen on.
+        options: Further ones of :class:`rpcnb.Server`. A token is made unless ``token=False``.
+
+    Raises:
+        OSError: The port is taken.
+        AccessDenied: Beyond loopback without a token and without ``insecure``.
+    """
+    global _running
+    wanted = {"port": port, "key": key, "host": host, **options}
+    found = kernel_server()
+    if found is not None and _running is not None and _running[1] == wanted:
+        return found
+    stop_serving()
+    options.setdefault("token", True)
+    server = KernelServer(host, port, port + 1, key=key, silent=True, **options)
+    server.publish()
+    _running = server, wanted
+    return server
+
+
+def stop_serving() -> bool:
+    """End this kernel's server; returns False if none ran."""
+    global _running
+    found = kernel_server()
+    _running = None
+    if found is not None:
+        found.close()
+    return found is not None
+
+
+def paste_lines(server: Server) -> list[str]:
+    """Return what to tell of a server: where it is, and what a client says; never its token."""
+    address = show_address(server.custom_addr or server.host, server.port)
+    key = f" --key {server.key}" if server.key else ""
+    lines = [f"this kernel serves on {address}{f', key {server.key}' if server.key else ''}"]
+    lines.append(f"  another notebook of yours:  %rpc_connect {address}{key}")
+    if server.web_port is not None:
+        lines.append(f"  WebSocket:                  ws://{show_address(server.host, server.web_port)}/ws")
+    if server.token is None:
+        lines.append("  no token: whoever can reach this port may call its functions")
+    else:
+        lines.append("  others need its token:      rpcnb.serve().token shows it; stop with %rpc_serve --stop")
+    return lines
