@@ -165,7 +165,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
             options.key,
             options.host,
             web_port=options.web_port,
-            token=False if options.no_token else True,
+            token=not options.no_token,
             allow_native=options.allow_native,
             run=options.run,
             max_sessions=options.max_sessions,

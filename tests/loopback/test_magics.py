@@ -312,14 +312,13 @@ def test_a_kernel_serves_what_its_cells_register(cell: Cell) -> None:
     assert session.peer == server.address, "this kernel's server comes first"
     assert session.call("kernel.greet", "you") == "hello you"
     cell("@rpcnb.register_func('kernel.greet', override=True)\ndef greet(name): return 'good day ' + name")
-    assert session.call("kernel.greet", "you") == "good day you"
+    assert session.get_function("kernel.greet")("you") == "good day you"
     assert [one["port"] for one in list_servers()] == [server.port]
     other = cell("%rpc_serve --key other --web-port 0")
     assert server.closed
     assert f"ws://127.0.0.1:{other.web_port}/ws" in cell.out
-    assert (
-        rpcnb.serve(key="other", web_port=0, token=True, allow_native=False, run="thread", max_sessions=None) is other
-    )
+    words: dict[str, Any] = {"web_port": 0, "token": True, "allow_native": False, "run": "thread", "max_sessions": None}
+    assert rpcnb.serve(key="other", **words) is other
     cell("%rpc_serve --stop")
     assert cell.out == "stopped serving\n"
     assert other.closed
