@@ -112,7 +112,10 @@ class LocalServingSession(ServingSession):
 
     def _serve_registered(self, entry: Registered) -> ServedFunction:
         run = entry.run or self.environment.default_run
-        return ServedFunction(entry.name, entry.call, entry.kind, run, entry)
+        served = ServedFunction(entry.name, entry.call, entry.kind, run, entry)
+        if entry.context is not None:
+            self.environment.registry.hold(entry.name, served)
+        return served
 
     def _find_elsewhere(self, name: str) -> ServedFunction | None:
         from rpcnb.runtime.wellknown import find_well_known

@@ -25,8 +25,9 @@ import functools
 import inspect
 import sys
 import threading
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 
 from rpcnb.errors import FunctionNotFound
 from rpcnb.runtime.current import run_in
@@ -74,11 +75,19 @@ class Registered:
         return lambda *args: run_in(context, func, args)
 
 
+class Follower(Protocol):
+    """What serves a registered function."""
+
+    def follow(self, entry: Registered) -> None:
+        """Serve this from now on."""
+
+
 class Registry:
     """Functions by name; reading takes no lock."""
 
     def __init__(self) -> None:
         self._functions: dict[str, Registered] = {}
+        self._held: dict[str, weakref.WeakSet[Follower]] = {}
         self._lock = threading.Lock()
 
     def register(
@@ -109,10 +118,20 @@ class Registry:
             kind = "coroutine"
         entry = Registered(name, func, kind, run, _notebook_context())
         with self._lock:
-            if name in self._functions and not override:
+            before = self._functions.get(name)
+            if before is not None and not override:
                 raise ValueError(f"function {name!r} is registered already; pass override=True to replace it")
             self._functions = {**self._functions, name: entry}
+            if before is not None and before.context is not None and entry.context is not None:
+                # A cell that is run again: those who hold the function get the new one.
+                for held in self._held.get(name, ()):
+                    held.follow(entry)
         return entry
+
+    def hold(self, name: str, held: Follower) -> None:
+        """Have ``held`` follow the function of this name as long as it lives, when a notebook's cell is run again."""
+        with self._lock:
+            self._held.setdefault(name, weakref.WeakSet()).add(held)
 
     def get(self, name: str) -> Registered | None:
         """Return the function of this name, or None."""

@@ -214,7 +214,7 @@ class Shape(tuple[int, ...]):
 class ServedFunction:
     """A function that a client holds: how to call it, and where it runs."""
 
-    __slots__ = ("call", "context", "kind", "name", "run", "source")
+    __slots__ = ("__weakref__", "call", "context", "kind", "name", "run", "source")
 
     def __init__(
         self,
@@ -230,6 +230,11 @@ class ServedFunction:
         self.run = run if kind == "plain" else "loop"
         self.source = source
         self.context = source.context if source is not None else None
+
+    def follow(self, entry: Registered) -> None:
+        """Serve what a notebook's cell has registered anew, if it is of the same kind: the handle tells that."""
+        if entry.kind == self.kind:
+            self.call, self.context, self.source = entry.call, entry.context, entry
 
 
 class Callback:

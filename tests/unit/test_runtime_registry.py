@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rpcnb.errors import FunctionNotFound
+from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import (
     REGISTRY,
     Registry,
@@ -20,6 +21,7 @@ from rpcnb.runtime.registry import (
     register_func,
     remove_global_func,
 )
+from rpcnb.runtime.serving import Environment
 
 CELL: contextvars.ContextVar[str] = contextvars.ContextVar("cell", default="none")
 
@@ -171,3 +173,26 @@ def test_names_are_sorted() -> None:
     assert registry.names() == ["a", "b"]
     registry.remove("a")
     assert registry.names() == ["b"]
+
+
+def test_a_cell_that_is_run_again_replaces_its_function_also_for_those_who_hold_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = Registry()
+    session = LocalServingSession(Environment(registry=registry))
+    monkeypatch.setattr("rpcnb.runtime.registry._notebook_context", contextvars.copy_context)
+    held = session._serve_registered(registry.register("cell.f", lambda: 1))
+    assert held.call() == 1
+    registry.register("cell.f", lambda: 2, override=True)
+    assert held.call() == 2
+
+    async def later() -> int:
+        return 3
+
+    registry.register("cell.f", later, override=True)
+    assert held.call() == 2, "another kind needs another handle"
+    registry.register("cell.f", lambda: 4, override=True)
+    assert held.call() == 4
+    monkeypatch.undo()
+    registry.register("cell.f", lambda: 5, override=True)
+    assert held.call() == 4, "a script's own business"
