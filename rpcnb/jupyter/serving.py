@@ -100,5 +100,5 @@ def paste_lines(server: Server) -> list[str]:
     if server.token is None:
         lines.append("  no token: whoever can reach this port may call its functions")
     else:
-        lines.append("  others need its token:      rpcnb.serve().token shows it; stop with %rpc_serve --stop")
+        lines.append("  others need its token:      server = %rpc_serve ... (the same words), then server.token")
     return lines
