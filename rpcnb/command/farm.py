@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.command.until import until_signal
-from rpcnb.net.address import parse_pair, show_address
+from rpcnb.net.address import Address, parse_pair, show_address
 from rpcnb.net.runfiles import write_atomically
 
 if TYPE_CHECKING:
@@ -110,10 +110,9 @@ def _announce(options: argparse.Namespace, service: Service, lines: list[str], *
 def devices(options: argparse.Namespace) -> int:
     """List the boards of a tracker, once or until Ctrl-C."""
     from rpcnb.session.devices import show_devices
-    from rpcnb.session.tracker import connect_tracker
+    from rpcnb.session.tracker import TrackerSession
 
-    host, port = parse_pair(options.address, 9190)
-    session = connect_tracker(show_address(host, port), timeout=options.timeout)
+    session = TrackerSession(Address(*parse_pair(options.address, 9190), "", "tracker"))
     while True:
         summary = session.summary(timeout=options.timeout)
         text = json.dumps(summary) + "\n" if options.json else show_devices(summary)

@@ -164,12 +164,11 @@ def _shape(server: Server, options: argparse.Namespace) -> tuple[Any, int]:
 
 
 def _content(options: argparse.Namespace, server: Server, port: int, *, secret: bool) -> dict[str, Any]:
-    host = server.host if options.proxy else options.host
-    content: dict[str, Any] = {"host": host, "port": port, "pid": os.getpid(), "key": options.key}
-    if server.web_port is not None:
-        content["web_port"] = server.web_port
+    content = server.whereabouts
     if options.proxy:
         content["proxy"] = options.proxy  # others may wait at the same port: the key tells them apart
+    else:
+        content |= {"host": options.host, "port": port}  # of the shaped relay, where there is one
     return {**content, "token": server.token} if secret else content
 
 

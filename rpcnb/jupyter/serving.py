@@ -7,7 +7,6 @@ with the same words is harmless, with other words it is replaced. It ends with t
 from __future__ import annotations
 
 import atexit
-import os
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.net.address import show_address
@@ -27,10 +26,7 @@ class KernelServer(Server):
 
     def publish(self) -> None:
         """Write the run file, until the server is closed."""
-        content = {"host": self.host, "port": self.port, "pid": os.getpid(), "key": self.key, "token": self.token}
-        if self.web_port is not None:
-            content["web_port"] = self.web_port
-        self._file = publish(self.port, content)
+        self._file = publish(self.port, {**self.whereabouts, "token": self.token})
         atexit.register(self.close)
 
     def close(self) -> None:

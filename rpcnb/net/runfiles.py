@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["find_token", "list_servers", "publish", "runtime_directory", "write_atomically"]
+from rpcnb.net.address import is_loopback
+
+__all__ = ["find_token", "list_servers", "publish", "runtime_directory", "token_for", "write_atomically"]
 
 
 def runtime_directory() -> Path:
@@ -90,6 +92,11 @@ def _alive(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def token_for(host: str, port: int, key: str, given: str | None) -> str | None:
+    """Return the token that was given, else that of this user's own server on this machine, if it is one."""
+    return find_token(port, key) if given is None and is_loopback(host) else given
 
 
 def find_token(port: int, key: str = "") -> str | None:

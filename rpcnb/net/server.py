@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -402,6 +403,14 @@ class Server:
         """Port of the WebSocket; None if there is none."""
         port: int | None = None if self._web is None else self._web.port
         return port
+
+    @property
+    def whereabouts(self) -> dict[str, Any]:
+        """Where it is, as a run file says it; without the token."""
+        found: dict[str, Any] = {"host": self.host, "port": self.port, "pid": os.getpid(), "key": self.key}
+        if self.web_port is not None:
+            found["web_port"] = self.web_port
+        return found
 
     @property
     def registered(self) -> bool:

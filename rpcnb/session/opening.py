@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rpcnb.net.address import DEFAULT_PORT, is_loopback, parse_address
+from rpcnb.net.address import DEFAULT_PORT, parse_address
 from rpcnb.net.dial import ClientKey
 from rpcnb.net.interrupt import Guard
 from rpcnb.net.link import Deadline
+from rpcnb.net.runfiles import token_for
 from rpcnb.session.base import SessionBase
 from rpcnb.session.lanes import Dialer
 from rpcnb.session.session import Session
@@ -42,10 +43,7 @@ def _make_dialer(
     constructor = tuple(session_constructor_args or ())
     if address.scheme == "tracker":
         return TrackedDialer(address, 1, session_timeout, 5, constructor, token, extensions, lanes=lanes, depth=depth)
-    if token is None and is_loopback(address.host):
-        from rpcnb.net.runfiles import find_token
-
-        token = find_token(address.port, address.key)
+    token = token_for(address.host, address.port, address.key, token)
     return Dialer(address, ClientKey(address.key, session_timeout, token, extensions), constructor, lanes, depth)
 
 

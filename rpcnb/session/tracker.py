@@ -21,10 +21,11 @@ import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rpcnb.errors import ConnectFailed, KeyMismatch, SessionLost, SessionTimeout
-from rpcnb.net.address import Address, is_loopback, parse_address, show_address
+from rpcnb.net.address import Address, parse_address, show_address
 from rpcnb.net.dial import ClientKey
 from rpcnb.net.interrupt import Guard
 from rpcnb.net.link import Deadline
+from rpcnb.net.runfiles import token_for
 from rpcnb.net.trackerlink import TrackerLink, converse
 from rpcnb.protocol.tracker import ask_summary, request_board
 from rpcnb.session.lanes import OPEN_SECONDS, Dialer
@@ -127,11 +128,7 @@ class TrackedDialer(Dialer):
 
     def _aim(self, host: str, port: int, match_key: str) -> None:
         """Take what the tracker has handed out."""
-        token = self._token
-        if token is None and is_loopback(host):
-            from rpcnb.net.runfiles import find_token
-
-            token = find_token(port, self.tracker.key)
+        token = token_for(host, port, self.tracker.key, self._token)
         self.address = Address(host, port, self.tracker.key)
         self.key = ClientKey(match_key, self._session_timeout, token, self._extensions)
 
@@ -189,7 +186,7 @@ class _TrackerSessionBase:
         address: Of the tracker.
     """
 
-    def __init__(self, address: Address, extensions: bool) -> None:
+    def __init__(self, address: Address, extensions: bool = True) -> None:
         self.address = address
         self._extensions = extensions
 

@@ -25,19 +25,18 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-class Serving:
-    """``rpcnb serve`` as a child process."""
+class Running:
+    """A command that runs until it is told to stop."""
 
-    def __init__(self, folder: Path, *args: str) -> None:
-        self.file = folder / "ready.json"
+    def __init__(self, file: Path, *args: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rpcnb", "serve", "--port", "0", "--ready-file", str(self.file), *args],
+            [sys.executable, "-m", "rpcnb", *args, "--ready-file", str(file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        eventually(lambda: self.file.exists() or self.process.poll() is not None, "the ready file")
-        self.ready: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        eventually(lambda: file.exists() or self.process.poll() is not None, "the ready file")
+        self.ready: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
     @property
     def address(self) -> str:
@@ -47,6 +46,14 @@ class Serving:
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.communicate(timeout=10)
+
+
+class Serving(Running):
+    """``rpcnb serve`` as a child process."""
+
+    def __init__(self, folder: Path, *args: str) -> None:
+        self.file = folder / "ready.json"
+        super().__init__(self.file, "serve", "--port", "0", *args)
 
 
 @pytest.fixture
@@ -195,29 +202,6 @@ def test_no_server_says_how_to_start_one(
 # -- a farm --------------------------------------------------------------------------------------------------------
 
 
-class Running:
-    """A command that runs until it is told to stop."""
-
-    def __init__(self, file: Path, *args: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rpcnb", *args, "--ready-file", str(file)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        eventually(lambda: file.exists() or self.process.poll() is not None, "the ready file")
-        self.ready: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-
-    @property
-    def address(self) -> str:
-        return f"{self.ready['host']}:{self.ready['port']}"
-
-    def stop(self, number: int = signal.SIGTERM) -> tuple[str, str]:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.communicate(timeout=10)
-
-
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Any]:
     started: list[Running] = []
@@ -242,6 +226,7 @@ def test_a_farm_from_the_command_line(running: Any, capsys: pytest.CaptureFixtur
         assert main(["call", f"tracker://{tracker.address}/{key}", "demo.add", "1", "2"]) == 0
         assert capsys.readouterr().out == "3\n"
     eventually(lambda: session.summary()["queue_info"]["near"]["free"] == 1, "its return")
+    eventually(lambda: "proxy[far]" in str(session.summary()["server_info"]), "the other's return to the proxy")
     assert main(["devices", tracker.address]) == 0
     text = capsys.readouterr().out
     assert near.address in text
