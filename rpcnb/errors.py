@@ -16,6 +16,7 @@ Each has the builtin base a caller would catch anyway. Facts are attributes; the
     ├── SessionTimeout (TimeoutError)        the server's session time limit is over
     ├── DeadlineExceeded (TimeoutError)      our own ``timeout=`` is over
     ├── RemoteError (RuntimeError)           the remote function raised
+    │   └── CellError                        a remote cell raised
     ├── FunctionNotFound (AttributeError)    no such remote or registered function
     ├── ArgumentError (TypeError)            a value cannot travel as an argument
     ├── ResultError (TypeError)              a result cannot be encoded
@@ -34,6 +35,7 @@ from __future__ import annotations
 __all__ = [
     "AccessDenied",
     "ArgumentError",
+    "CellError",
     "ConnectFailed",
     "CopyMismatch",
     "DeadlineExceeded",
@@ -154,6 +156,17 @@ class RemoteError(RpcError, RuntimeError):
         if remote_traceback:
             text = f"{text}\n\nremote traceback:\n{remote_traceback.rstrip()}"
         super().__init__(text)
+
+
+class CellError(RemoteError):
+    """A remote cell raised; a notebook shows the remote traceback, with the cell's own lines."""
+
+    def __str__(self) -> str:
+        return f"{self.remote_type}: {self.message}" if self.message else self.remote_type
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows instead of where the error came out here."""
+        return self.remote_traceback.splitlines() or [str(self)]
 
 
 class FunctionNotFound(RpcError, AttributeError):

@@ -74,6 +74,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     add("--no-token", action="store_true", help="let anybody in who can reach the port")
     add("--insecure", action="store_true", help="allow --no-token beyond this machine")
     add("--allow-native", action="store_true", help="let clients load compiled code without a token")
+    add("--allow-exec", action="store_true", help="let clients run Python source here (%%%%rpc): full trust")
     add("--expose-ffi", action="store_true", help="let clients call every global function of apache-tvm-ffi")
     add("--trusted-paths", action="store_true", help="let file names leave the session's directory, as stock TVM does")
     add("--custom-addr", metavar="HOST", help="address under which others reach this machine")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import argparse
 
     from rpcnb.command.until import Stop
+    from rpcnb.runtime.cellrunners import Runner
 
 __all__ = ["serve"]
 
@@ -51,7 +52,12 @@ def _serve_until(stop: Stop, options: argparse.Namespace) -> int:
         from rpcnb.demo import register_demo
 
         register_demo(REGISTRY)
-    server = _make_server(options, loaded)
+    runner = None
+    if options.allow_exec:
+        from rpcnb.runtime.cellrunners import MainThread
+
+        runner = MainThread()  # this thread has nothing else to do
+    server = _make_server(options, loaded, runner)
     shaped = None
     published: Path | None = None
     try:
@@ -63,7 +69,10 @@ def _serve_until(stop: Stop, options: argparse.Namespace) -> int:
             write_atomically(Path(options.ready_file), _content(options, server, port, secret=False))
         if not options.silent:
             _announce(options, server, port)
-        stop.wait()
+        if runner is None:
+            stop.wait()
+        else:
+            runner.run(stop.wait)
     finally:
         if shaped is not None:
             call_in_loop(server.io_loop, shaped.close)
@@ -96,7 +105,7 @@ def _ffi_own_names() -> frozenset[str]:
     return frozenset(name for name in ffi_global_names() if name.startswith(own))
 
 
-def _make_server(options: argparse.Namespace, ffi_names: frozenset[str]) -> Server:
+def _make_server(options: argparse.Namespace, ffi_names: frozenset[str], runner: Runner | None) -> Server:
     token: str | bool | None = options.token
     if options.token_file:
         token = Path(options.token_file).read_text().strip()
@@ -138,6 +147,7 @@ def _make_server(options: argparse.Namespace, ffi_names: frozenset[str]) -> Serv
         web_port=options.web_port,
         allow_origin=options.allow_origin,
         trust_tracker=options.trust_tracker,
+        allow_exec=runner or False,
     )
 
 

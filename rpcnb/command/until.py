@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 __all__ = ["Stop", "until_signal"]
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ENDS = (b"", b"\0", *(bytes([number]) for number in _SIGNALS))
+
+
 class Stop:
     """The end that a signal, or another part of the program, brings."""
 
@@ -21,8 +25,9 @@ class Stop:
         self._wake = wake
 
     def wait(self) -> None:
-        """Return when it has come."""
-        self._sock.recv(1)
+        """Return when it has come; other signals wake it too (one that interrupts a remote cell)."""
+        while self._sock.recv(1) not in _ENDS:
+            pass
 
     def set(self) -> None:
         """Let it come; from any thread."""
@@ -39,13 +44,12 @@ def until_signal() -> Iterator[Stop]:
     """
     sock, wake = socket.socketpair()
     wake.setblocking(False)
-    numbers = (signal.SIGINT, signal.SIGTERM)
     before_wake = signal.set_wakeup_fd(wake.fileno())
-    before = [signal.signal(number, lambda *_: None) for number in numbers]
+    before = [signal.signal(number, lambda *_: None) for number in _SIGNALS]
     try:
         yield Stop(sock, wake)
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(_SIGNALS, before, strict=True):
             signal.signal(number, handler)
         signal.set_wakeup_fd(before_wake)
         sock.close()

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from tornado.ioloop import IOLoop
 
+    from rpcnb.runtime.cellrunners import Runner
     from rpcnb.runtime.registry import Registry
 
 __all__ = ["Server"]
@@ -87,6 +88,8 @@ class Server:
         web_port: Listen for WebSockets too, at path ``/ws`` of this port; 0 for any free one.
         allow_origin: Host names under which browsers and hubs may reach the WebSocket, besides numbers and our own.
         trust_tracker: A match key that the tracker (or proxy) hands out is enough; else a client needs the token too.
+        allow_exec: Let clients run Python source here: full trust. True runs it in a thread; or a
+            :class:`~rpcnb.runtime.cellrunners.Runner`.
 
     Attributes:
         host: Where it listens (or the proxy is).
@@ -97,7 +100,7 @@ class Server:
 
     Raises:
         OSError: No port of the range is free.
-        AccessDenied: Beyond loopback without a token and without ``insecure``.
+        AccessDenied: Beyond loopback without a token, or source of clients who have none, without ``insecure``.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class Server:
         web_port: int | None = None,
         allow_origin: Sequence[str] = (),
         trust_tracker: bool = False,
+        allow_exec: bool | Runner = False,
     ) -> None:
         if not key.isprintable() or any(letter.isspace() for letter in key):
             raise ValueError(f"expected a key without white space, got {key!r}")
@@ -138,6 +142,10 @@ class Server:
         self.custom_addr = custom_addr
         self._proxy = parse_address(host, port) if is_proxy else None
         self.token = self._choose_token(host if self._proxy is None else self._proxy.host, token, insecure)
+        if allow_exec and self.token is None and not insecure:
+            raise AccessDenied(
+                "without a token anybody here could run code as this user; insecure=True (--insecure) allows that"
+            )
         self.limits = limits or Limits()
         # With a tracker or a proxy one session at a time, as in TVM: whoever got the board has it alone.
         self.max_sessions = 1 if max_sessions is None and (tracker_addr or is_proxy) else max_sessions
@@ -174,6 +182,11 @@ class Server:
         )
         if registry is not None:
             self.environment.registry = registry
+        if allow_exec:
+            from rpcnb.runtime.cellrunners import Worker
+            from rpcnb.runtime.cells import Cells
+
+            self.environment.cells = Cells(Worker() if allow_exec is True else allow_exec)
         self._install_constructors()
         self.observers = events.Observers(events.observers)
         self._connections: dict[Connection, None] = {}  # in order of arrival
@@ -443,6 +456,8 @@ class Server:
             return
         self._closed = True
         call_in_loop(self.io_loop, self._stop)
+        if self.environment.cells is not None:
+            self.environment.cells.runner.close()
         self.workers.close(1.0)
         if self._own_loop is not None:
             self._own_loop.stop()

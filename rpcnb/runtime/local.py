@@ -523,6 +523,8 @@ class LocalServingSession(ServingSession):
             self._calls.close()
         for cancel in running:
             cancel()
+        if self.environment.cells is not None:
+            self.environment.cells.end(self)
         try:
             for entry in self.table.clear():
                 if entry.kind is HandleKind.DATA:

@@ -2,9 +2,9 @@
 
 Between rpcnb peers a call that may answer later goes as ``rpcnb.start(call_id, timeout_s, handle, *args)``, which is
 answered at once. The long poll ``rpcnb.next()`` returns the outcomes as one bytes value: records ``(call_id, kind,
-length)`` and a packed sequence each. ``rpcnb.cancel(call_id)`` ends one; ``rpcnb.cancel_at(lane, *ordinals)`` ends
-the requests with these numbers of a connection of the session, kInitServer being the first. A cancel may arrive before
-its call.
+length)`` and a packed sequence each; what a call puts out while it runs (a remote cell) travels so, too.
+``rpcnb.cancel(call_id)`` ends one; ``rpcnb.cancel_at(lane, *ordinals)`` ends the requests with these numbers of a
+connection of the session, kInitServer being the first. A cancel may arrive before its call.
 
 A parked ``rpcnb.next`` gives way: it is answered when a further request arrives behind it, so that one connection
 carries starts, cancels and the poll.
@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb.errors import ArgumentError, LimitExceeded, RemoteProtocolError
 from rpcnb.protocol.codes import Limits
@@ -33,28 +33,38 @@ if TYPE_CHECKING:
     from rpcnb.runtime.serving import Done
     from rpcnb.values import Value
 
-__all__ = ["CANCEL", "CANCEL_AT", "NEXT", "START", "Calls", "Started", "read_records", "write_record"]
+__all__ = ["CANCEL", "CANCEL_AT", "NEXT", "START", "Calls", "Emitted", "Started", "read_records", "write_record"]
 
 START, NEXT, CANCEL, CANCEL_AT = "rpcnb.start", "rpcnb.next", "rpcnb.cancel", "rpcnb.cancel_at"
-RESULT, ERROR = 1, 2  # kinds of records
+RESULT, ERROR, OUTPUT = 1, 2, 3  # kinds of records
 POLL_SECONDS = 20.0  # a poll is answered within this time, so it tells that the server lives
 _MOST_EARLY = 1024  # cancels that are remembered for calls still to come
+_ROOM = 4 << 20  # bytes of output that wait for the client; then the cell waits
+_LOOK = 0.5  # seconds after which a cell that waits looks whether it has been cancelled
 _RECORD = struct.Struct("<qiQ")  # call, kind, bytes of the packed sequence
 _COUNT = struct.Struct("<i")
 
 
-def write_record(call: int, reply: Raised | Return) -> bytes:
-    """Return the record that carries the outcome of a started call."""
+class Emitted(NamedTuple):
+    """Part of what a started call puts out while it runs."""
+
+    data: bytes
+
+
+def write_record(call: int, reply: Raised | Return | Emitted) -> bytes:
+    """Return the record that carries the outcome of a started call, or part of its output."""
     parts: list[Any] = []
-    if isinstance(reply, Return):
-        encode_values(reply.values, Style.RESULT, parts)
-    else:
+    if isinstance(reply, Raised):
+        kind = ERROR
         encode_values((reply.text, reply.type_name, reply.traceback), Style.RESULT, parts)
+    else:
+        kind = RESULT if isinstance(reply, Return) else OUTPUT
+        encode_values(reply.values if isinstance(reply, Return) else (reply.data,), Style.RESULT, parts)
     body = b"".join(parts)
-    return _RECORD.pack(call, RESULT if isinstance(reply, Return) else ERROR, len(body)) + body
+    return _RECORD.pack(call, kind, len(body)) + body
 
 
-def read_records(data: bytes, limits: Limits | None = None) -> list[tuple[int, Raised | Return]]:
+def read_records(data: bytes, limits: Limits | None = None) -> list[tuple[int, Raised | Return | Emitted]]:
     """Take apart what ``rpcnb.next`` returned.
 
     Raises:
@@ -62,7 +72,7 @@ def read_records(data: bytes, limits: Limits | None = None) -> list[tuple[int, R
     """
     limits = limits or Limits()
     view, pos = memoryview(data), 0
-    found: list[tuple[int, Raised | Return]] = []
+    found: list[tuple[int, Raised | Return | Emitted]] = []
     while pos < len(view):
         if len(view) - pos < _RECORD.size + 4:
             raise RemoteProtocolError(f"expected a record of an outcome, got {len(view) - pos} bytes")
@@ -80,8 +90,10 @@ def read_records(data: bytes, limits: Limits | None = None) -> list[tuple[int, R
             found.append((call, Return(tuple(values))))
         elif kind == ERROR and count == 3 and all(isinstance(value, str) for value in values):
             found.append((call, Raised(*values)))  # type: ignore[arg-type]  # three texts
+        elif kind == OUTPUT and count == 1 and isinstance(values[0], bytes):
+            found.append((call, Emitted(values[0])))
         else:
-            raise RemoteProtocolError(f"expected a result or an error, got an outcome of kind {kind}")
+            raise RemoteProtocolError(f"expected a result, an error or output, got an outcome of kind {kind}")
     return found
 
 
@@ -113,6 +125,19 @@ class Started(Stoppable):
         """Complete with an exception."""
         self._calls.finish(self, self._calls.raised(error))
 
+    def emit(self, data: bytes) -> None:
+        """Send part of its output while it runs; never waits."""
+        self._calls.emit(self, data)
+
+    @property
+    def has_room(self) -> bool:
+        """Tell whether the client keeps up with the output of its calls."""
+        return self._calls.has_room
+
+    def await_room(self) -> None:
+        """Wait until it does, or nobody wants the output any more."""
+        self._calls.await_room(self)
+
 
 class Calls:
     """The started calls of one session.
@@ -129,9 +154,12 @@ class Calls:
         self._running: dict[int, Started] = {}
         self._early: dict[int, None] = {}  # cancelled before they came
         self._outcomes: list[bytes] = []
+        self._waiting = 0  # bytes of output among them
+        self._room = threading.Condition(self._lock)
         self._poll: Done | None = None
         self._polled = 0.0
         self._timed = False
+        self._closed = False
         self._plain: deque[tuple[Started, int, tuple[Value, ...]]] = deque()
         self._plain_runs = False
         # The servants of the session's connections, by lane.
@@ -229,6 +257,9 @@ class Calls:
 
     def _take(self) -> bytes:
         data, self._outcomes = b"".join(self._outcomes), []
+        if self._waiting:
+            self._waiting = 0
+            self._room.notify_all()
         return data
 
     def give_way(self) -> None:
@@ -291,19 +322,47 @@ class Calls:
             call.finished = True
             self._running.pop(call.id, None)
             timer, call.timer = call.timer, None
-            self._outcomes.append(record)
-            poll, self._poll = self._poll, None
-            data = self._take() if poll is not None else b""
+            poll, data = self._keep(record)
         if timer is not None:
             timer()
         if poll is not None:
             poll((66, data))
+
+    def emit(self, call: Started, data: bytes) -> None:
+        """Keep part of a call's output for the poll."""
+        record = write_record(call.id, Emitted(data))
+        with self._lock:
+            if call.finished or call.cancelled:
+                return
+            self._waiting += len(record)
+            poll, taken = self._keep(record)
+        if poll is not None:
+            poll((66, taken))
+
+    @property
+    def has_room(self) -> bool:
+        """Tell whether the output that waits for the client is not too much yet."""
+        return self._waiting < _ROOM
+
+    def await_room(self, call: Started) -> None:
+        """Wait until there is room, or nobody wants the output of ``call`` any more."""
+        with self._room:
+            while not (self.has_room or call.finished or call.cancelled or self._closed):
+                self._room.wait(_LOOK)
+
+    def _keep(self, record: bytes) -> tuple[Done | None, bytes]:
+        """Note a record; returns the poll that takes it at once with what else there is, if one waits."""
+        self._outcomes.append(record)
+        poll, self._poll = self._poll, None
+        return poll, self._take() if poll is not None else b""
 
     def close(self) -> None:
         """End all calls with their session."""
         with self._lock:
             running, self._poll = list(self._running.values()), None
             self._plain.clear()
+            self._closed = True
+            self._room.notify_all()
         for call in running:
             call.stop()
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from rpcnb.protocol.messages import CallFunc, Syscall
     from rpcnb.protocol.reader import Sink
+    from rpcnb.runtime.cells import Cells
     from rpcnb.runtime.local import LocalServingSession
 
 __all__ = [
@@ -136,6 +137,7 @@ class Environment:
         later: Calls a function after some seconds; returns what cancels that.
         local_session: Default session constructor of this server; None for the registry's ``rpc.LocalSession``.
         constructors: Further session constructors of this server, by name (``rpc.Connect``).
+        cells: Runs clients' source; None where the operator gave no consent.
     """
 
     registry: Registry = REGISTRY
@@ -151,6 +153,7 @@ class Environment:
     later: Callable[[float, Callable[[], object]], Callable[[], object]] = later_anywhere
     local_session: Callable[..., Any] | None = None
     constructors: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    cells: Cells | None = None
 
 
 _ENVIRONMENT: contextvars.ContextVar[Environment | None] = contextvars.ContextVar("rpcnb_environment", default=None)

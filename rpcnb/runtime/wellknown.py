@@ -69,6 +69,19 @@ IN_PARTS: dict[str, Callable[..., Any]] = {
 }
 
 
+# Remote cells, where the operator lets clients run them (``runtime/cells.py``).
+CELLS = frozenset(
+    {"rpcnb.cell", "rpcnb.cells", "rpcnb.variable", "rpcnb.set_variable", "rpcnb.del_variable", "rpcnb.variables"}
+)
+
+
+def _no_cells(*_: Any) -> None:
+    raise AccessDenied(
+        "this server runs no code of its clients; who owns it may allow that: "
+        "rpcnb serve --allow-exec, or %rpc_serve --allow-exec"
+    )
+
+
 def need_native(session: LocalServingSession, what: str) -> None:
     """Raise AccessDenied unless native code was trusted to this server's clients."""
     if not session.environment.native:
@@ -238,6 +251,9 @@ def find_well_known(session: LocalServingSession, name: str) -> ServedFunction |
     part = IN_PARTS.get(name)
     if part is not None:
         return ServedFunction(name, functools.partial(part, session))
+    if name in CELLS:
+        cells = session.environment.cells
+        return ServedFunction(name, _no_cells) if cells is None else cells.serve(session, name)
     found = WELL_KNOWN.get(name)
     if found is not None:
         function, run = found

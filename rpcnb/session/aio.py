@@ -19,6 +19,7 @@ from rpcnb.net.link import Deadline
 from rpcnb.session.aiolanes import AsyncLanes
 from rpcnb.session.aiooperation import AsyncOperation, AsyncTransfer
 from rpcnb.session.base import SessionBase
+from rpcnb.session.cellmethods import AsyncCellMethods
 from rpcnb.session.moving import Moving, Progress, describe_upload, moving_array
 from rpcnb.session.order import names_of
 from rpcnb.session.remote import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncSession"]
 
 
-class AsyncSession(SessionBase):
+class AsyncSession(AsyncCellMethods, SessionBase):
     """A session whose operations are awaited; made by :func:`rpcnb.connect_async`."""
 
     _types = (AsyncRemoteFunction, AsyncRemoteModule, AsyncRemoteTensor, RemoteObject, AsyncRemoteDevice)
@@ -62,10 +63,11 @@ class AsyncSession(SessionBase):
         moving: Moving | None = None,
         progress: Any = None,
         queued: bool = False,
+        on_output: Callable[[bytes], object] | None = None,
     ) -> Any:
         limit = self.timeout if timeout is None else timeout
         if moving is None:
-            operation = AsyncOperation(self, flow, what, limit, names_of(uses))
+            operation = AsyncOperation(self, flow, what, limit, names_of(uses), on_output)
         else:
             operation = AsyncTransfer(self, flow, what, limit, names_of(uses), moving, progress)
         return await operation.run(queued)

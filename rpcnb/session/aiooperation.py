@@ -38,7 +38,13 @@ class AsyncOperation:
     """
 
     def __init__(
-        self, session: AsyncSession, flow: Flow[Any], function: str, timeout: float | None, names: frozenset[int]
+        self,
+        session: AsyncSession,
+        flow: Flow[Any],
+        function: str,
+        timeout: float | None,
+        names: frozenset[int],
+        on_output: Callable[[bytes], object] | None = None,
     ) -> None:
         self.id = new_number()
         self.session: AsyncSession = session
@@ -49,6 +55,7 @@ class AsyncOperation:
         self._flow = flow
         self._timeout = timeout
         self._names = names
+        self._on_output = on_output
         self._queued = False
         self._tickets: list[Any] = []
         self._waits = False
@@ -115,7 +122,8 @@ class AsyncOperation:
         self._waits = False
         session = self.session
         lanes = session._lanes
-        route = Route(await self._choose_link(), None if lanes is None else lanes.opened, self._seconds_left)
+        control = None if lanes is None else lanes.opened
+        route = Route(await self._choose_link(), control, self._seconds_left, self._on_output)
         return await await_flow(route, self._flow, lanes, self._tickets)
 
     async def _choose_link(self) -> Any:

@@ -21,7 +21,7 @@ from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.flows import Send, Wait, undo
 from rpcnb.protocol.messages import CallFunc, InitServer, Raised, Syscall
-from rpcnb.runtime.overlap import CANCEL, CANCEL_AT, NEXT, START, read_records
+from rpcnb.runtime.overlap import CANCEL, CANCEL_AT, NEXT, START, Emitted, read_records
 
 if TYPE_CHECKING:
     import asyncio
@@ -72,9 +72,10 @@ class StartedTicket(Ticket):
         number: The call's number on the wire.
         begun: The server has answered the start.
         on_begun: Called then.
+        on_output: Called with each part of what the call puts out.
     """
 
-    __slots__ = ("begun", "control", "number", "on_begun")
+    __slots__ = ("begun", "control", "number", "on_begun", "on_output")
 
     def __init__(self, request: Request, number: int, control: Control) -> None:
         super().__init__(request)
@@ -82,6 +83,7 @@ class StartedTicket(Ticket):
         self.begun = False
         self.control = control
         self.on_begun: Callable[[], object] | None = None
+        self.on_output: Callable[[bytes], object] | None = None
 
 
 class Control:
@@ -110,18 +112,22 @@ class Control:
         self._ended = False
         self._ask()
 
-    def start(self, request: CallFunc, seconds: float) -> StartedTicket:
+    def start(
+        self, request: CallFunc, seconds: float, on_output: Callable[[bytes], object] | None = None
+    ) -> StartedTicket:
         """Start a call; returns the ticket of its outcome.
 
         Args:
             request: The call.
             seconds: Its time limit at the server; 0 for none.
+            on_output: Called with each part of what it puts out, until nobody waits for it any more.
 
         Raises:
             ArgumentError: A value cannot travel; nothing was sent.
             SessionLost: The lane has ended.
         """
         ticket = StartedTicket(request, next(self._numbers), self)
+        ticket.on_output = on_output
         self._calls[ticket.number] = ticket
         limit = float(seconds + _GRACE if seconds else 0)
         arguments = (ticket.number, limit, int(request.handle), *request.args)
@@ -220,7 +226,10 @@ class Control:
             self._ask()
         for number, reply in records:
             ticket = self._calls.get(number)
-            if ticket is not None:
+            if isinstance(reply, Emitted):
+                if ticket is not None and ticket.on_output is not None and not ticket.abandoned:
+                    ticket.on_output(reply.data)
+            elif ticket is not None:
                 self.settle(ticket, reply)
 
     def _end(self, error: RpcError) -> None:
@@ -373,19 +382,27 @@ class Route:
         link: The connection of everything but started calls.
         control: The control lane, where there is one; else everything goes over ``link``.
         seconds: Tells how much of the operation's time is left; 0 for no limit.
+        on_output: Called with each part of what a started call puts out.
     """
 
-    __slots__ = ("control", "link", "seconds")
+    __slots__ = ("control", "link", "on_output", "seconds")
 
-    def __init__(self, link: Any, control: Control | None, seconds: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        link: Any,
+        control: Control | None,
+        seconds: Callable[[], float],
+        on_output: Callable[[bytes], object] | None = None,
+    ) -> None:
         self.link = link
         self.control = control
         self.seconds = seconds
+        self.on_output = on_output
 
     def send(self, request: Request) -> Ticket:
         """Send a request; returns its ticket."""
         if self.control is not None and may_answer_later(request):
-            return self.control.start(request, self.seconds())  # type: ignore[arg-type]  # a call
+            return self.control.start(request, self.seconds(), self.on_output)  # type: ignore[arg-type]  # a call
         ticket: Ticket = self.link.send_soon(request) if type(request) is CallFunc else self.link.send(request)
         return ticket
 

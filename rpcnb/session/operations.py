@@ -138,14 +138,15 @@ class Operations:
         """Return the names listed so far; never asks the server."""
         return self._names or []
 
-    def _ask(self, name: str, *args: Any) -> Flow[Any]:
+    def ask(self, name: str, *args: Any) -> Flow[Any]:
+        """Call a well-known function, looked up once per session."""
         function = yield from self.helper(name)
         return (yield from self.call(function, args))
 
     def list_functions(self) -> Flow[list[str]]:
         """List the names of the server's functions; asked once, all names on the way at once."""
         if self._names is None:
-            listing = yield from self._ask("ffi.FunctionListGlobalNamesFunctor")
+            listing = yield from self.ask("ffi.FunctionListGlobalNamesFunctor")
             _expect(listing, self.function_type, "a function that lists names")
             count = _expect((yield from self.call(listing, (-1,))), int, "the number of names")
             tickets = []
@@ -418,13 +419,13 @@ class Operations:
                 return
             with open(path, "rb") as file:
                 blob = _content(file)
-        yield from self._ask("tvm.rpc.server.upload", target, blob)
+        yield from self.ask("tvm.rpc.server.upload", target, blob)
 
     def _put(self, path: str, target: str) -> Flow[None]:
         """Upload a large file in parts; nothing of it moves if the server has it already."""
         with open(path, "rb") as file:
             total = os.fstat(file.fileno()).st_size
-            known = yield from self._ask("rpcnb.digest", target, total)
+            known = yield from self.ask("rpcnb.digest", target, total)
             if known and known == file_digest(path):
                 return
             put = yield from self.helper("rpcnb.put")
@@ -475,7 +476,7 @@ class Operations:
 
     def _get(self, path: str, file: BinaryIO, moving: Moving | None) -> Flow[None]:
         """Download in parts to a local file."""
-        total = _expect((yield from self._ask("rpcnb.size", path)), int, "a file's size")
+        total = _expect((yield from self.ask("rpcnb.size", path)), int, "a file's size")
         if moving is not None:
             moving.total = total
         get = yield from self.helper("rpcnb.get")
@@ -494,33 +495,33 @@ class Operations:
             file.write(data)
 
     def _content_of(self, path: str) -> Flow[bytearray]:
-        return bytearray(_expect((yield from self._ask("tvm.rpc.server.download", path)), _BYTES, "a file's bytes"))
+        return bytearray(_expect((yield from self.ask("tvm.rpc.server.download", path)), _BYTES, "a file's bytes"))
 
     def remove(self, path: str) -> Flow[None]:
         """Delete a file of the session's directory."""
-        yield from self._ask("tvm.rpc.server.remove", path)
+        yield from self.ask("tvm.rpc.server.remove", path)
 
     def listdir(self, path: str = ".") -> Flow[list[str]]:
         """List the names in a directory of the session."""
-        text: str = _expect((yield from self._ask("tvm.rpc.server.listdir", path)), str, "names with commas")
+        text: str = _expect((yield from self.ask("tvm.rpc.server.listdir", path)), str, "names with commas")
         return text.split(",") if text else []
 
     def load_module(self, path: str) -> Flow[Any]:
         """Load an uploaded library as a module."""
-        return _expect((yield from self._ask("tvm.rpc.server.load_module", path)), self.module_type, "a module")
+        return _expect((yield from self.ask("tvm.rpc.server.load_module", path)), self.module_type, "a module")
 
     def download_linked_module(self, path: str) -> Flow[bytearray]:
         """Link an uploaded object file or archive at the server; returns the shared library's bytes."""
-        data = yield from self._ask("tvm.rpc.server.download_linked_module", path)
+        data = yield from self.ask("tvm.rpc.server.download_linked_module", path)
         return bytearray(_expect(data, _BYTES, "a library's bytes"))
 
     def system_lib(self) -> Flow[Any]:
         """Return the module of statically linked functions."""
-        return _expect((yield from self._ask("ffi.SystemLib")), self.module_type, "a module")
+        return _expect((yield from self.ask("ffi.SystemLib")), self.module_type, "a module")
 
     def module_function(self, module: Any, name: str, query_imports: bool = True) -> Flow[Any]:
         """Look up a function of a module."""
-        found = yield from self._ask("tvm.rpc.server.ModuleGetFunction", module, name, query_imports)
+        found = yield from self.ask("tvm.rpc.server.ModuleGetFunction", module, name, query_imports)
         if found is None:
             raise FunctionNotFound(f"module has no function {name!r}")
         _expect(found, self.function_type, "a function").name = name
@@ -528,13 +529,13 @@ class Operations:
 
     def import_module(self, parent: Any, child: Any) -> Flow[None]:
         """Make the functions of one module reachable through another."""
-        yield from self._ask("tvm.rpc.server.ImportModule", parent, child)
+        yield from self.ask("tvm.rpc.server.ImportModule", parent, child)
 
     def time_evaluator(self, module: Any, name: str, device: Any, options: dict[str, Any]) -> Flow[Any]:
         """Make the remote function that measures another one."""
         where = self.wire_device(device)
         numbers = [int(options[key]) for key in _TIMING[:-1]]
-        evaluator = yield from self._ask(
+        evaluator = yield from self.ask(
             "runtime.RPCTimeEvaluator", module, name, where.type, where.index, *numbers, options["f_preproc"]
         )
         return _expect(evaluator, self.function_type, "a function that measures")

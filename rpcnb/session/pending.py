@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["Pending", "Work", "record", "work_of_call"]
 
 
+_OVERLAPPING = ("call", "run_cell")  # methods that call one function, which may answer later
+
+
 class Pending(Future[Any]):
     """An operation on its way: a :class:`concurrent.futures.Future` that can be awaited too.
 
@@ -155,7 +158,7 @@ class Pending(Future[Any]):
                 self._link = lanes.bulk(self._limit) or self._link
             elif self._work.may_overlap:
                 control = lanes.control(self._limit)
-        self._route = Route(self._link, control, self._seconds_left)
+        self._route = Route(self._link, control, self._seconds_left, self._work.on_output)
 
     def _seconds_left(self) -> float:
         return 0.0 if self.deadline is None else max(0.001, self.deadline - time.monotonic())
@@ -379,8 +382,9 @@ class _Recorder:
         uses: Any = (),
         moving: Any = None,
         progress: Any = None,
+        on_output: Any = None,
     ) -> Any:
-        raise _Recorded(Work(flow, what, moving=moving))
+        raise _Recorded(Work(flow, what, moving=moving, on_output=on_output))
 
 
 class Work(NamedTuple):
@@ -395,6 +399,7 @@ class Work(NamedTuple):
         queued: It is one request on the first connection.
         moving: The data that it moves, if any.
         keeps: A remote function that must not be released before the server has begun.
+        on_output: Called with each part of what the call puts out while it runs.
     """
 
     flow: Flow[Any]
@@ -405,6 +410,7 @@ class Work(NamedTuple):
     queued: bool = False
     moving: Moving | None = None
     keeps: Any = None
+    on_output: Callable[[bytes], object] | None = None
 
 
 def work_of_call(session: Session, function: RemoteFunction, args: tuple[Any, ...]) -> Work:
@@ -438,7 +444,7 @@ def record(session: Session, operation: Callable[..., Any], args: tuple[Any, ...
         elif operation.__name__ == "map" and not options.get("return_errors"):
             flow = _raising(flow)
         bulk = moving is not None and moving.total >= BULK
-        return recorded.work._replace(flow=flow, names=names, may_overlap=operation.__name__ == "call", bulk=bulk)
+        return recorded.work._replace(flow=flow, names=names, may_overlap=operation.__name__ in _OVERLAPPING, bulk=bulk)
     raise TypeError(f"{operation.__name__} needs no exchange with the server; call it")
 
 

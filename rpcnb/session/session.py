@@ -31,6 +31,7 @@ from rpcnb.net.interrupt import TICK, Guard
 from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.protocol.shortcut import write_call
 from rpcnb.session.base import SessionBase
+from rpcnb.session.cellmethods import CellMethods
 from rpcnb.session.lanes import Lanes
 from rpcnb.session.moving import BULK, Moving, Progress, describe_upload, moving_array
 from rpcnb.session.order import names_of
@@ -65,7 +66,7 @@ _BLOCKING_BULK = 4 << 20  # at the speed of a memory copy it makes no difference
 _PATIENCE = 0.5  # seconds after which a small one becomes a Transfer after all
 
 
-class Session(SessionBase):
+class Session(CellMethods, SessionBase):
     """A session that blocks its caller; made by :func:`rpcnb.connect`. Safe to use from many threads."""
 
     _types = (RemoteFunction, RemoteModule, RemoteTensor, RemoteObject, RemoteDevice)
@@ -89,9 +90,14 @@ class Session(SessionBase):
         uses: Iterable[Any] = (),
         moving: Moving | None = None,
         progress: Callable[[Any], object] | None = None,
+        on_output: Callable[[bytes], object] | None = None,
     ) -> Any:
         if timeout is None:
             timeout = self.timeout
+        if on_output is not None:
+            pending = Pending(self, Work(flow, what, may_overlap=True, on_output=on_output), timeout)
+            pending.start()
+            return self._wait_with_output(pending)
         if moving is not None and (progress is not None or moving.total >= _BLOCKING_BULK):
             work = Work(flow, what, names_of(uses), bulk=moving.total >= BULK)
             transfer = Transfer(self, work, timeout, moving, progress)
@@ -137,6 +143,17 @@ class Session(SessionBase):
         if (reports or self.observers) and not iothread.IO_THREAD.is_current():
             transfer.told.wait(_LAST_WORD)  # the last report comes before this returns
         return result
+
+    @staticmethod
+    def _wait_with_output(pending: Pending) -> Any:
+        """Wait for an operation, and until the last of its output has been handed over."""
+        try:
+            return wait_or_cancel(pending)
+        finally:
+            if not iothread.IO_THREAD.is_current():
+                told = threading.Event()
+                iothread.IO_THREAD.call(told.set)
+                told.wait(_LAST_WORD)
 
     def _await_earlier(self, names: frozenset[int], deadline: Deadline) -> None:
         """Wait for submitted operations that name one of these things: the order of submission is kept."""
