@@ -40,6 +40,7 @@ _PUBLIC = {
     "empty": "rpcnb.session.arrays",
     "get_global_func": "rpcnb.runtime.registry",
     "list_global_func_names": "rpcnb.runtime.registry",
+    "panel": "rpcnb.jupyter.panels",
     "register_func": "rpcnb.runtime.registry",
     "remove_global_func": "rpcnb.runtime.registry",
     "serve": "rpcnb.jupyter.serving",

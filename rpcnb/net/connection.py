@@ -51,7 +51,8 @@ class ClientState(NamedTuple):
 
     Attributes:
         peer: Address of the client.
-        state: ``idle``, ``busy``, ``running`` (a plain function) or ``parked`` (waiting for a completion).
+        state: ``idle``, ``busy``, ``running`` (a plain function), ``parked`` (waiting for a completion) or ``kernel``
+            (waiting for the notebook's kernel, which is busy with a cell).
         function: What is in progress.
         age: Seconds a parked request has waited.
         queued: Bytes of requests behind it.
@@ -87,6 +88,7 @@ class Connection:
         self.ended = False  # the client's stream has ended, or the server wants the end
         self.deadline: Any = None  # the handshake's, then the session's timer
         self._parked_since = ("", 0.0)
+        self._for_kernel = False  # what runs was given to the kernel's loop
         self._handshake = Handshake(server.limits.key)
         tune(sock)
         if _NOW:
@@ -102,7 +104,8 @@ class Connection:
         if parked is not None:
             state, function, age = "parked", parked.name, time.monotonic() - parked.since
         elif running is not None:
-            state, function, age = "running", running, 0.0
+            waits = self.server.kernel_busy if self._for_kernel else None
+            state, function, age = "running" if waits is None else "kernel", running, waits or 0.0
         else:
             state, function, age = servant.endpoint.state.value, "", 0.0
         session = servant.session
@@ -363,6 +366,7 @@ class Connection:
         servant.running = servant.describe(message)
         self._flush()  # finished replies must not wait for a call that may be slow
         self.in_worker = True
+        self._for_kernel = place == "kernel"
         if place == "thread":
             self.server.workers.submit(lambda: self._work(message))
         elif place == "kernel":

@@ -60,6 +60,7 @@ class ClientKey:
         if extensions:
             options["-rpcnb"] = EXTENSION
         self.key = key
+        self.session_timeout = session_timeout  # seconds; 0 for no limit
         self.text = key_text(Role.CLIENT, key, options)
 
     @classmethod
@@ -326,10 +327,7 @@ def shake_hands(sock: socket.socket, key: ClientKey, address: str, deadline: Dea
             poll.register(sock, select.POLLIN)
             while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
                 pass
-            try:
-                data = sock.recv(4096)
-            except OSError as error:
-                raise NotAnRpcServer(address, "handshake", f"{error.strerror}") from None
+            data = sock.recv(4096)
             if not data:
                 steps.send(b"")
     except StopIteration as end:
@@ -337,6 +335,10 @@ def shake_hands(sock: socket.socket, key: ClientKey, address: str, deadline: Dea
         return found
     except DeadlineExceeded as error:
         raise expired(address, "handshake", error) from None
+    except RpcError:
+        raise
+    except OSError as error:  # reset, perhaps before our key was sent
+        raise NotAnRpcServer(address, "handshake", f"{error.strerror}") from None
 
 
 def _send_all(sock: socket.socket, data: bytes, poll: select.poll, deadline: Deadline, guard: Guard) -> None:

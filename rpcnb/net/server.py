@@ -21,6 +21,7 @@ import contextlib
 import logging
 import os
 import time
+import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from rpcnb import events
 from rpcnb.errors import AccessDenied
 from rpcnb.net.address import is_loopback, parse_address, show_address
 from rpcnb.net.connection import ClientState, Connection
+from rpcnb.net.kernel import KernelLoop
 from rpcnb.net.lanes import Lanes
 from rpcnb.net.listen import Acceptor, listen
 from rpcnb.net.loopthread import LoopThread, call_in_loop
@@ -48,9 +50,16 @@ if TYPE_CHECKING:
     from rpcnb.runtime.cellrunners import Runner
     from rpcnb.runtime.registry import Registry
 
-__all__ = ["Server"]
+__all__ = ["Server", "all_servers"]
 
 log = logging.getLogger(__name__)
+
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+def all_servers() -> list[Server]:
+    """Return the servers of this process that are open, in no order."""
+    return [server for server in _servers.copy() if not server.closed]
 
 
 class Server:
@@ -149,7 +158,7 @@ class Server:
         self.limits = limits or Limits()
         # With a tracker or a proxy one session at a time, as in TVM: whoever got the board has it alone.
         self.max_sessions = 1 if max_sessions is None and (tracker_addr or is_proxy) else max_sessions
-        self.kernel = _kernel_loop()
+        self.kernel = KernelLoop.running()
         self.log_level = logging.DEBUG if silent else logging.INFO
         self.workers = WorkerPool("rpcnb")
         self.lanes = Lanes()
@@ -179,6 +188,7 @@ class Server:
             run_in_kernel=self.kernel,
             later=self._later,
             local_session=session,
+            status=self._status,
         )
         if registry is not None:
             self.environment.registry = registry
@@ -222,6 +232,7 @@ class Server:
             if self._own_loop is not None:
                 self._own_loop.stop()
             raise
+        _servers.add(self)
         log.log(self.log_level, "%s %s %s", self.name, "dials" if is_proxy else "listens on", self.address)
 
     @staticmethod
@@ -441,6 +452,22 @@ class Server:
         ]
 
     @property
+    def kernel_busy(self) -> float | None:
+        """Seconds for which a blocking cell has kept a function with ``run="kernel"`` waiting; None if none does."""
+        since = None if self.kernel is None else self.kernel.busy_since
+        return None if since is None else time.monotonic() - since
+
+    def _status(self) -> dict[str, Any]:
+        busy = self.kernel_busy
+        return {"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, "sessions": self._sessions}
+
+    def panel(self) -> Any:
+        """Return a live view of this server and its clients, for a notebook."""
+        from rpcnb.jupyter.panels import panel
+
+        return panel("servers", server=self)
+
+    @property
     def sessions(self) -> int:
         """Sessions that are open."""
         return self._sessions
@@ -485,11 +512,3 @@ class Server:
         state = "closed" if self._closed else f"{self._sessions} sessions"
         key = f", key {self.key!r}" if self.key else ""
         return f"<Server {self.address}{key}, token {'set' if self.token else 'none'}, {state}>"
-
-
-def _kernel_loop() -> Callable[[Callable[[], None]], object] | None:
-    """In a notebook's kernel (or any running loop) return what runs a function on its loop, for ``run="kernel"``."""
-    try:
-        return asyncio.get_running_loop().call_soon_threadsafe
-    except RuntimeError:
-        return None

@@ -6,6 +6,7 @@ Names and arguments are protocol.md 11's. Each is made for the session that asks
 from __future__ import annotations
 
 import functools
+import json
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import AccessDenied, DeviceError, InvalidHandle
@@ -203,6 +204,10 @@ def _random_fill(session: LocalServingSession, tensor: Any) -> None:
         tensor[...] = np.asarray(rng.uniform(1.0, 10.0, tensor.shape)).astype(tensor.dtype)
 
 
+def _status(session: LocalServingSession) -> str:
+    return json.dumps(session.environment.status())
+
+
 def _echo(session: LocalServingSession, *args: Any) -> Any:
     return args[0] if args else None
 
@@ -241,6 +246,7 @@ WELL_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
     "rpc.test.remote_tensor_func": (_remote_tensor_func, "thread"),
     "rpc.test.add_to_lhs": (_add_to_lhs, "thread"),
     "rpc.test.remote_return_nd": (_remote_return_nd, "thread"),
+    "rpcnb.status": (_status, "any"),
     "testing.echo": (_echo, "thread"),
     "testing.test_raise_error": (_raise_error, "thread"),
 }

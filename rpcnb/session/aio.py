@@ -91,6 +91,11 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         names: list[str] = await self._run(self._ops.list_functions(), timeout, "list_functions")
         return names
 
+    async def status(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Ask an rpcnb server how it is: ``state`` is ``READY``, or ``BUSY`` while a cell keeps its kernel busy."""
+        found: dict[str, Any] = await self._run(self._ops.status(), timeout, "status")
+        return found
+
     async def time_evaluator(
         self, func_name: str, dev: AsyncRemoteDevice, *, module: AsyncRemoteModule | None = None, **options: Any
     ) -> Callable[..., Awaitable[TimingResult]]:
@@ -196,6 +201,15 @@ class AsyncSession(AsyncCellMethods, SessionBase):
 
     async def close(self) -> None:
         """End the session; the server releases everything it held. Idempotent; never waits."""
+        self._close_now()
+
+    def _close_soon(self) -> None:
+        """Close it, from any thread."""
+        loop = self._link.loop
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._close_now)
+
+    def _close_now(self) -> None:
         self._closing()
         if self._lanes is not None:
             self._lanes.close()

@@ -140,6 +140,7 @@ class AsyncLanes(LanesBase):
         if self.closed:
             link.close()
             return None
+        self.wires.append(link.wire)
         return link, result
 
     def _do_soon(self, use: Callable[[Control], object]) -> None:

@@ -61,6 +61,7 @@ class AsyncOperation:
         self._waits = False
         self._error: BaseException | None = None
         self._task: asyncio.Task[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def state(self) -> str:
@@ -83,6 +84,11 @@ class AsyncOperation:
         """Give the operation up: the task that awaits it gets ``CancelledError``. False if it had finished."""
         return self.finished is None and self._task is not None and self._task.cancel()
 
+    def cancel_soon(self) -> None:
+        """Give it up, from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.cancel)
+
     async def run(self, queued: bool = False) -> Any:
         """Perform it; called once, by the session.
 
@@ -92,6 +98,7 @@ class AsyncOperation:
         session = self.session
         watch = Watch(session, self.function) if session.observers else None
         self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
         self._queued = queued
         session._pending[self.id] = self
         hold, before = session._order.enter(self._names, queued)

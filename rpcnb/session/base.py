@@ -7,7 +7,7 @@ import logging
 import time
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb import events
 from rpcnb.errors import LocalProtocolError, SessionClosed, SessionLost, SessionTimeout
@@ -24,11 +24,31 @@ if TYPE_CHECKING:
     from rpcnb.session.control import LanesBase
     from rpcnb.session.lanes import Dialer
 
-__all__ = ["SessionBase"]
+__all__ = ["SessionBase", "all_sessions"]
 
 log = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
+_sessions: weakref.WeakSet[SessionBase] = weakref.WeakSet()
+
+
+def all_sessions() -> list[SessionBase]:
+    """Return the sessions of this process that are held by somebody, oldest first; closed ones too."""
+    return sorted(_sessions.copy(), key=lambda session: session.number)
+
+
+class Traffic(NamedTuple):
+    """What a session's connections have carried.
+
+    Attributes:
+        requests: Requests sent.
+        sent: Bytes sent, as the sockets count them.
+        received: Bytes received, likewise.
+    """
+
+    requests: int
+    sent: int
+    received: int
 
 
 class SessionBase:
@@ -40,6 +60,8 @@ class SessionBase:
         timeout: Seconds that every operation may take unless it names its own; None for ever.
         observers: Who is told of the session's events.
         peak_bytes: Largest ``held_bytes`` so far.
+        number: Of the session in this process, from 1.
+        expires: ``time.monotonic()`` at which the server ends the session, or None.
     """
 
     _types: tuple[Any, Any, Any, Any, Any]
@@ -54,7 +76,8 @@ class SessionBase:
         dialer: Dialer | None = None,
         lost_after: float | None = None,
     ) -> None:
-        self.name = f"session-{next(_numbers)}"
+        self.number = next(_numbers)
+        self.name = f"session-{self.number}"
         self.peer: str = link.peer
         self.timeout = timeout
         self._key = key
@@ -65,13 +88,17 @@ class SessionBase:
         self._order = Order()
         self.peak_bytes = 0
         self._pending: dict[int, Any] = {}  # operations that have not finished, by number
+        self._before = Traffic(0, 0, 0)  # of connections before the session was opened again
         self._attach(link, answer)
+        _sessions.add(self)
 
     def _attach(self, link: Any, answer: KeyText) -> None:
         """Begin to use a connection that has just been opened."""
         self._link = link
         self.peer = link.peer  # another board, perhaps, when a tracker is asked again
         self._told_end = False
+        limit = 0.0 if self._dialer is None else self._dialer.key.session_timeout
+        self.expires = time.monotonic() + limit if limit else None
         self._held = 0  # bytes of tensors allocated and not freed
         self._tensors = 0  # how many those are
         self._life = Life(self._lost_after)
@@ -93,6 +120,7 @@ class SessionBase:
         if self._dialer is None:
             raise LocalProtocolError("this session has no address to connect to")
         self._epoch += 1
+        self._before = self.traffic
         error = SessionLost(f"{self.name} was opened again; nothing is repeated by itself")
         if self._lanes is not None:
             self._lanes.fail(error)
@@ -173,6 +201,28 @@ class SessionBase:
     def held_bytes(self) -> int:
         """Bytes of the server's memory that tensors of this session hold."""
         return self._held
+
+    @property
+    def traffic(self) -> Traffic:
+        """What all its connections have carried so far, also those that are closed."""
+        wires = [self._link.wire, *(self._lanes.wires if self._lanes is not None else ())]
+        before = self._before
+        return Traffic(
+            before.requests + sum(wire.requests for wire in wires),
+            before.sent + sum(wire.bytes_sent for wire in wires),
+            before.received + sum(wire.bytes_received for wire in wires),
+        )
+
+    @property
+    def can_reconnect(self) -> bool:
+        """Tell whether :meth:`reconnect` has an address to open the session at."""
+        return self._dialer is not None
+
+    def panel(self) -> Any:
+        """Return a live view of this session and its operations, for a notebook."""
+        from rpcnb.jupyter.panels import panel
+
+        return panel("transfers", "pending", "sessions", session=self)
 
     def _user_of(self, thing: Any) -> Any:
         """Return a submitted operation that still needs a remote function, or None."""

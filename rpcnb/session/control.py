@@ -268,6 +268,7 @@ class LanesBase:
         self.numbers = itertools.count(1)  # of calls; a lane that is opened again goes on with them
         self.opened: Control | None = None  # the control lane
         self.bulk_links: list[Any] = []
+        self.wires: list[Any] = []  # of every lane there has been: what they have carried counts
         self.refused = False  # they cannot be opened: do without
         self.closed = False
 

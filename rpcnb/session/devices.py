@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.net.address import show_address
@@ -9,7 +10,7 @@ from rpcnb.net.address import show_address
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["show_devices"]
+__all__ = ["device_rows", "show_devices"]
 
 
 def show_devices(summary: dict[str, Any]) -> str:
@@ -18,20 +19,25 @@ def show_devices(summary: dict[str, Any]) -> str:
     Args:
         summary: What :meth:`TrackerSession.summary` returned, of an rpcnb or a stock tracker.
     """
-    states = {_where(board): board for board in summary.get("boards", [])}
-    rows = []
-    totals: dict[str, int] = {}
-    for server in sorted(summary["server_info"], key=lambda server: str(server.get("key"))):
-        key = str(server.get("key", "")).partition(":")[2]
-        totals[key] = totals.get(key, 0) + 1
-        rows.append((_where(server), key, *_state(states.get(_where(server)), server)))
+    boards = device_rows(summary)
+    totals = Counter(row[1] for row in boards)
     queues = [
-        (key, str(totals.get(key, 0)), str(queue["free"]), str(queue["pending"]))
+        (key, str(totals[key]), str(queue["free"]), str(queue["pending"]))
         for key, queue in sorted(summary["queue_info"].items())
     ]
-    servers = _table(("server", "key", "state", "since", "holder", "limit"), rows) if rows else "no server"
+    servers = _table(("server", "key", "state", "since", "holder", "limit"), boards) if boards else "no server"
     waiting = _table(("key", "total", "free", "waiting"), queues) if queues else "no queue"
     return f"{servers}\n\n{waiting}\n"
+
+
+def device_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+    """Return address, key, state, age of the state, holders and time limit of every board, sorted by key."""
+    states = {_where(board): board for board in summary.get("boards", [])}
+    servers = sorted(summary["server_info"], key=lambda server: str(server.get("key")))
+    return [
+        (_where(server), str(server.get("key", "")).partition(":")[2], *_state(states.get(_where(server)), server))
+        for server in servers
+    ]
 
 
 def _where(info: dict[str, Any]) -> str:

@@ -180,6 +180,7 @@ class Lanes(LanesBase):
         if self.closed:
             found[0].close()
             return None
+        self.wires.append(found[0].wire)
         iothread.IO_THREAD.watch(found[0])
         return found
 

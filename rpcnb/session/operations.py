@@ -159,6 +159,11 @@ class Operations:
             self._names = sorted(names)
         return list(self._names)
 
+    def status(self) -> Flow[dict[str, Any]]:
+        """Ask an rpcnb server how it is."""
+        found: dict[str, Any] = json.loads(_expect((yield from self.ask("rpcnb.status")), str, "a status"))
+        return found
+
     def call(self, function: RemoteHandle, args: tuple[Any, ...]) -> Flow[Any]:
         """Call a remote function; arrays among the arguments are uploaded for the call."""
         handle = function.handle

@@ -338,6 +338,12 @@ class Pending(Future[Any]):
         """Wait in the running event loop; cancelling that gives the operation up."""
         return asyncio.wrap_future(self).__await__()
 
+    def panel(self) -> Any:
+        """Return a live view of this operation, for a notebook."""
+        from rpcnb.jupyter.panels import panel
+
+        return panel("pending", pending=self)
+
     @property
     def moved(self) -> int:
         """Bytes of bulk data that have moved so far."""

@@ -63,7 +63,8 @@ __all__ = ["Session"]
 
 _LAST_WORD = 1.0  # seconds that a report may take, which runs users' code
 _BLOCKING_BULK = 4 << 20  # at the speed of a memory copy it makes no difference; below, a Transfer costs too much
-_PATIENCE = 0.5  # seconds after which a small one becomes a Transfer after all
+_COPY_PATIENCE = 0.5  # seconds after which a small one becomes a Transfer after all
+_PATIENCE = 0.05  # seconds after which any operation is listed in ``pending``, while somebody observes
 
 
 class Session(CellMethods, SessionBase):
@@ -106,29 +107,36 @@ class Session(CellMethods, SessionBase):
         deadline = NO_DEADLINE if timeout is None else Deadline(timeout, what)
         if self._pending and uses:
             self._await_earlier(names_of(uses), deadline)
-        if moving is not None:
-            return self._run_copy(flow, deadline, what, uses, moving)
-        if self.observers:
-            return self._run_observed(flow, deadline, what)
+        if moving is not None or self.observers:
+            return self._run_patiently(flow, deadline, what, uses, moving)
         with Guard() as guard:
             return run_flow(self._link, flow, deadline, guard)
 
-    def _run_copy(self, flow: Flow[Any], deadline: Deadline, what: str, uses: Iterable[Any], moving: Moving) -> Any:
-        """Run a small copy here; one that takes long becomes a transfer, for all to see."""
-        link, patience = self._link, Deadline(_PATIENCE, what)
+    def _run_patiently(
+        self, flow: Flow[Any], deadline: Deadline, what: str, uses: Iterable[Any], moving: Moving | None
+    ) -> Any:
+        """Run an operation here; one that takes long becomes a submitted one, for all to see and to cancel.
+
+        That is a copy, or anything while somebody observes.
+        """
+        link, patience = self._link, Deadline(_COPY_PATIENCE if moving is not None else _PATIENCE, what)
         watch = Watch(self, what) if self.observers else None
         try:
             with Guard() as guard:
                 result = run_flow(link, flow, deadline, guard, patience)
         except Unfinished as still:
             try:
-                transfer = Transfer(self, Work(flow, what, names_of(uses)), deadline.timeout, moving, None)
-                transfer.adopt(link, still, deadline, patience.start, watch)
+                work = Work(flow, what, names_of(uses))
+                if moving is not None:
+                    pending: Pending = Transfer(self, work, deadline.timeout, moving, None)
+                else:
+                    pending = Pending(self, work, deadline.timeout)
+                pending.adopt(link, still, deadline, patience.start, watch)
             except BaseException:
                 flow.close()
                 link.abandon(still.tickets)
                 raise
-            return self._wait_for(transfer, False)
+            return self._wait_for(pending, False) if isinstance(pending, Transfer) else wait_or_cancel(pending)
         except BaseException as error:
             if watch is not None:
                 watch.ended(error)
@@ -167,18 +175,6 @@ class Session(CellMethods, SessionBase):
             with Guard() as guard:
                 while not guard.wait(lambda limit: gate.acquire(timeout=limit), min(deadline.left(), TICK)):  # noqa: B023
                     pass
-
-    def _run_observed(self, flow: Flow[Any], deadline: Deadline, what: str) -> Any:
-        """Run a flow and tell the observers how it went; outside the guard."""
-        watch = Watch(self, what)
-        try:
-            with Guard() as guard:
-                result = run_flow(self._link, flow, deadline, guard)
-        except BaseException as error:
-            watch.ended(error)
-            raise
-        watch.ended(None)
-        return result
 
     def _submit_plainly(self, function: RemoteFunction, args: tuple[Any, ...]) -> Pending | None:
         """Submit a call of a plain function with plain arguments the short way, unless something speaks against it."""
@@ -247,6 +243,11 @@ class Session(CellMethods, SessionBase):
         """Return the names of the server's functions; asked once per session."""
         names: list[str] = self._run(self._ops.list_functions(), timeout, "list_functions")
         return names
+
+    def status(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Ask an rpcnb server how it is: ``state`` is ``READY``, or ``BUSY`` while a cell keeps its kernel busy."""
+        found: dict[str, Any] = self._run(self._ops.status(), timeout, "status")
+        return found
 
     def time_evaluator(
         self, func_name: str, dev: RemoteDevice, *, module: RemoteModule | None = None, **options: Any

@@ -18,6 +18,7 @@ import getpass
 import os
 import socket
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rpcnb.errors import ConnectFailed, KeyMismatch, SessionLost, SessionTimeout
@@ -39,7 +40,15 @@ if TYPE_CHECKING:
     from rpcnb.session.aio import AsyncSession
     from rpcnb.session.session import Session
 
-__all__ = ["AsyncTrackerSession", "TrackedDialer", "TrackerSession", "connect_tracker", "connect_tracker_async"]
+__all__ = [
+    "AsyncTrackerSession",
+    "TrackedDialer",
+    "TrackerSession",
+    "connect_tracker",
+    "connect_tracker_async",
+    "known_trackers",
+    "places_in_queues",
+]
 
 T = TypeVar("T")
 
@@ -56,6 +65,21 @@ def _user() -> str:
     return f"{name}@{socket.gethostname()}"
 
 
+_waiting: weakref.WeakSet[_Waiting] = weakref.WeakSet()
+_askers: weakref.WeakSet[Any] = weakref.WeakSet()  # who knows a tracker: sessions with one, and their boards' dialers
+
+
+def places_in_queues() -> list[tuple[str, str, int, int]]:
+    """Return where this process waits for boards: tracker, key, place (0: not told) and length of the queue."""
+    return [one.at for one in _waiting.copy() if not one.over]
+
+
+def known_trackers() -> list[Address]:
+    """Return the trackers that this process has asked and still holds."""
+    known = (one.tracker for one in _askers.copy())
+    return list({(one.host, one.port): Address(one.host, one.port, "", "tracker") for one in known}.values())
+
+
 class _Waiting:
     """Says on standard error that one waits, and which place in the queue one has."""
 
@@ -64,9 +88,13 @@ class _Waiting:
         self._where = show_address(tracker.host, tracker.port)
         self._told = told
         self._said = False
+        self.at = self._where, key, 0, 0
+        self.over = False
+        _waiting.add(self)
 
     def place(self, place: int, length: int) -> None:
         self._said = True
+        self.at = self._where, self._key, place, length
         if self._told is not None:
             self._told(place, length)
         else:
@@ -120,6 +148,7 @@ class TrackedDialer(Dialer):
         self._extensions = extensions
         self._told = told
         self._failed = self._wrong_keys = 0
+        _askers.add(self)
 
     def _ask(self) -> tuple[Flow, _Waiting]:
         waiting = _Waiting(self.tracker.key, self.tracker, self._told)
@@ -146,7 +175,10 @@ class TrackedDialer(Dialer):
         self._failed = self._wrong_keys = 0
         while True:
             flow, waiting = self._ask()
-            self._aim(*converse(self.tracker, flow, deadline, guard, waiting.no_word))
+            try:
+                self._aim(*converse(self.tracker, flow, deadline, guard, waiting.no_word))
+            finally:
+                waiting.over = True
             try:
                 return super().open(_sooner(deadline, f"connect to {self.address}"), guard)
             except ConnectFailed as error:
@@ -156,8 +188,11 @@ class TrackedDialer(Dialer):
         """Do as :meth:`open`, awaited."""
         self._failed = self._wrong_keys = 0
         while True:
-            flow, _ = self._ask()
-            self._aim(*await _converse_awaiting(self.tracker, flow, deadline))
+            flow, waiting = self._ask()
+            try:
+                self._aim(*await _converse_awaiting(self.tracker, flow, deadline))
+            finally:
+                waiting.over = True
             try:
                 return await super().open_awaiting(_sooner(deadline, f"connect to {self.address}"))
             except ConnectFailed as error:
@@ -187,8 +222,9 @@ class _TrackerSessionBase:
     """
 
     def __init__(self, address: Address, extensions: bool = True) -> None:
-        self.address = address
+        self.address = self.tracker = address
         self._extensions = extensions
+        _askers.add(self)
 
     def _dialer(
         self,

@@ -163,6 +163,12 @@ class Transfer(Measured, Pending):
     def _count(self) -> int:
         return self._bytes_moved()
 
+    def panel(self) -> Any:
+        """Return a live view of this transfer, for a notebook."""
+        from rpcnb.jupyter.panels import panel
+
+        return panel("transfers", pending=self)
+
     def _report_end(self) -> None:
         try:
             self._report()

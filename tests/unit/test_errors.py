@@ -11,6 +11,7 @@ from rpcnb import errors
 BASES: dict[str, tuple[type, ...]] = {
     "AccessDenied": (errors.RpcError, PermissionError),
     "ArgumentError": (errors.RpcError, TypeError),
+    "CellError": (errors.RemoteError,),
     "ConnectFailed": (errors.RpcError, ConnectionError),
     "CopyMismatch": (errors.RpcError, ValueError),
     "DeadlineExceeded": (errors.RpcError, TimeoutError),

@@ -1,0 +1,78 @@
+"""What clicks in a panel do. A click may arrive in the main thread or in a subshell's, so it only posts."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import RpcError
+from rpcnb.jupyter.bridge import BRIDGE
+from rpcnb.net import iothread
+from rpcnb.session.aiooperation import AsyncOperation
+from rpcnb.session.base import all_sessions
+from rpcnb.session.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rpcnb.session.base import SessionBase
+
+__all__ = ["act"]
+
+log = logging.getLogger(__name__)
+
+
+def act(message: dict[str, Any]) -> None:
+    """Do what a click asks for: ``{"op": "cancel", "id": 12}``; anything else is ignored."""
+    found = _OPERATIONS.get(str(message.get("op")))
+    if found is None:
+        log.debug("a panel sent %r", message)
+        return
+    iothread.IO_THREAD.call(lambda: found(message))
+
+
+def _cancel(message: dict[str, Any]) -> None:
+    for session in all_sessions():
+        operation = session._pending.get(message.get("id", 0))
+        if isinstance(operation, AsyncOperation):
+            operation.cancel_soon()
+        elif operation is not None:
+            operation.cancel()
+
+
+def _dismiss(message: dict[str, Any]) -> None:
+    BRIDGE.dismiss(message.get("id", 0))
+
+
+def _find(message: dict[str, Any]) -> SessionBase | None:
+    return next((one for one in all_sessions() if one.name == message.get("session")), None)
+
+
+def _close(message: dict[str, Any]) -> None:
+    session = _find(message)
+    if isinstance(session, Session):
+        session.close()
+    elif session is not None:
+        session._close_soon()  # type: ignore[attr-defined]  # an awaited one's
+
+
+def _reconnect(message: dict[str, Any]) -> None:
+    session = _find(message)
+    if isinstance(session, Session):
+        threading.Thread(target=_reconnect_now, args=(session,), name="rpcnb-reconnect", daemon=True).start()
+
+
+def _reconnect_now(session: Session) -> None:
+    try:
+        session.reconnect()
+    except RpcError as error:
+        log.warning("%s could not be opened again: %s", session.name, error)
+
+
+_OPERATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "cancel": _cancel,
+    "dismiss": _dismiss,
+    "close": _close,
+    "reconnect": _reconnect,
+}
