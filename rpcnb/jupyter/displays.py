@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.jupyter.statichtml import show_bytes, show_span
 from rpcnb.net.server import Server
 from rpcnb.session.base import SessionBase
-from rpcnb.session.remote import TimingResult, _Function, _Tensor
+from rpcnb.session.pending import Pending
+from rpcnb.session.remote import RemoteObject, TimingResult, _Function, _Module, _Tensor
+from rpcnb.session.transfers import Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["register", "session_html", "unregister"]
 
-_DOTS = {"ready": "#2e7d32", "busy": "#1565c0", "draining": "#ef6c00", "lost": "#c62828", "closed": "#757575"}
+_GREEN, _BLUE, _ORANGE, _RED, _GREY = "#2e7d32", "#1565c0", "#ef6c00", "#c62828", "#757575"
+_DOTS = {
+    **dict.fromkeys(("ready", "done"), _GREEN),
+    **dict.fromkeys(("busy", "running", "sent", "copying"), _BLUE),
+    **dict.fromkeys(("draining", "unresponsive"), _ORANGE),
+    **dict.fromkeys(("lost", "failed"), _RED),
+    "closed": _GREY,
+}
 
 
 def _table(title: str, rows: list[tuple[str, str]], dot: str = "") -> str:
@@ -54,11 +65,29 @@ def _server_html(server: Server) -> str:
     return _table(server.name, [*rows, ("sessions", str(server.sessions))])
 
 
+def _pending_html(pending: Pending) -> str:
+    rows = [("session", pending.session.name), ("state", pending.state)]
+    title = pending.function
+    if isinstance(pending, Transfer):
+        title = f"{'↑' if pending.direction == 'up' else '↓'} {pending.what}"
+        total = f" of {show_bytes(pending.total)}" if pending.total else ""
+        rows.append(("moved", f"{show_bytes(pending.moved)}{total}"))
+    rows.append(("time", show_span((pending.finished or time.monotonic()) - pending.submitted)))
+    return _table(title or "operation", rows, _DOTS.get(pending.state, ""))
+
+
+def _object_html(thing: _Module | RemoteObject) -> str:
+    return _table(type(thing).__name__, [("session", thing.session.name)])
+
+
 _FORMS: tuple[tuple[type, Callable[[Any], str]], ...] = (
     (SessionBase, session_html),
     (_Tensor, _tensor_html),
     (_Function, _function_html),
     (TimingResult, _timing_html),
+    (Pending, _pending_html),
+    (_Module, _object_html),
+    (RemoteObject, _object_html),
     (Server, _server_html),
 )
 

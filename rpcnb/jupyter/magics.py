@@ -18,9 +18,10 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from rpcnb.errors import KeyMismatch, RpcError
-from rpcnb.jupyter.serving import kernel_server, paste_lines, serve, stop_serving
+from rpcnb.errors import CellError, KeyMismatch, RpcError
+from rpcnb.jupyter.serving import kernel_server, paste_lines, serve, share_lines, stop_serving
 from rpcnb.jupyter.sessions import BOOK
+from rpcnb.net.address import parse_address, show_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,12 +29,19 @@ if TYPE_CHECKING:
     from rpcnb.net.server import Server
     from rpcnb.session.session import Session
 
-__all__ = ["RpcMagics", "plain_errors", "say"]
+__all__ = ["RpcMagics", "describe", "plain_errors", "say"]
 
 
 def say(text: str) -> None:
     """Print a line under the cell."""
     sys.stdout.write(f"{text}\n")
+
+
+def describe(session: Session) -> str:
+    """Return a session's peer, key and kind, and what a stock server lacks."""
+    key = f", key {session.server_key}" if session.server_key else ""
+    kind = "rpcnb" if session.is_rpcnb else "stock TVM: no overlapping calls, no remote cancel, no cells, no tracebacks"
+    return f"{session.peer}{key} ({kind})"
 
 
 def plain_errors(function: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
@@ -46,6 +54,8 @@ def plain_errors(function: Callable[[Any, str], Any]) -> Callable[[Any, str], An
             return None
         try:
             return function(self, line)
+        except CellError:
+            raise  # it shows the remote traceback
         except (RpcError, LookupError, ValueError, OSError) as error:
             raise UsageError(str(error).splitlines()[0]) from None
 
@@ -62,9 +72,10 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @line_magic
     @plain_errors
     @magic_arguments()
-    @argument("address", nargs="?", default=None, help="HOST:PORT, rpc://HOST:PORT/KEY, or demo for a demo board")
+    @argument("address", nargs="?", default=None, help="HOST:PORT, a URL (rpc, tracker, ws, wss), or demo")
     @argument("--key", default="", help="key that the server serves")
     @argument("--token-file", help="file that holds the server's token")
+    @argument("--via", metavar="HOST:PORT", help="go on to the address from this server")
     @argument("--timeout", type=float, default=10.0, help="seconds for connecting")
     @argument("--session-timeout", type=float, default=0, help="seconds after which the server ends the session")
     @argument("--new", action="store_true", help="open another session although one is open")
@@ -74,31 +85,34 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         options = parse_argstring(self.rpc_connect, line)
         if options.name is not None and not options.name.isidentifier():
             raise UsageError(f"--as expects a variable's name, got {options.name!r}")
-        token = Path(options.token_file).read_text().strip() if options.token_file else None
-        address = options.address or _default_address()
+        token = Path(options.token_file).expanduser().read_text().strip() if options.token_file else None
+        address, key, onward = options.address or _default_address(), options.key, None
+        if options.via:
+            inner = parse_address(address, None, key)
+            address, key, onward = options.via, "", ["rpc.Connect", inner.host, inner.port, inner.key]
 
-        def open_session(token: str | None) -> tuple[Session, bool]:
+        def open_session(token: str | None) -> tuple[Session, str]:
             return BOOK.connect(
                 address,
-                key=options.key,
+                key=key,
                 name=options.name,
                 new=options.new,
                 token=token,
                 timeout=options.timeout,
                 session_timeout=options.session_timeout,
+                session_constructor_args=onward,
             )
 
         try:
-            session, fresh = open_session(token or BOOK.tokens.get(address))
+            session, word = open_session(token or BOOK.tokens.get(address))
         except KeyMismatch:
             asked = _ask_token(address)
             if asked is None:
                 raise
-            session, fresh = open_session(asked)
+            session, word = open_session(asked)
             BOOK.tokens[address] = asked
-        kind = "rpcnb" if session.is_rpcnb else "stock TVM"
-        key = f", key {session.server_key}" if session.server_key else ""
-        say(f"{'connected to' if fresh else 'still connected to'} {session.peer}{key} ({kind})")
+        to = "" if word == "reconnected" else "to "
+        say(f"{word} {to}{describe(session)}{f', via {options.via}' if options.via else ''}")
         if options.name:
             self.shell.user_ns[options.name] = session
             return None
@@ -109,24 +123,26 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @plain_errors
     @magic_arguments()
     @argument("name", nargs="?", default=None, help="name of the session; the current one by default")
+    @argument("--session", help="the same")
     @argument("--all", action="store_true", help="close all, and stop the demo board")
     def rpc_close(self, line: str) -> None:
         """Close a session, or all of them; the server releases what it held."""
         options = parse_argstring(self.rpc_close, line)
-        closed = BOOK.close_all() if options.all else BOOK.close(options.name)
+        closed = BOOK.close_all() if options.all else BOOK.close(options.name or options.session)
         say(f"closed {', '.join(closed)}" if closed else "no session was open")
 
     @no_var_expand
     @line_magic
     @plain_errors
     @magic_arguments()
+    @argument("--session", help="only this one")
     def rpc_sessions(self, line: str) -> None:
         """List the open sessions; the current one is marked."""
-        parse_argstring(self.rpc_sessions, line)
+        options = parse_argstring(self.rpc_sessions, line)
         current = BOOK.current
         if current is None:
             say("no session is open; connect with %rpc_connect HOST:PORT or %rpc_connect demo")
-        for session in BOOK.sessions.values():
+        for session in BOOK.sessions.values() if options.session is None else [BOOK.find(options.session)]:
             say(f"{'*' if session is current else ' '} {session.name}: {session.peer}, {session.state}")
 
     @no_var_expand
@@ -149,8 +165,11 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @argument("--key", default="", help="key that clients must name")
     @argument("--host", default="127.0.0.1", help="address to listen on; only this machine by default")
     @argument("--web-port", type=int, help="listen for WebSockets too; 0 for any free port")
+    @argument("--allow-origin", action="append", default=[], metavar="NAME", help="host name of a hub; repeatable")
     @argument("--no-token", action="store_true", help="let anybody in who can reach the port")
     @argument("--allow-native", action="store_true", help="let clients load compiled code without a token")
+    @argument("--allow-exec", action="store_true", help="let clients run source here (%%%%rpc): full trust")
+    @argument("--share", action="store_true", help="print the line that a colleague pastes")
     @argument("--run", choices=("thread", "kernel"), default="thread", help="where plain functions run")
     @argument("--max-sessions", type=int, help="sessions at once")
     @argument("--stop", action="store_true", help="end the server")
@@ -164,13 +183,16 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
             options.port,
             options.key,
             options.host,
+            share=options.share,
             web_port=options.web_port,
+            allow_origin=options.allow_origin,
             token=not options.no_token,
             allow_native=options.allow_native,
+            allow_exec=options.allow_exec,
             run=options.run,
             max_sessions=options.max_sessions,
         )
-        for text in paste_lines(server):
+        for text in [*paste_lines(server), *(share_lines(server) if options.share else ())]:
             say(text)
         return server
 
@@ -193,6 +215,8 @@ def _default_address() -> str:
     own = kernel_server()
     if own is not None:
         return f"rpc://{own.address}/{quote(own.key)}"
+    board = BOOK.board.pid if BOOK.board is not None else 0
     for server in list_servers():
-        return f"{server['host']}:{server['port']}"
+        if server.get("pid") != board and not server.get("proxy"):
+            return f"rpc://{show_address(server['host'], server['port'])}/{quote(str(server.get('key') or ''))}"
     return "demo"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.jupyter.actions import act
 from rpcnb.jupyter.bridge import BRIDGE
 from rpcnb.jupyter.facts import Scope
-from rpcnb.jupyter.statichtml import show_html, show_text
+from rpcnb.jupyter.statichtml import Html, show_html, show_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,12 +107,12 @@ class Panel:
             return
         if now - self._html_at >= _HTML_EVERY:
             self._html_at = now
-            self._html.update(_Html(show_html(self.snapshot(), time.time(), _NO_WIDGET)))
+            self._html.update(Html(show_html(self.snapshot(), time.time(), _NO_WIDGET)))
 
     def _on_message(self, message: dict[str, Any]) -> None:
         if message.get("op") == "hello":
             if not self._answered and self._html is not None and self._html_at:
-                self._html.update(_Html(""))
+                self._html.update(Html(""))
             self._answered = True
         else:
             act(message)
@@ -134,7 +134,7 @@ class Panel:
             return
         if self.widget is not None:
             display(self.widget)
-        self._html = display(_Html(""), display_id=True)
+        self._html = display(Html(""), display_id=True)
         self._shown_at = time.monotonic()
         if self.widget is None:
             BRIDGE.add(self)
@@ -142,19 +142,6 @@ class Panel:
 
     def __repr__(self) -> str:
         return "<rpcnb panel>"
-
-
-class _Html:
-    """HTML with an empty text, so that nothing is left where only text is shown."""
-
-    def __init__(self, html: str) -> None:
-        self._html = html
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": "", "text/html": self._html}
-
-    def __repr__(self) -> str:
-        return ""
 
 
 def panel(

@@ -7,16 +7,19 @@ with the same words is harmless, with other words it is replaced. It ends with t
 from __future__ import annotations
 
 import atexit
+import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from rpcnb.net.address import show_address
+from rpcnb.net.address import is_loopback, show_address
 from rpcnb.net.runfiles import publish
 from rpcnb.net.server import Server
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["KernelServer", "kernel_server", "paste_lines", "serve", "stop_serving"]
+__all__ = ["KernelServer", "hub_names", "kernel_server", "paste_lines", "serve", "share_lines", "stop_serving"]
 
 
 class KernelServer(Server):
@@ -46,7 +49,9 @@ def kernel_server() -> KernelServer | None:
     return _running[0] if _running is not None and not _running[0].closed else None
 
 
-def serve(port: int = 0, key: str = "", host: str = "127.0.0.1", **options: Any) -> KernelServer:
+def serve(
+    port: int = 0, key: str = "", host: str = "127.0.0.1", *, share: bool = False, **options: Any
+) -> KernelServer:
     """Serve this kernel's functions: ``%rpc_serve``.
 
     Functions registered with ``@rpcnb.register_func``, before or after, may be called; registering one again replaces
@@ -56,6 +61,7 @@ def serve(port: int = 0, key: str = "", host: str = "127.0.0.1", **options: Any)
         port: Port to listen on; 0 for any free one.
         key: Key that clients must name.
         host: Address to listen on.
+        share: Be reachable through this notebook's hub: listen for WebSockets, for the hub's host name.
         options: Further ones of :class:`rpcnb.Server`. A token is made unless ``token=False``.
 
     Raises:
@@ -63,6 +69,9 @@ def serve(port: int = 0, key: str = "", host: str = "127.0.0.1", **options: Any)
         AccessDenied: Beyond loopback without a token and without ``insecure``.
     """
     global _running
+    if share:
+        options["web_port"] = options.get("web_port") or 0
+        options["allow_origin"] = [*options.get("allow_origin", ()), *hub_names()]
     wanted = {"port": port, "key": key, "host": host, **options}
     found = kernel_server()
     if found is not None and _running is not None and _running[1] == wanted:
@@ -73,6 +82,37 @@ def serve(port: int = 0, key: str = "", host: str = "127.0.0.1", **options: Any)
     server.publish()
     _running = server, wanted
     return server
+
+
+def hub_names() -> list[str]:
+    """Return the host names under which a hub's users reach this notebook, as far as it was told."""
+    named = os.environ.get("JUPYTERHUB_PUBLIC_URL") or os.environ.get("JUPYTERHUB_PUBLIC_HUB_URL") or ""
+    host = urlsplit(named).hostname
+    return [host] if host else []
+
+
+def share_lines(server: Server) -> list[str]:
+    """Return what a colleague pastes, and what is missing for it; the token goes by another way."""
+    port = server.web_port
+    prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
+    asks = "" if server.token is None else "  (asks for the token; tell it by another way)"
+    if prefix is None:
+        if not is_loopback(server.host):
+            return [f"  a colleague:                %rpc_connect {server.address}{asks}"]
+        return [
+            "  a colleague cannot reach it: it listens on this machine only, and no hub is in front of it;",
+            "  %rpc_serve --host 0.0.0.0 lets your network in, by token",
+        ]
+    names = hub_names()
+    host = names[0] if names else "THE-HUB"
+    lines = [f"  a colleague:                %rpc_connect wss://{host}{prefix}proxy/{port}/ws{asks}"]
+    if not names:
+        lines.append("  THE-HUB is the host name in your browser's address line (JUPYTERHUB_PUBLIC_URL is not set);")
+        lines.append("  add it: %rpc_serve --share --allow-origin THE-HUB")
+    if importlib.util.find_spec("jupyter_server_proxy") is None:
+        lines.append("  missing: pip install jupyter-server-proxy where Jupyter runs, and start it again")
+    lines.append('  and a token of the hub with access to your server: headers={"Authorization": "token ..."}')
+    return lines
 
 
 def stop_serving() -> bool:

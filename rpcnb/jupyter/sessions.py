@@ -41,7 +41,8 @@ class SessionBook:
         for name, session in list(self.sessions.items()):
             if session.state in ("closed", "lost"):
                 del self.sessions[name]
-        self._opened = {where: one for where, one in self._opened.items() if one.name in self.sessions}
+        # A lost one is opened again when its address is connected to; a closed one is another's to be.
+        self._opened = {where: one for where, one in self._opened.items() if one.state != "closed"}
 
     def find(self, name: str | None) -> Session:
         """Return a session by name, or the current one.
@@ -62,11 +63,11 @@ class SessionBook:
             self.board = DemoBoard("40M,2ms")
         return self.board.address
 
-    def connect(self, address: str, *, key: str, name: str | None, new: bool, **options: Any) -> tuple[Session, bool]:
-        """Return the live session with an address, key and name, or open one.
+    def connect(self, address: str, *, key: str, name: str | None, new: bool, **options: Any) -> tuple[Session, str]:
+        """Return the live session with an address, key and name; open a lost one again; or open a new one.
 
         Returns:
-            The session, and whether it is new.
+            The session, and ``connected``, ``still connected`` or ``reconnected``.
         """
         if address == "demo":
             address, key = self.demo_address(), "demo"
@@ -74,8 +75,13 @@ class SessionBook:
         where = (address, key, name or "")
         known = self._opened.get(where)
         if known is not None and not new:
-            self.sessions[known.name] = self.sessions.pop(known.name)  # the latest is current
-            return known, False
+            word = "still connected"
+            if known.state == "lost":
+                known.reconnect()
+                word = "reconnected"
+            self.sessions.pop(known.name, None)
+            self.sessions[known.name] = known  # the latest is current
+            return known, word
         session = rpcnb.connect(address, key=key, **options)
         if name:
             if name in self.sessions:
@@ -83,7 +89,7 @@ class SessionBook:
             session.name = name
         self.sessions[session.name] = session
         self._opened[where] = session
-        return session, True
+        return session, "connected"
 
     def close(self, name: str | None = None) -> list[str]:
         """Close one session, or the current one; returns the names closed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-__all__ = ["show_bytes", "show_html", "show_span", "show_text"]
+__all__ = ["Html", "show_bytes", "show_html", "show_span", "show_text"]
 
 _TITLES = (
     ("transfers", "Transfers"),
@@ -104,3 +104,16 @@ def show_html(snapshot: dict[str, Any], now: float, note: str = "") -> str:
     if note:
         parts.append(f"<div><i>{escape(note)}</i></div>")
     return f"<div>{''.join(parts)}</div>"
+
+
+class Html:
+    """HTML whose text is empty, so that nothing is left where only text is shown."""
+
+    def __init__(self, html: str) -> None:
+        self._html = html
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/plain": "", "text/html": self._html}
+
+    def __repr__(self) -> str:
+        return ""

@@ -116,8 +116,9 @@ class WorkMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @argument("expression", nargs="+", help="a call: demo.matmul(x, y), or module['name'](x, y)")
     @argument("-n", "--number", type=int, default=10, help="calls per repeat")
     @argument("-r", "--repeat", type=int, default=5, help="repeats")
+    @argument("-o", "--output", action="store_true", help="return the TimingResult")
     @argument("--session", help="name of the session; the current one by default")
-    def rpc_timeit(self, line: str) -> TimingResult:
+    def rpc_timeit(self, line: str) -> TimingResult | None:
         """Measure a remote function at the board, so that the network does not count."""
         options = parse_argstring(self.rpc_timeit, line)
         session = BOOK.find(options.session)
@@ -127,7 +128,7 @@ class WorkMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         )
         timing = evaluate(*arguments)
         say(show_timing(name, timing, options.number))
-        return timing
+        return timing if options.output else None
 
     def _take_apart(self, source: str) -> tuple[str, RemoteModule | None, list[Any]]:
         """Return function, module and arguments of a call that the user has written; arguments are the user's own."""

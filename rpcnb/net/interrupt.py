@@ -20,10 +20,11 @@ import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from types import TracebackType
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "drain", "watch"]
 
 _SIGINT = int(_signal.SIGINT)
 _DEFAULT = _signal.default_int_handler
@@ -33,6 +34,7 @@ _TICK_MS = int(TICK * 1000)
 
 T = TypeVar("T")
 _main = threading.main_thread().ident
+_woken: socket.socket | None = None  # where the kernel's wake-up bytes arrive, with `%load_ext rpcnb`
 
 
 def _after_fork() -> None:
@@ -66,6 +68,22 @@ def _in_foreign_task() -> bool:
     return task is None or "run_cell" not in getattr(task.get_coro(), "__qualname__", "")
 
 
+def watch(reader: socket.socket | None) -> None:
+    """Look at the bytes that signals write, too: of those that came between two calls of a cell with ``await``."""
+    global _woken
+    _woken = reader
+
+
+def drain() -> bool:
+    """Take these bytes; True if an interrupt was among them."""
+    if _woken is None:
+        return False
+    try:
+        return _SIGINT in _woken.recv(4096)
+    except (BlockingIOError, OSError):
+        return False
+
+
 class Guard:
     """One operation's protection; a context manager.
 
@@ -85,6 +103,8 @@ class Guard:
             handler = _signal.getsignal(_SIGINT)
             if handler is _DEFAULT or _queues_only(handler):
                 self._old = _signal.signal(_SIGINT, self._on_signal)
+                if _woken is not None and handler is not _DEFAULT and drain():
+                    self.hits = 1  # it came before this call, and is only queued on the loop that we block
         return self
 
     def _on_signal(self, signum: int, frame: object) -> None:
@@ -143,6 +163,7 @@ class Guard:
         interrupted = kind is KeyboardInterrupt
         if not interrupted and not (self.hits and kind is None):
             return
+        drain()  # else it would count twice
         if old is not _DEFAULT and _in_foreign_task():
             old(_SIGINT, None)  # the cell is cancelled as ever
             raise sys.modules["asyncio"].CancelledError("interrupted") from None

@@ -220,7 +220,8 @@ def _run(source: str, filename: str, namespace: dict[str, Any]) -> Any:
         return None
     tree.body.pop()
     _perform(compile(tree, filename, "exec", _FLAGS, True), namespace)
-    return _perform(compile(ast.Expression(last.value), filename, "eval", _FLAGS, True), namespace)
+    value = namespace["_"] = _perform(compile(ast.Expression(last.value), filename, "eval", _FLAGS, True), namespace)
+    return value
 
 
 def _silent(source: str) -> bool:

@@ -63,6 +63,8 @@ _IS_OVER = """() => {
   return window.__done !== null && k.status === 'idle';
 }"""
 _HEIGHT = """() => {
+  const outer = document.querySelector('.jp-WindowedPanel-outer');
+  if (outer) outer.scrollTop = 0;
   let bottom = 0;
   for (const cell of document.querySelectorAll('.jp-Cell'))
     bottom = Math.max(bottom, cell.getBoundingClientRect().bottom);
