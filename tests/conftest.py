@@ -20,7 +20,7 @@ from rpcnb.runtime.registry import Registry
 from rpcnb.runtime.tasks import _background_loop
 
 # Threads of the process itself, not of a test: one I/O thread, one loop for sessions without a server, TVM's pool.
-LASTING_THREADS = ("rpcnb-io", "rpcnb-tasks", "rpcnb-parallel", "pytest_timeout")
+LASTING_THREADS = ("rpcnb-io", "rpcnb-tasks", "rpcnb-parallel", "pytest_timeout", "rpcnb-progress")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,8 +56,11 @@ def _sockets() -> set[str]:
 
 
 @pytest.fixture(autouse=True)
-def _no_leaks() -> Iterator[None]:
-    """After each test its threads, sockets and child processes are gone."""
+def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test its threads, sockets and child processes are gone; browser tests share theirs."""
+    if request.node.get_closest_marker("browser"):
+        yield
+        return
     threads, sockets = _threads(), _sockets()
     children = set(psutil.Process().children())
     yield

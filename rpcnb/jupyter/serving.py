@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import inspect
 import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -72,12 +73,14 @@ def serve(
     if share:
         options["web_port"] = options.get("web_port") or 0
         options["allow_origin"] = [*options.get("allow_origin", ()), *hub_names()]
-    wanted = {"port": port, "key": key, "host": host, **options}
+    options.setdefault("token", True)
+    known = inspect.signature(Server).parameters
+    said = {name: value for name, value in options.items() if value not in (known[name].default, [], ())}
+    wanted = {"port": port, "key": key, "host": host, **said}
     found = kernel_server()
     if found is not None and _running is not None and _running[1] == wanted:
         return found
     stop_serving()
-    options.setdefault("token", True)
     server = KernelServer(host, port, port + 1, key=key, silent=True, **options)
     server.publish()
     _running = server, wanted

@@ -140,7 +140,7 @@ def _in_io_thread(take: Callable[[CellOutput], object] | None) -> Callable[[Cell
 
 def _reading(take: Callable[[CellOutput], object] | None) -> Callable[[bytes], object]:
     """Return what takes the bytes of a piece of output."""
-    return lambda data: None if take is None else take(cells.read_output(cells.load(data)))
+    return lambda data: None if take is None else take(cells.read_output(cells.load_json(data)))
 
 
 def _in_loop(take: Callable[[CellOutput], object] | None) -> Callable[[CellOutput], object] | None:

@@ -31,7 +31,7 @@ __all__ = [
     "QueuedCell",
     "delete_variable",
     "get_variable",
-    "load",
+    "load_json",
     "queue",
     "read_output",
     "run",
@@ -113,12 +113,12 @@ class CellResult:
         return str(self.data.get("text/plain", ""))
 
 
-def load(data: Any) -> Any:
+def load_json(data: Any) -> Any:
     """Read JSON that a server sent."""
     try:
         return json.loads(data)
     except (ValueError, TypeError, RecursionError) as odd:
-        raise RemoteProtocolError(f"expected JSON of a remote cell, got {str(data)[:40]!r}: {odd}") from None
+        raise RemoteProtocolError(f"expected JSON, got {str(data)[:40]!r}: {odd}") from None
 
 
 def read_output(piece: Any) -> CellOutput:
@@ -148,7 +148,7 @@ def _ask(ops: Operations, name: str, *args: Any) -> Flow[Any]:
 
 def run(ops: Operations, source: str, name: str, on_output: Callable[[CellOutput], object] | None) -> Flow[CellResult]:
     """Have a cell run at the server."""
-    found = load((yield from _ask(ops, "rpcnb.cell", source, name)))
+    found = load_json((yield from _ask(ops, "rpcnb.cell", source, name)))
     if isinstance(found, dict) and on_output is not None:
         for piece in found.get("outputs", ()):
             on_output(read_output(piece))
@@ -157,7 +157,7 @@ def run(ops: Operations, source: str, name: str, on_output: Callable[[CellOutput
 
 def queue(ops: Operations) -> Flow[list[QueuedCell]]:
     """Ask for the cells that the server has not finished, of all clients."""
-    found = load((yield from _ask(ops, "rpcnb.cells")))
+    found = load_json((yield from _ask(ops, "rpcnb.cells")))
     try:
         return [QueuedCell(**cell) for cell in found]
     except TypeError as odd:
@@ -188,7 +188,7 @@ def delete_variable(ops: Operations, name: str) -> Flow[None]:
 
 def variables(ops: Operations) -> Flow[dict[str, str]]:
     """Ask for the names of the variables, and their types."""
-    found = load((yield from _ask(ops, "rpcnb.variables")))
+    found = load_json((yield from _ask(ops, "rpcnb.variables")))
     try:
         return {str(name): str(kind) for name, kind in found}
     except (TypeError, ValueError) as odd:

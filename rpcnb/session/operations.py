@@ -21,6 +21,7 @@ from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.messages import Syscall
 from rpcnb.runtime.files import file_digest
+from rpcnb.session.cells import load_json
 from rpcnb.session.moving import FileSink
 from rpcnb.session.pace import WHOLE, Pace
 from rpcnb.values import (
@@ -161,7 +162,7 @@ class Operations:
 
     def status(self) -> Flow[dict[str, Any]]:
         """Ask an rpcnb server how it is."""
-        found: dict[str, Any] = json.loads(_expect((yield from self.ask("rpcnb.status")), str, "a status"))
+        found: dict[str, Any] = _expect(load_json((yield from self.ask("rpcnb.status"))), dict, "a status")
         return found
 
     def call(self, function: RemoteHandle, args: tuple[Any, ...]) -> Flow[Any]:

@@ -97,7 +97,6 @@ class Session(CellMethods, SessionBase):
             timeout = self.timeout
         if on_output is not None:
             pending = Pending(self, Work(flow, what, may_overlap=True, on_output=on_output), timeout)
-            pending.start()
             return self._wait_with_output(pending)
         if moving is not None and (progress is not None or moving.total >= _BLOCKING_BULK):
             work = Work(flow, what, names_of(uses), bulk=moving.total >= BULK)
@@ -154,9 +153,13 @@ class Session(CellMethods, SessionBase):
 
     @staticmethod
     def _wait_with_output(pending: Pending) -> Any:
-        """Wait for an operation, and until the last of its output has been handed over."""
+        """Start an operation, wait for it, and until the last of its output has been handed over."""
         try:
-            return wait_or_cancel(pending)
+            pending.start()
+            return pending.result()
+        except BaseException:  # an interrupt may come between any two lines
+            pending.cancel()
+            raise
         finally:
             if not iothread.IO_THREAD.is_current():
                 told = threading.Event()

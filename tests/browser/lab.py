@@ -74,11 +74,11 @@ _HEIGHT = """() => {
 
 def write_notebook(path: Path, *cells: str) -> None:
     """Write a notebook of code cells."""
-    made = nbformat.v4.new_notebook(  # type: ignore[no-untyped-call]
-        cells=[nbformat.v4.new_code_cell(cell) for cell in cells],  # type: ignore[no-untyped-call]
+    made = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
     )
-    nbformat.write(made, path)  # type: ignore[no-untyped-call]
+    nbformat.write(made, path)
 
 
 class Lab:
@@ -132,9 +132,9 @@ class Lab:
         command += [f"--ServerApp.root_dir={self._root}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url="]
         command += ["--JupyterNotebookApp.expose_app_in_browser=True"] if self._app == "notebook" else []
         log = self._folder / "lab.log"
-        with log.open("wb") as file:
+        with log.open("wb") as output:
             self._process = subprocess.Popen(
-                command, stdout=file, stderr=file, env={**environment, **folders}, start_new_session=True
+                command, stdout=output, stderr=output, env={**environment, **folders}, start_new_session=True
             )
         until = time.monotonic() + self._seconds
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

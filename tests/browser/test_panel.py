@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-
-from tests.browser.lab import CHROMIUM, Lab, write_notebook
+from lab import CHROMIUM, Lab, write_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore")]
 
@@ -33,8 +33,11 @@ def lab(folder: Path) -> Iterator[Lab]:
     if not Path(CHROMIUM).exists():
         assert os.environ.get("CI") != "true", "CI has no chromium"
         pytest.skip("no chromium")
+    before = set(psutil.Process().children(recursive=True))
     with Lab(folder) as running:
         yield running
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not psutil.wait_procs(left, 10)[1]  # kernels, demo boards and the browser are gone
 
 
 def section(page: Any, name: str) -> Any:

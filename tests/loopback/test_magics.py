@@ -252,7 +252,7 @@ def test_a_remote_function_is_measured_at_the_board(
     registry.register("demo.add", add)
     cell(f"session = %rpc_connect {serve().address}")
     shell.user_ns["x"] = 20
-    timing = cell("%rpc_timeit demo.add(x, 2) -n 3 -r 4")
+    timing = cell("%rpc_timeit demo.add(x, 2) -n 3 -r 4 -o")
     assert len(timing.results) == 4
     assert set(calls) == {(20, 2)}
     lines = cell.out.splitlines()
@@ -260,7 +260,7 @@ def test_a_remote_function_is_measured_at_the_board(
     assert lines[1].split() == ["mean", "median", "min", "max", "std"]
     assert lines[3].count("|") == 2
     shell.user_ns["add"] = shell.user_ns["session"].get_function("demo.add")
-    assert len(cell("%rpc_timeit -n 1 -r 2 add(1, 2)").results) == 2
+    assert len(cell("%rpc_timeit -o -n 1 -r 2 add(1, 2)").results) == 2
 
 
 @pytest.mark.parametrize(

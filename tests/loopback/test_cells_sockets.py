@@ -1,0 +1,302 @@
+"""Remote cells over sockets: output while they run, variables, interrupts in both kinds of runners, consent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import eventually
+
+import rpcnb
+from rpcnb.board import DemoBoard
+from rpcnb.errors import AccessDenied, CellError, ConnectFailed, DeadlineExceeded, RemoteProtocolError
+from rpcnb.runtime.cellrunners import MainThread, Worker
+from rpcnb.session.cells import CellOutput
+
+Serve = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def board() -> Iterator[DemoBoard]:
+    with DemoBoard() as made:
+        yield made
+
+
+@pytest.fixture(params=["process", "thread"])
+def session(request: pytest.FixtureRequest, serve: Serve) -> Iterator[rpcnb.Session]:
+    """A session with a board that runs cells in its main thread, and with a server that runs them in a worker."""
+    if request.param == "process":
+        with rpcnb.connect(request.getfixturevalue("board").address, key="demo") as made:
+            yield made
+    else:
+        with rpcnb.connect(serve(allow_exec=True, token="t").address, token="t") as made:
+            yield made
+
+
+def test_a_cells_value_and_output(session: rpcnb.Session) -> None:
+    pieces: list[CellOutput] = []
+    result = session.run_cell("print('hello')\nx = 21\nx * 2", on_output=pieces.append)
+    assert result.data == {"text/plain": "42"}
+    assert pieces == [CellOutput("stdout", "hello\n")]
+    assert session.run_cell("x += 1").data == {}
+    assert session.namespace["x"] == 22
+
+
+def test_output_arrives_while_the_cell_runs(session: rpcnb.Session) -> None:
+    arrived = threading.Event()
+    source = "import rpcnb, time\nprint('begun')\nwhile not rpcnb.cancelled(): time.sleep(0.01)"
+    pending = session.submit(session.run_cell, source, on_output=lambda piece: arrived.set())
+    assert arrived.wait(10)
+    assert [cell.state for cell in session.list_cells()] == ["running"]
+    pending.cancel()
+    eventually(lambda: session.list_cells() == [], "the cell's end")
+
+
+def test_variables_there_and_back(session: rpcnb.Session) -> None:
+    names = session.namespace
+    names["a"] = np.arange(6.0).reshape(2, 3)
+    names["config"] = {"rate": 0.5, "names": ["x", "y"]}
+    session.run_cell("a = a * 2; config['names'].append('z')")
+    assert names["a"].tolist() == [[0, 2, 4], [6, 8, 10]]
+    assert names["config"] == {"rate": 0.5, "names": ["x", "y", "z"]}
+    assert list(names) == names._ipython_key_completions_() == ["a", "config"]
+    assert (len(names), "a" in names, "b" in names) == (2, True, False)
+    del names["a"]
+    with pytest.raises(KeyError):
+        names["a"]
+    with pytest.raises(AccessDenied, match="pickle=True"):
+        names["s"] = {1}
+    session.set_variable("s", {1}, pickle=True)
+    with pytest.raises(AccessDenied, match="pickle"):
+        session.get_variable("s")
+    assert session.get_variable("s", pickle=True) == {1}
+    assert repr(names) == f"<Namespace of {session.name}>"
+    assert session.allocations == 0
+
+
+def test_errors_have_the_cells_lines(session: rpcnb.Session) -> None:
+    with pytest.raises(CellError, match="ZeroDivisionError") as caught:
+        session.run_cell("def f():\n    return 1 / 0\nf()", "In[5]")
+    assert "return 1 / 0" in "\n".join(caught.value._render_traceback_())
+    assert session.run_cell("1").data == {"text/plain": "1"}
+
+
+def test_a_time_limit_interrupts_the_cell_there(session: rpcnb.Session) -> None:
+    with pytest.raises(DeadlineExceeded):
+        session.run_cell("import time\nwhile True: time.sleep(0.01)", timeout=0.2)
+    eventually(lambda: session.list_cells() == [], "the cell's end")
+    assert session.run_cell("1 + 1").data == {"text/plain": "2"}
+
+
+def test_an_interrupt_here_interrupts_the_cell_there(session: rpcnb.Session) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    begun = threading.Event()
+
+    def press(piece: CellOutput) -> None:
+        begun.set()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        session.run_cell("import time\nprint('begun', flush=True)\nwhile True: time.sleep(0.01)", on_output=press)
+    assert begun.is_set()
+    assert time.monotonic() - start < 30
+    eventually(lambda: session.list_cells() == [], "the cell's end")
+    assert session.run_cell("'alive'").data == {"text/plain": "'alive'"}
+
+
+def test_a_call_that_blocks_in_the_system_is_interrupted_on_a_board(board: DemoBoard) -> None:
+    with rpcnb.connect(board.address, key="demo") as session:
+        source = "import socket\na, b = socket.socketpair()\nprint('waits', flush=True)\na.recv(1)"
+        arrived = threading.Event()
+        pending = session.submit(session.run_cell, source, on_output=lambda piece: arrived.set())
+        assert arrived.wait(10)
+        pending.cancel()
+        eventually(lambda: session.list_cells() == [], "the cell's end")
+
+
+def test_cells_of_all_clients_run_one_at_a_time(board: DemoBoard) -> None:
+    with rpcnb.connect(board.address, key="demo") as one, rpcnb.connect(board.address, key="demo") as other:
+        first = one.submit(one.run_cell, "import time\nwhile True: time.sleep(0.01)", "first")
+        eventually(lambda: [cell.state for cell in other.list_cells()] == ["running"], "its beginning")
+        second = other.submit(other.run_cell, "2", "second")
+        eventually(lambda: len(other.list_cells()) == 2, "the queue")
+        assert [(cell.name, cell.state, cell.mine) for cell in other.list_cells()] == [
+            ("first", "running", False),
+            ("second", "queued", True),
+        ]
+        first.cancel()
+        assert second.result(10).data == {"text/plain": "2"}
+
+
+def test_the_end_of_a_session_ends_its_cell(board: DemoBoard) -> None:
+    with rpcnb.connect(board.address, key="demo") as other:
+        with rpcnb.connect(board.address, key="demo") as one:
+            one.submit(one.run_cell, "import time\nwhile True: time.sleep(0.01)")
+            eventually(lambda: len(other.list_cells()) == 1, "its beginning")
+        eventually(lambda: other.list_cells() == [], "its end", 5)
+
+
+def test_without_lanes_everything_comes_at_the_end(serve: Serve) -> None:
+    pieces: list[CellOutput] = []
+    server = serve(allow_exec=True, token="t")
+    with rpcnb.connect(server.address, token="t", lanes=0) as session:
+        result = session.run_cell("print('late')\n3", on_output=pieces.append)
+    assert (result.data, pieces) == ({"text/plain": "3"}, [CellOutput("stdout", "late\n")])
+
+
+def test_awaited_cells(serve: Serve) -> None:
+    server = serve(allow_exec=True, token="t")
+    asyncio.run(_await_cells(server.address))
+
+
+async def _await_cells(address: str) -> None:
+    pieces: list[CellOutput] = []
+    async with await rpcnb.connect_async(address, token="t") as session:
+        result = await session.run_cell("print('hello')\nx = [1]\n3", on_output=pieces.append)
+        assert result.data == {"text/plain": "3"}
+        assert await session.get_variable("x") == [1]
+        await session.set_variable("y", np.ones(2))
+        assert await session.list_variables() == {"x": "list", "y": "ndarray"}
+        await session.delete_variable("x")
+        assert (await session.run_cell("float(y.sum())")).data == {"text/plain": "2.0"}
+        begun = asyncio.Event()
+        source = "import time\nprint('begun', flush=True)\nwhile True: time.sleep(0.01)"
+        task = asyncio.ensure_future(session.run_cell(source, on_output=lambda piece: begun.set()))
+        await begun.wait()
+        task.cancel()
+        assert (await session.run_cell("'next'")).data == {"text/plain": "'next'"}  # its turn comes
+        assert (await session.status())["state"] == "READY"
+    assert pieces == [CellOutput("stdout", "hello\n")]
+
+
+def test_consent_is_asked_for(serve: Serve) -> None:
+    with rpcnb.connect(serve().address) as session:
+        with pytest.raises(AccessDenied, match="rpcnb serve --allow-exec"):
+            session.run_cell("1")
+        with pytest.raises(AccessDenied, match="--allow-exec"):
+            session.list_variables()
+    with pytest.raises(AccessDenied, match="without a token anybody"):
+        serve(allow_exec=True)
+    with pytest.raises(CellError), rpcnb.connect(serve(allow_exec=True, insecure=True).address) as session:
+        session.run_cell("1 / 0")
+
+
+def test_answers_that_are_none_are_the_servers_mistake(serve: Serve, registry: Any) -> None:
+    for name, answer in (
+        ("rpcnb.cells", '[{"id": 1}]'),
+        ("rpcnb.variables", "[1]"),
+        ("rpcnb.variable", 3),
+        ("rpcnb.status", "{"),
+    ):
+        registry.register(name, lambda *args, answer=answer: answer)
+    with rpcnb.connect(serve().address) as session:
+        for ask in (session.list_cells, session.list_variables, lambda: session.get_variable("x"), session.status):
+            with pytest.raises(RemoteProtocolError):
+                ask()
+
+
+# -- the runners themselves --------------------------------------------------------------------------------------------
+
+
+class Sleeper:
+    """A job that sleeps until it is interrupted."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.ended = ""
+        self.finished = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self.begun.set()
+            while True:
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            self.ended = "interrupted"
+
+    def finish(self) -> None:
+        self.finished.set()
+
+
+class Quick(Sleeper):
+    """A job that ends at once, after which an interrupt comes."""
+
+    def run(self) -> None:
+        self.begun.set()
+
+
+def test_a_main_thread_runs_jobs_until_the_end_and_is_interrupted() -> None:
+    runner, end, sleepers = MainThread(), threading.Event(), [Sleeper(), Sleeper()]
+    quick = Quick()
+
+    def press() -> None:
+        assert sleepers[0].begun.wait(10)
+        runner.interrupt(sleepers[1])  # not the one that runs
+        runner.interrupt(sleepers[0])
+        assert sleepers[1].begun.wait(10)
+        end.set()  # the end interrupts what runs
+
+    for job in (quick, *sleepers):
+        runner.submit(job)
+    thread = threading.Thread(target=press)
+    thread.start()
+    runner.run(end.wait)
+    thread.join()
+    assert [job.ended for job in sleepers] == ["interrupted", "interrupted"]
+    assert all(job.finished.is_set() for job in (quick, *sleepers))
+
+
+def test_an_interrupt_that_comes_late_hits_nobody() -> None:
+    runner = MainThread()
+    runner._wanted = Sleeper()
+    runner._on_signal()  # its job has ended meanwhile
+    assert runner._wanted is None
+
+
+def test_a_job_that_lets_an_interrupt_through_is_finished() -> None:
+    class Careless(Sleeper):
+        def run(self) -> None:
+            raise KeyboardInterrupt
+
+    runner, job = Worker(), Careless()
+    runner.submit(job)
+    assert job.finished.wait(10)
+    runner.close()
+
+
+def test_a_worker_is_interrupted_between_two_bytecodes() -> None:
+    runner, one = Worker(), Sleeper()
+    runner.submit(one)
+    runner.submit(Quick())
+    assert one.begun.wait(10)
+    runner.interrupt(one)
+    assert one.finished.wait(10)
+    assert one.ended == "interrupted"
+    runner.close()
+
+
+def test_a_connection_that_is_reset_before_our_key_was_sent_is_no_server() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def reset() -> None:
+            peer, _ = listener.accept()
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            peer.close()
+
+        for _ in range(20):
+            thread = threading.Thread(target=reset)
+            thread.start()
+            with pytest.raises(ConnectFailed):
+                rpcnb.connect("127.0.0.1", listener.getsockname()[1])
+            thread.join()
