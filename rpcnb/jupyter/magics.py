@@ -68,8 +68,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
 
     NAMES = ("rpc_connect", "rpc_close", "rpc_sessions", "rpc_functions", "rpc_serve")
 
-    @no_var_expand
-    @line_magic
+    @line_magic  # IPython expands {port} in its line
     @plain_errors
     @magic_arguments()
     @argument("address", nargs="?", default=None, help="HOST:PORT, a URL (rpc, tracker, ws, wss), or demo")
