@@ -127,7 +127,9 @@ def _waits_for(one: Any, state: str) -> str:
     if one.session.state == "unresponsive":
         return "a server that says nothing"
     earlier = sum(other.id < one.id and other.state == "sent" for other in one.session.pending)
-    return f"{earlier} earlier calls" if earlier else "the function at the server"
+    if not earlier:
+        return "the function at the server"
+    return "an earlier call" if earlier == 1 else f"{earlier} earlier calls"
 
 
 def _session(session: SessionBase, epoch: float) -> dict[str, Any]:
