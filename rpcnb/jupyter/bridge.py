@@ -156,11 +156,15 @@ class Bridge:
         self._asking = True
         threading.Thread(target=self._ask, name="rpcnb-devices", daemon=True).start()
 
+    def ask_trackers_now(self) -> None:
+        """Ask the known trackers, and wait for their answers (two seconds each at most)."""
+        rows = [row for tracker in known_trackers() for row in _devices_of(tracker)]
+        with self._lock:
+            self._devices = rows
+
     def _ask(self) -> None:
         try:
-            rows = [row for tracker in known_trackers() for row in _devices_of(tracker)]
-            with self._lock:
-                self._devices = rows
+            self.ask_trackers_now()
         finally:
             self._asking = False
 

@@ -130,6 +130,8 @@ class Panel:
         from IPython.display import display
 
         if not self._live:
+            if "devices" in self._sections:
+                BRIDGE.ask_trackers_now()
             display({"text/plain": show_text(self.snapshot(), time.time()), "text/html": self.static_html()}, raw=True)
             return
         if self.widget is not None:

@@ -78,6 +78,11 @@ def _sections(snapshot: dict[str, Any], now: float) -> list[tuple[str, list[tupl
     ]
 
 
+def _empty(snapshot: dict[str, Any]) -> str:
+    """Say that there is nothing to show, and what to do if there is no session."""
+    return _HINT if "sessions" in snapshot.get("sections", ("sessions",)) else "nothing to show"
+
+
 def show_text(snapshot: dict[str, Any], now: float) -> str:
     """Return a snapshot as text."""
     lines = []
@@ -86,7 +91,7 @@ def show_text(snapshot: dict[str, Any], now: float) -> str:
         lines += ["  " + "  ".join(cell for cell in row if cell) for row in rows]
         if more:
             lines.append(f"  and {more} more")
-    return "\n".join(lines) or _HINT
+    return "\n".join(lines) or _empty(snapshot)
 
 
 def show_html(snapshot: dict[str, Any], now: float, note: str = "") -> str:
@@ -100,7 +105,7 @@ def show_html(snapshot: dict[str, Any], now: float, note: str = "") -> str:
         rest = f"<div>and {more} more</div>" if more else ""
         parts.append(f"<div><b>{title}</b></div><table>{body}</table>{rest}")
     if not parts:
-        parts.append(f"<div>{escape(_HINT)}</div>")
+        parts.append(f"<div>{escape(_empty(snapshot))}</div>")
     if note:
         parts.append(f"<div><i>{escape(note)}</i></div>")
     return f"<div>{''.join(parts)}</div>"

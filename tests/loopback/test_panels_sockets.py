@@ -169,7 +169,7 @@ def test_a_panel_with_much_to_tell_tells_it_less_often() -> None:
     assert [one["n"] for one in view.shown] == [1, 3]
 
 
-def test_devices_of_a_farm(serve: Serve, registry: Registry) -> None:
+def test_devices_of_a_farm(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     with rpcnb.Tracker(port=0, silent=True) as tracker:
         board = serve(key="rpi", tracker_addr=("127.0.0.1", tracker.port))
         farm = rpcnb.connect_tracker("127.0.0.1", tracker.port)
@@ -188,6 +188,8 @@ def test_devices_of_a_farm(serve: Serve, registry: Registry) -> None:
         assert (one["board"], one["key"], one["state"], one["limit"]) == (board.address, "rpi", "busy", "60 s")
         assert one["holder"]
         assert (other["state"], other["holder"]) == ("you wait", "place 1 of 1")
+        panel("devices")._ipython_display_()  # without a front end: asked now
+        assert board.address in capsys.readouterr().out
         held.close()
         waiting.join()
         eventually(lambda: "you wait" not in str(view.shown[-1]["devices"]), "the end of waiting")

@@ -153,6 +153,7 @@ def test_a_snapshot_as_text() -> None:
     assert "a  key k  2 functions  c idle" in text
     assert "the kernel is busy with a cell" in text
     assert "%rpc_connect demo" in show_text(EMPTY, 0.0)
+    assert show_text({**EMPTY, "sections": ["transfers"]}, 0.0) == "nothing to show"
 
 
 def test_a_snapshot_as_html_is_escaped_and_needs_nothing() -> None:
