@@ -20,6 +20,7 @@ from rpcnb import events
 from rpcnb.errors import RemoteProtocolError
 from rpcnb.net.dial import tune
 from rpcnb.net.lanes import TICKET
+from rpcnb.net.spin import spinning
 from rpcnb.net.watcher import READ, WRITE
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
@@ -41,7 +42,7 @@ _TURNS = 4  # system calls per turn on the loop
 _GATHER = 64
 # How long a worker waits for the next call of its session, as SO_RCVTIMEO: that lasts until the second timer tick
 # (7 ms), but a precise timer, as poll() takes for 1 ms, costs 15 us per call in a virtual machine to be programmed.
-_HOT_TIME = struct.pack("ll", 0, 1000)
+_HOT_TIME = struct.pack("ll", 0, 500_000)
 _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
 _LINGER = 5.0  # seconds for the last replies of a session that ends
 
@@ -89,7 +90,9 @@ class Connection:
         self._parked_since = ("", 0.0)
         self._handshake = Handshake(server.limits.key)
         tune(sock)
+        self._wait_and_receive = sock.recv_into
         if _NOW:
+            self._wait_and_receive = spinning(sock.recv_into)
             # The loop asks with MSG_DONTWAIT and a worker waits in the call itself: no system call at hand-over.
             sock.setblocking(True)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _HOT_TIME)
@@ -457,7 +460,7 @@ class Connection:
 
     def _serve_quickly(self, servant: Servant) -> bool:
         """Wait for input in a worker, and serve calls the short way; False when the hot time or the stream is over."""
-        endpoint, receive, send = servant.endpoint, self.sock.recv_into, self.sock.send
+        endpoint, receive, send = servant.endpoint, self._wait_and_receive, self.sock.send
         quickly = servant.call_quickly
         idle = endpoint.idle
         view = endpoint.get_buffer()[:_PIECE]

@@ -22,7 +22,7 @@ from rpcnb.errors import DeadlineExceeded
 from rpcnb.net import iothread
 from rpcnb.net.interrupt import TICK, Guard
 from rpcnb.net.wire import Ticket, Wire, stop_waiting
-from rpcnb.protocol.shortcut import write_call
+from rpcnb.protocol.shortcut import NOT_PLAIN, write_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -204,53 +204,59 @@ class Link:
             raise
         return ticket
 
-    def call(self, handle: int, args: tuple[Any, ...]) -> Ticket | None:
+    def call(self, handle: int, args: tuple[Any, ...]) -> Any:
         """Make a plain call the short way, if nothing else is on the link and all arguments are plain.
 
         Returns:
-            The settled ticket; None when nothing has been sent and the general way must be taken.
+            The plain result, or the settled ticket of any other; NOT_PLAIN when nothing has been sent and the general
+            way must be taken.
         """
         packet = write_call(handle, args)
         if packet is None:
-            return None
+            return NOT_PLAIN
         wire = self.wire
         with Guard() as guard:
             with wire.lock:
                 if self._pumping or wire.tickets or wire.out or wire.garbage or wire.ended is not None:
-                    return None
+                    return NOT_PLAIN
                 ticket = wire.send_call(packet)
                 self._pumping = True
                 self._let_go = self._adopted
             try:
-                if not wire.out and not ticket.done and wire.waits_in_receive and self._receive_value(wire):
-                    return ticket
+                if wire.receive_soon is not None and not (wire.out or ticket.done):
+                    value = self._receive_value(wire, wire.receive_soon)
+                    if value is not NOT_PLAIN:
+                        return value
                 self._pump(ticket, bool(wire.out), NO_DEADLINE, guard)
                 if not ticket.done:
                     self.wait(ticket, NO_DEADLINE, guard)
             except BaseException:
                 self.abandon([ticket])
                 raise
-            return ticket
+            return ticket if ticket.value is NOT_PLAIN else ticket.value
 
-    def _receive_value(self, wire: Wire) -> bool:
-        """Wait a moment for a plain result, the commonest of all replies; True if that was all and nobody waits."""
+    def _receive_value(self, wire: Wire, receive: Callable[[memoryview], int]) -> Any:
+        """Wait a moment for a plain result, the commonest of all replies; NOT_PLAIN unless that was all."""
         view = wire.endpoint.get_buffer()
         try:
-            count = wire.receive_soon(view)
+            count = receive(view)
+        except (BlockingIOError, InterruptedError):
+            return NOT_PLAIN
         except OSError as error:
             with wire.lock:
                 wire.lost(error)
-            return False
+            return NOT_PLAIN
         except BaseException:  # a foreign signal handler's
             self._leave()
             raise
-        if count < 0:
-            return False
         with wire.lock:
-            if wire.ended is None and wire.take_value(view, count) and not (wire.out or self._sleepers or self.ready):
-                self._pumping = False
-                return True
-        return False
+            if wire.ended is not None:
+                return NOT_PLAIN
+            value = wire.take_value(view, count)
+            if value is NOT_PLAIN or wire.tickets or wire.out or self._sleepers or self.ready:
+                return NOT_PLAIN
+            self._pumping = False
+            return value
 
     def wait(self, ticket: Ticket, deadline: Deadline, guard: Guard) -> None:
         """Return when ``ticket`` is done.

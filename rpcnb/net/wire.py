@@ -18,6 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import RemoteProtocolError, RpcError, SessionClosed, SessionLost, SessionTimeout
+from rpcnb.net.spin import spinning
 from rpcnb.protocol.endpoint import State
 from rpcnb.protocol.flows import TIMEOUT_PREFIX, undo
 from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Raised, Shutdown, encode_packet
@@ -117,28 +118,15 @@ class Wire:
         self.quick_ack = False
         self._send = sock.send
         self._receive = sock.recv_into
-        self.waits_in_receive = False
+        # Receives into the endpoint's buffer as `recv_into` does, waiting a moment; for the pump alone, without the lock.
+        self.receive_soon: Callable[[memoryview], int] | None = None
 
     def wait_in_receive(self) -> None:
-        """Let :meth:`receive_soon` wait, where the system can still be asked not to."""
+        """Let :attr:`receive_soon` wait, where the system can still be asked not to."""
         if _NOW:
             self.sock.setblocking(True)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _MOMENT)
-            self.waits_in_receive = True
-
-    def receive_soon(self, view: memoryview) -> int:
-        """Receive into the endpoint's buffer, waiting a moment; the pump alone, without the lock.
-
-        Returns:
-            Bytes; 0 at the end of the stream, -1 if none came.
-
-        Raises:
-            OSError: The connection is broken.
-        """
-        try:
-            return self._receive(view)
-        except (BlockingIOError, InterruptedError):
-            return -1
+            self.receive_soon = spinning(self._receive)
 
     # -- all below: with the lock held -----------------------------------------------------------------------------
 
@@ -273,7 +261,10 @@ class Wire:
         except OSError as error:
             self.lost(error)
             return
-        self._take(count)
+        if len(self.tickets) == 1 and self.tickets[0].value is NOT_PLAIN:
+            self.take_value(view, count)
+        else:
+            self._take(count)
 
     def lost(self, error: OSError) -> None:
         """End the connection after a system call has failed."""
@@ -298,20 +289,19 @@ class Wire:
             self._count_received(count)
         self.settle()
 
-    def take_value(self, view: memoryview, count: int) -> bool:
-        """Go on with what has been received into ``view`` while the first ticket was of a call made the short way.
+    def take_value(self, view: memoryview, count: int) -> Any:
+        """Go on with what has been received into ``view`` while one ticket is owed, of a call made the short way.
 
         Returns:
-            It is settled and nothing else is owed.
+            The plain result if it is settled by that; else NOT_PLAIN.
         """
-        tickets = self.tickets
         value = read_result(view, count) if self.endpoint.idle else NOT_PLAIN
         if value is NOT_PLAIN:
             self._take(count)
         else:
             self.bytes_received += count
             self._settle_plainly(value)
-        return not tickets
+        return value
 
     def _settle_plainly(self, value: Any) -> None:
         """Settle the first ticket, of a call made the short way, with its plain result."""

@@ -62,6 +62,7 @@ _PATIENCE = 0.0005  # seconds for which finished replies wait for others that go
 _BUDGET = 500  # requests in one turn: a burst of small ones must not hold up other sessions (5 ms)
 _MOST_STOPPED = 4096  # cancels that are remembered for requests still to come
 _ENOUGH = 1 << 16  # bytes of replies that go out at once
+_FUNCTION = HandleKind.FUNCTION  # a member by its class's name costs a look-up
 _CONGESTED = 4 << 20  # bytes of unread replies beyond which no further request is performed
 
 
@@ -293,12 +294,15 @@ class Servant:
         pos, replies = 0, b""
         give_up = 0.0
         while nbytes - pos >= CALL_BYTES:
-            length = call_length(data, pos)
-            if not CALL_BYTES <= length <= nbytes - pos:
-                break
-            found = read_call(data[pos : pos + length] if pos else data, length)
+            # Most often the bytes are one call.
+            found, length = read_call(data, nbytes) if not pos else None, nbytes
+            if found is None:
+                length = call_length(data, pos)
+                if not CALL_BYTES <= length <= nbytes - pos:
+                    break
+                found = read_call(data[pos : pos + length], length)
             entry = session.table.entry(found[0]) if found is not None else None
-            if found is None or entry is None or entry.kind is not HandleKind.FUNCTION or entry.thing.run != "thread":
+            if found is None or entry is None or entry.kind is not _FUNCTION or entry.thing.run != "thread":
                 break
             function = entry.thing
             self.running = function.name
