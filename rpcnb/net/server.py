@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb import events
 from rpcnb.errors import AccessDenied
+from rpcnb.net import interval
 from rpcnb.net.address import is_loopback, parse_address, show_address
 from rpcnb.net.connection import ClientState, Connection
 from rpcnb.net.lanes import Lanes
@@ -87,6 +88,9 @@ class Server:
         web_port: Listen for WebSockets too, at path ``/ws`` of this port; 0 for any free one.
         allow_origin: Host names under which browsers and hubs may reach the WebSocket, besides numbers and our own.
         trust_tracker: A match key that the tracker (or proxy) hands out is enough; else a client needs the token too.
+        switch_interval: Seconds after which a thread that computes in Python lets the server go on, for the process and
+            as long as the server is open; None leaves Python's 5 ms. With 0.0005 calls take less than 1 ms beside a
+            busy main thread, which pays for each of them with a hand-over.
 
     Attributes:
         host: Where it listens (or the proxy is).
@@ -130,7 +134,10 @@ class Server:
         web_port: int | None = None,
         allow_origin: Sequence[str] = (),
         trust_tracker: bool = False,
+        switch_interval: float | None = None,
     ) -> None:
+        if switch_interval is not None and switch_interval <= 0:
+            raise ValueError(f"expected a switch interval of more than 0 s, got {switch_interval}")
         if not key.isprintable() or any(letter.isspace() for letter in key):
             raise ValueError(f"expected a key without white space, got {key!r}")
         self.name = f"server:{key}" if key else "server"
@@ -209,6 +216,9 @@ class Server:
             if self._own_loop is not None:
                 self._own_loop.stop()
             raise
+        self._switch_interval = switch_interval
+        if switch_interval is not None:
+            interval.hold(switch_interval)
         log.log(self.log_level, "%s %s %s", self.name, "dials" if is_proxy else "listens on", self.address)
 
     @staticmethod
@@ -442,6 +452,8 @@ class Server:
         if self._closed:
             return
         self._closed = True
+        if self._switch_interval is not None:
+            interval.release(self._switch_interval)
         call_in_loop(self.io_loop, self._stop)
         self.workers.close(1.0)
         if self._own_loop is not None:
