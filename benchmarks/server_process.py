@@ -1,8 +1,7 @@
 """One server: ``python -m benchmarks.server_process KIND [PORT]``; prints its port.
 
-Kinds: ``raw``, ``stock``, ``ours``; ``web``, ``proxy``, ``behind PORT`` (a proxy's); ``busy`` and ``short`` (in a process
-whose main thread computes in pure Python, at Python's own switch interval and at a shorter one), ``numpy`` (likewise
-in numpy).
+Kinds: ``raw``, ``stock``, ``ours``; ``web``, ``proxy``, ``behind PORT`` (a proxy's); ``busy`` and ``short`` (the main
+thread computes in pure Python, at Python's own switch interval and at a shorter one), ``numpy`` (it computes in numpy).
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import struct
 import sys
 import threading
 from typing import Any
-
 
 BUSY = ("busy", "short", "numpy")
 

@@ -1,8 +1,8 @@
 """How soon another thread gets the interpreter, while servers are open.
 
-A call waits for one hand-over of the GIL where the process's main thread computes in Python: 5 ms at Python's own switch
-interval, less at a shorter one. The interval is the process's, so several servers share it: the shortest wanted holds,
-and what stood before comes back with the last one's end.
+Where the process's main thread computes in Python, a call waits for one hand-over of the GIL: 5 ms at Python's own
+switch interval, less at a shorter one. The interval is the process's, so several servers share it: the shortest wanted
+holds, and what stood before comes back with the last one's end.
 """
 
 from __future__ import annotations

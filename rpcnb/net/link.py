@@ -34,6 +34,7 @@ __all__ = ["NO_DEADLINE", "Deadline", "Link"]
 
 _FOREVER = 3600.0
 _LOOK_EVERY = 1.0  # seconds
+_SOON = 0.02  # seconds that waiting in the receiving call takes at most
 _TOGETHER = 32  # requests that wait for a reply to leave together
 
 
@@ -60,6 +61,10 @@ class Deadline:
         if left <= 0:
             raise self.exceeded()
         return left
+
+    def allows(self, seconds: float) -> bool:
+        """Tell whether there is so much time."""
+        return self.at is None or self.at - time.monotonic() > seconds
 
     def exceeded(self) -> DeadlineExceeded:
         """Return the error that says the time is over."""
@@ -292,6 +297,9 @@ class Link:
         wire, poll = self.wire, self._poll
         leaving = True
         try:
+            if not blocked and wire.receive_soon is not None and len(wire.tickets) == 1 and deadline.allows(_SOON):
+                self._receive_reply(wire, ticket, wire.receive_soon)
+                blocked = bool(wire.out)
             while not ticket.done and wire.ended is None:
                 if blocked != self._polls_write:
                     self._polls_write = blocked
@@ -321,6 +329,28 @@ class Link:
             if self.ready:
                 self._resume_ready()
                 self.settle_in_background()  # what they have sent: nobody pumps any more
+
+    def _receive_reply(self, wire: Wire, ticket: Ticket, receive: Callable[[memoryview], int]) -> None:
+        """Wait a moment for the only reply that is owed, in the receiving call itself; then take all of it that came.
+
+        A poll before each receiving call costs 2 us, and on two CPUs the wake-up that trying saves.
+        """
+        if not wire.endpoint.idle:  # else the view may be the memory of somebody who gives it up meanwhile
+            return
+        view = wire.endpoint.get_buffer()
+        try:
+            count = receive(view)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            with wire.lock:
+                wire.lost(error)
+            return
+        with wire.lock:
+            if wire.ended is None:
+                wire.take(count)
+                while not ticket.done and wire.ended is None and wire.fill():
+                    pass
 
     def _resume_ready(self) -> None:
         """Go on with pending operations whose reply has come; without the lock."""

@@ -6,7 +6,7 @@ idle, and the choice is automatic. Trying pays where the other side answers on a
 
 * nothing comes for so long (a function that computes, a user who thinks): after some misses in vain it rests;
 * one try takes far longer than a system call, as both sides share a CPU, other processes want it, or another thread
-  holds the interpreter: likewise, and for longer each time.
+  holds the interpreter: likewise.
 
 ``RPCNB_SPIN=0`` in the environment switches it off for a process. Deleting this module and its two callers
 (``Wire.receive_soon``, ``Connection._serve_quickly``) changes nothing but times.
@@ -28,20 +28,21 @@ Receive = "Callable[..., int]"
 
 _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
 _MOMENT = 50e-6  # seconds of trying: longer than a call takes, shorter than anybody notices
+# An answer that came within this time might have come within the other, had both sides tried: neither good nor bad.
+_NEARLY = 200e-6
 _SLOW = 8e-6  # seconds of one try beyond which somebody else has had the CPU or the interpreter
 _MOST = 3  # bad waits before it rests
-_REST, _LONGEST = 64, 16384  # waits without trying
+_REST = 128  # waits without trying: what one try in so many costs is lost in them
 
 
 class Spinner:
     """One socket's waiting."""
 
-    __slots__ = ("_bad", "_receive", "_rest", "_resting")
+    __slots__ = ("_bad", "_receive", "_resting")
 
     def __init__(self, receive: Callable[..., int]) -> None:
         self._receive = receive
         self._bad = 0  # waits that did not pay, less those that did
-        self._rest = _REST  # how long it rests the next time
         self._resting = 0  # waits left
 
     def receive(self, view: memoryview) -> int:
@@ -51,28 +52,35 @@ class Spinner:
             self._resting -= 1
             return receive(view)
         clock, give_way = time.perf_counter, os.sched_yield
-        last = clock()
-        give_up = last + _MOMENT
+        start = last = clock()
         while True:
             try:
                 count = receive(view, 0, _NOW)
-            except BlockingIOError:
+            except BlockingIOError:  # noqa: PERF203  # nothing yet
                 give_way()
                 now = clock()
-                if now - last > _SLOW or now > give_up:
+                if now - last > _SLOW:
+                    self._was_bad()
+                    return receive(view)
+                if now - start > _MOMENT:
                     break
                 last = now
             else:
                 if self._bad:
                     self._bad -= 1
-                elif self._rest > _REST:
-                    self._rest >>= 1
                 return count
+        try:
+            return receive(view)
+        finally:
+            if clock() - start > _NEARLY:
+                self._was_bad()
+
+    def _was_bad(self) -> None:
+        """Rest, if trying has not paid several times."""
         self._bad += 1
         if self._bad >= _MOST:
             self._bad = _MOST - 1  # one more is enough after the rest
-            self._resting, self._rest = self._rest, min(2 * self._rest, _LONGEST)
-        return receive(view)
+            self._resting = _REST
 
 
 def spinning(receive: Callable[..., int]) -> Callable[..., int]:

@@ -118,7 +118,7 @@ class Wire:
         self.quick_ack = False
         self._send = sock.send
         self._receive = sock.recv_into
-        # Receives into the endpoint's buffer as `recv_into` does, waiting a moment; for the pump alone, without the lock.
+        # Receives into the endpoint's buffer as `recv_into` does, and waits a moment; for the pump alone, without lock.
         self.receive_soon: Callable[[memoryview], int] | None = None
 
     def wait_in_receive(self) -> None:
@@ -249,28 +249,29 @@ class Wire:
             out.popleft()
         return True
 
-    def fill(self) -> None:
-        """Receive once, and settle the tickets whose replies are complete."""
+    def fill(self) -> bool:
+        """Receive once, and settle the tickets whose replies are complete; False if nothing had come."""
         if self.quick_ack and _QUICKACK is not None and len(self.tickets) != 1:
             self.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
         view = self.endpoint.get_buffer()
         try:
             count = self._receive(view, min(len(view), PIECE), _NOW)
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except OSError as error:
             self.lost(error)
-            return
+            return False
         if len(self.tickets) == 1 and self.tickets[0].value is NOT_PLAIN:
             self.take_value(view, count)
         else:
-            self._take(count)
+            self.take(count)
+        return True
 
     def lost(self, error: OSError) -> None:
         """End the connection after a system call has failed."""
         self.fail(SessionLost(f"session lost: {self.peer}: {error.strerror or error}{self._during()}"))
 
-    def _take(self, count: int) -> None:
+    def take(self, count: int) -> None:
         """Go on with ``count`` bytes that have been received into the endpoint's buffer."""
         endpoint, tickets = self.endpoint, self.tickets
         if count == 0:
@@ -297,7 +298,7 @@ class Wire:
         """
         value = read_result(view, count) if self.endpoint.idle else NOT_PLAIN
         if value is NOT_PLAIN:
-            self._take(count)
+            self.take(count)
         else:
             self.bytes_received += count
             self._settle_plainly(value)

@@ -173,6 +173,7 @@ class Servant:
         self._plain_session: LocalServingSession | None = None  # the session, if nobody overrides how it calls
         self.extended = False  # the peer is rpcnb: exceptions carry class and traceback
         self.over = False
+        self.copies = 0  # copies so far
         self.more = False  # the last turn ended before what has arrived
         self.congested = False  # it ended because replies have not left: to be tried again as soon as they have
         self._copy: tuple[CopyToRemote, memoryview | None, Exception | None] | None = None
@@ -496,9 +497,9 @@ class Servant:
         self._copy = (message, None if direct else view, refused)
         self.endpoint.receive_payload(view)
 
-    @staticmethod
-    def _check_copy(meta: TensorMeta, nbytes: int) -> None:
+    def _check_copy(self, meta: TensorMeta, nbytes: int) -> None:
         """Bound a copy by the size it claims, before memory is made for it (protocol.md 5.2)."""
+        self.copies += 1
         if nbytes > meta.nbytes:
             raise LimitExceeded(f"copy of {nbytes} bytes is larger than its tensor of {meta.nbytes} bytes")
 
