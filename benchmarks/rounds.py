@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-__all__ = ["Ratios", "machine", "markdown", "options", "save", "show"]
+__all__ = ["Ratios", "add_options", "machine", "markdown", "options", "save", "show"]
 
 
 class Ratios:
@@ -53,11 +53,16 @@ class Ratios:
 def options(description: str, argv: Sequence[str] | None = None, pin: str = "same") -> argparse.Namespace:
     """Parse the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
+    add_options(parser, pin)
+    return parser.parse_args(argv)
+
+
+def add_options(parser: argparse.ArgumentParser, pin: str | None) -> None:
+    """Add the options that every benchmark has."""
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pin", choices=("same", "cross", "none"), default=pin)
+    parser.add_argument("--pin", choices=("same", "cross", "none"), default=pin, help="CPUs of client and server")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and calls")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
-    return parser.parse_args(argv)
 
 
 def machine() -> str:
@@ -82,3 +87,4 @@ def save(path: str | None, content: Any) -> None:
     if path:
         with open(path, "w") as file:
             json.dump(content, file, indent=1)
+            file.write("\n")

@@ -20,7 +20,7 @@ from rpcnb import events
 from rpcnb.errors import RemoteProtocolError
 from rpcnb.net.dial import tune
 from rpcnb.net.lanes import TICKET
-from rpcnb.net.spin import spinning
+from rpcnb.net.spin import receiving
 from rpcnb.net.watcher import READ, WRITE
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
@@ -91,12 +91,11 @@ class Connection:
         self._parked_since = ("", 0.0)
         self._handshake = Handshake(server.limits.key)
         tune(sock)
-        self._wait_and_receive = sock.recv_into
         if _NOW:
-            self._wait_and_receive = spinning(sock.recv_into)
             # The loop asks with MSG_DONTWAIT and a worker waits in the call itself: no system call at hand-over.
             sock.setblocking(True)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _HOT_TIME)
+        self._waits = receiving(sock.recv_into)
 
     def describe(self) -> ClientState:
         """Return what this client's session is doing; from any thread."""
@@ -478,13 +477,13 @@ class Connection:
 
     def _serve_quickly(self, servant: Servant) -> bool:
         """Wait for input in a worker, and serve calls the short way; False when the hot time or the stream is over."""
-        endpoint, receive, send = servant.endpoint, self._wait_and_receive, self.sock.send
+        endpoint, send = servant.endpoint, self.sock.send
         quickly = servant.call_quickly
         idle = endpoint.idle
         view = endpoint.get_buffer()[:_PIECE]
         while True:  # what is served here leaves the endpoint as it is, so the view stays good
             try:
-                count = receive(view)
+                count = next(self._waits)(view)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError:

@@ -228,8 +228,8 @@ class Link:
                 self._pumping = True
                 self._let_go = self._adopted
             try:
-                if wire.receive_soon is not None and not (wire.out or ticket.done):
-                    value = self._receive_value(wire, wire.receive_soon)
+                if wire.waits is not None and not (wire.out or ticket.done):
+                    value = self._receive_value(wire, next(wire.waits))
                     if value is not NOT_PLAIN:
                         return value
                 self._pump(ticket, bool(wire.out), NO_DEADLINE, guard)
@@ -240,7 +240,7 @@ class Link:
                 raise
             return ticket if ticket.value is NOT_PLAIN else ticket.value
 
-    def _receive_value(self, wire: Wire, receive: Callable[[memoryview], int]) -> Any:
+    def _receive_value(self, wire: Wire, receive: Callable[..., int]) -> Any:
         """Wait a moment for a plain result, the commonest of all replies; NOT_PLAIN unless that was all."""
         view = wire.endpoint.get_buffer()
         try:
@@ -297,8 +297,8 @@ class Link:
         wire, poll = self.wire, self._poll
         leaving = True
         try:
-            if not blocked and wire.receive_soon is not None and len(wire.tickets) == 1 and deadline.allows(_SOON):
-                self._receive_reply(wire, ticket, wire.receive_soon)
+            if not blocked and wire.waits is not None and len(wire.tickets) == 1 and deadline.allows(_SOON):
+                self._receive_reply(wire, ticket, next(wire.waits))
                 blocked = bool(wire.out)
             while not ticket.done and wire.ended is None:
                 if blocked != self._polls_write:
@@ -330,7 +330,7 @@ class Link:
                 self._resume_ready()
                 self.settle_in_background()  # what they have sent: nobody pumps any more
 
-    def _receive_reply(self, wire: Wire, ticket: Ticket, receive: Callable[[memoryview], int]) -> None:
+    def _receive_reply(self, wire: Wire, ticket: Ticket, receive: Callable[..., int]) -> None:
         """Wait a moment for the only reply that is owed, in the receiving call itself; then take all of it that came.
 
         A poll before each receiving call costs 2 us, and on two CPUs the wake-up that trying saves.

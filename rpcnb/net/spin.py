@@ -6,10 +6,10 @@ idle, and the choice is automatic. Trying pays where the other side answers on a
 
 * nothing comes for so long (a function that computes, a user who thinks): after some misses in vain it rests;
 * one try takes far longer than a system call, as both sides share a CPU, other processes want it, or another thread
-  holds the interpreter: likewise.
+  holds the interpreter: likewise, and longer each time.
 
 ``RPCNB_SPIN=0`` in the environment switches it off for a process. Deleting this module and its two callers
-(``Wire.receive_soon``, ``Connection._serve_quickly``) changes nothing but times.
+(in ``Wire.wait_in_receive`` and ``Connection``) changes nothing but times.
 """
 
 from __future__ import annotations
@@ -17,41 +17,49 @@ from __future__ import annotations
 import os
 import socket
 import time
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-__all__ = ["Receive", "spinning"]
-
-Receive = "Callable[..., int]"
+__all__ = ["receiving"]
 
 _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
 _MOMENT = 50e-6  # seconds of trying: longer than a call takes, shorter than anybody notices
 # An answer that came within this time might have come within the other, had both sides tried: neither good nor bad.
 _NEARLY = 200e-6
-_SLOW = 8e-6  # seconds of one try beyond which somebody else has had the CPU or the interpreter
+_SLOW = 2.5  # times the quickest try (2 us): somebody else has had the CPU or the interpreter meanwhile
 _MOST = 3  # bad waits before it rests
-_REST = 128  # waits without trying: what one try in so many costs is lost in them
+_REST, _LONGEST = 128, 8192  # waits without trying; longer each time in which the first try after it is bad
 
 
 class Spinner:
     """One socket's waiting."""
 
-    __slots__ = ("_bad", "_receive", "_resting")
+    __slots__ = ("_bad", "_quickest", "_receive")
 
     def __init__(self, receive: Callable[..., int]) -> None:
         self._receive = receive
         self._bad = 0  # waits that did not pay, less those that did
-        self._resting = 0  # waits left
+        self._quickest = _MOMENT  # seconds of one try
+
+    def turns(self) -> Iterator[tuple[Callable[..., int]] | repeat[Callable[..., int]]]:
+        """Yield what receives next: this, or for a while the socket alone, which then costs nothing more."""
+        rest = _REST
+        while True:
+            if self._bad < _MOST:
+                yield (self.receive,)
+                if self._bad < _MOST - 1:
+                    rest = _REST
+            else:
+                self._bad = _MOST - 1  # one more is enough after the rest
+                yield repeat(self._receive, rest)
+                rest = min(2 * rest, _LONGEST)
 
     def receive(self, view: memoryview) -> int:
         """Receive, as ``sock.recv_into``: try for a moment, then wait as the socket is set to."""
-        receive = self._receive
-        if self._resting:
-            self._resting -= 1
-            return receive(view)
-        clock, give_way = time.perf_counter, os.sched_yield
+        receive, clock, give_way = self._receive, time.perf_counter, os.sched_yield
         start = last = clock()
         while True:
             try:
@@ -59,8 +67,11 @@ class Spinner:
             except BlockingIOError:  # noqa: PERF203  # nothing yet
                 give_way()
                 now = clock()
-                if now - last > _SLOW:
-                    self._was_bad()
+                took = now - last
+                if took < self._quickest:
+                    self._quickest = took
+                elif took > _SLOW * self._quickest:
+                    self._bad += 1
                     return receive(view)
                 if now - start > _MOMENT:
                     break
@@ -73,18 +84,11 @@ class Spinner:
             return receive(view)
         finally:
             if clock() - start > _NEARLY:
-                self._was_bad()
-
-    def _was_bad(self) -> None:
-        """Rest, if trying has not paid several times."""
-        self._bad += 1
-        if self._bad >= _MOST:
-            self._bad = _MOST - 1  # one more is enough after the rest
-            self._resting = _REST
+                self._bad += 1
 
 
-def spinning(receive: Callable[..., int]) -> Callable[..., int]:
-    """Return a socket's ``recv_into`` that tries before it waits, where that may pay."""
+def receiving(receive: Callable[..., int]) -> Iterator[Callable[..., int]]:
+    """Yield for one wait after the other what to call instead of a socket's ``recv_into``; for one thread at a time."""
     if not (_NOW and hasattr(os, "sched_yield")) or os.environ.get("RPCNB_SPIN") == "0":
-        return receive
-    return Spinner(receive).receive  # a bound method: calling an object costs 0.1 us more
+        return repeat(receive)
+    return chain.from_iterable(Spinner(receive).turns())

@@ -18,14 +18,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import RemoteProtocolError, RpcError, SessionClosed, SessionLost, SessionTimeout
-from rpcnb.net.spin import spinning
+from rpcnb.net.spin import receiving
 from rpcnb.protocol.endpoint import State
 from rpcnb.protocol.flows import TIMEOUT_PREFIX, undo
 from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Raised, Shutdown, encode_packet
 from rpcnb.protocol.shortcut import NOT_PLAIN, read_result, write_call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from rpcnb.protocol.endpoint import Endpoint
     from rpcnb.protocol.messages import Reply, Request
@@ -118,15 +118,15 @@ class Wire:
         self.quick_ack = False
         self._send = sock.send
         self._receive = sock.recv_into
-        # Receives into the endpoint's buffer as `recv_into` does, and waits a moment; for the pump alone, without lock.
-        self.receive_soon: Callable[[memoryview], int] | None = None
+        # For each wait of a moment what to call as `recv_into`; for the pump alone, without lock. None: it cannot wait.
+        self.waits: Iterator[Callable[..., int]] | None = None
 
     def wait_in_receive(self) -> None:
-        """Let :attr:`receive_soon` wait, where the system can still be asked not to."""
+        """Let the pump wait in receiving, where the system can still be asked not to."""
         if _NOW:
             self.sock.setblocking(True)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _MOMENT)
-            self.receive_soon = spinning(self._receive)
+            self.waits = receiving(self._receive)
 
     # -- all below: with the lock held -----------------------------------------------------------------------------
 
