@@ -29,7 +29,7 @@ _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
 _MOMENT = 50e-6  # seconds of trying: longer than a call takes, shorter than anybody notices
 # An answer that came within this time might have come within the other, had both sides tried: neither good nor bad.
 _NEARLY = 200e-6
-_SLOW = 2.5  # times the quickest try (2 us): somebody else has had the CPU or the interpreter meanwhile
+_SLOW = 4  # times the quickest try (2 us): somebody else has had the CPU or the interpreter meanwhile
 _MOST = 3  # bad waits before it rests
 _REST, _LONGEST = 128, 8192  # waits without trying; longer each time in which the first try after it is bad
 
@@ -61,29 +61,33 @@ class Spinner:
         """Receive, as ``sock.recv_into``: try for a moment, then wait as the socket is set to."""
         receive, clock, give_way = self._receive, time.perf_counter, os.sched_yield
         start = last = clock()
+        tries = slow = 0
         while True:
             try:
                 count = receive(view, 0, _NOW)
             except BlockingIOError:  # noqa: PERF203  # nothing yet
                 give_way()
                 now = clock()
-                took = now - last
+                took, last = now - last, now
+                tries += 1
                 if took < self._quickest:
                     self._quickest = took
                 elif took > _SLOW * self._quickest:
-                    self._bad += 1
-                    return receive(view)
+                    slow += 1
+                    if slow > 1:  # the first one after a long time may be slow by itself
+                        break
                 if now - start > _MOMENT:
                     break
-                last = now
             else:
-                if self._bad:
+                if slow and slow == tries:
+                    self._bad += 1  # it came because the CPU was given away: sleeping does the same
+                elif tries and self._bad:
                     self._bad -= 1
                 return count
         try:
             return receive(view)
         finally:
-            if clock() - start > _NEARLY:
+            if slow > 1 or clock() - start > _NEARLY:
                 self._bad += 1
 
 
