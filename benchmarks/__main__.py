@@ -33,7 +33,7 @@ def _calls(pin: str, rounds: int, quick: bool) -> Ratios:
 
 def _copies(pin: str, rounds: int, quick: bool) -> Ratios:
     with ExitStack() as stack:
-        return transfer.measure(open_peers(stack, pin), max(2, rounds // 2), quick)
+        return transfer.measure(open_peers(stack, pin), rounds, quick)
 
 
 def _pipeline(pin: str, rounds: int, quick: bool) -> Ratios:

@@ -11,7 +11,7 @@ from benchmarks.server_process import BUSY
 
 WHAT = {
     "busy": "pure Python, switch interval 5 ms",
-    "short": "pure Python, switch interval 0.5 ms",
+    "short": "pure Python, switch interval 0.3 ms",
     "numpy": "numpy",
 }
 

@@ -129,7 +129,7 @@ def _rest() -> Iterator[Case]:
         yield Case("mixed", f"null call beside a copy {way}", f"{way} p50", "us", bars=(Bar(2, "idle p50"),))
         yield Case("mixed", f"the same, p99, {way}", f"{way} p99", "ms", bars=(Bar(0.01),))
     yield Case("busy", "busy kernel, Python, 5 ms", "busy", "ms", bars=(Bar(0.0055),))
-    yield Case("busy", "busy kernel, Python, short interval", "short", "ms", bars=(Bar(0.0005),))
+    yield Case("busy", "busy kernel, Python, 0.3 ms", "short", "ms", bars=(Bar(0.0005),))
     yield Case("busy", "busy kernel, numpy", "numpy", "ms")
     for way in ("up", "down"):
         yield Case("links", f"copy {way}, 10 MB/s, share of the link", f"share {way}", "ratio")

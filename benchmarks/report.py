@@ -41,8 +41,8 @@ def _describe(case: Case, bar: Bar) -> str:
     sign = "≥" if bar.least else "≤"
     if not bar.of:
         return f"{sign} {shown(bar.limit, case.unit)}"
-    words = {"stock": "stock", "raw": "raw", "hop": "a hop", "sequential": bar.of.split()[0]}
-    return f"{sign} {bar.limit:g} {words.get(bar.of.split()[-1], 'idle')}"
+    word = next((one for one in ("stock", "raw", "hop", "idle") if one in bar.of.split()), bar.of)
+    return f"{sign} {bar.limit:g} {word}"
 
 
 def row(ratios: Ratios, case: Case, cpus: str) -> list[str] | None:

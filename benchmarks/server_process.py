@@ -95,8 +95,9 @@ def _ours(kind: str = "ours") -> None:
         server = rpcnb.Server("127.0.0.1", int(sys.argv[2]), key="bench", is_proxy=True, silent=True)
     elif kind in ("busy", "numpy"):
         server = rpcnb.Server(port=0, silent=True)
-    else:  # as `rpcnb serve` does
-        server = rpcnb.Server(port=0, silent=True, web_port=0 if kind == "web" else None, switch_interval=0.0005)
+    else:  # 0.5 ms: as `rpcnb serve` does
+        interval = 0.0003 if kind == "short" else 0.0005
+        server = rpcnb.Server(port=0, silent=True, web_port=0 if kind == "web" else None, switch_interval=interval)
     print(server.web_port or server.port, flush=True)
     if kind in BUSY:
         _compute(in_numpy=kind == "numpy")

@@ -11,7 +11,7 @@ from benchmarks.peers import Client, Server, open_peers, pin_choices
 from benchmarks.rounds import Ratios, machine, options, save, show
 
 NAMES = ("raw", "ours", "stock->ours", "stock")
-COUNTS = {64 << 10: 200, 1 << 20: 50, 64 << 20: 3, 256 << 20: 1}
+COUNTS = {64 << 10: 200, 1 << 20: 50, 64 << 20: 5, 256 << 20: 2}
 STOCK_COUNTS = {64 << 10: 20, 1 << 20: 3, 64 << 20: 1}
 
 

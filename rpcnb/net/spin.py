@@ -35,12 +35,25 @@ _REST, _LONGEST = 128, 8192  # waits without trying; longer each time in which t
 
 
 class Spinner:
-    """One socket's waiting."""
+    """One socket's waiting.
 
-    __slots__ = ("_bad", "_quickest", "_receive")
+    Args:
+        receive: Its ``recv_into``.
+        give_way: Lets others have the CPU.
+        clock: Seconds.
+    """
 
-    def __init__(self, receive: Callable[..., int]) -> None:
+    __slots__ = ("_bad", "_clock", "_give_way", "_quickest", "_receive")
+
+    def __init__(
+        self,
+        receive: Callable[..., int],
+        give_way: Callable[[], object],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._receive = receive
+        self._give_way = give_way
+        self._clock = clock
         self._bad = 0  # waits that did not pay, less those that did
         self._quickest = _MOMENT  # seconds of one try
 
@@ -59,7 +72,7 @@ class Spinner:
 
     def receive(self, view: memoryview) -> int:
         """Receive, as ``sock.recv_into``: try for a moment, then wait as the socket is set to."""
-        receive, clock, give_way = self._receive, time.perf_counter, os.sched_yield
+        receive, clock, give_way = self._receive, self._clock, self._give_way
         start = last = clock()
         tries = slow = 0
         while True:
@@ -95,4 +108,4 @@ def receiving(receive: Callable[..., int]) -> Iterator[Callable[..., int]]:
     """Yield for one wait after the other what to call instead of a socket's ``recv_into``; for one thread at a time."""
     if not (_NOW and hasattr(os, "sched_yield")) or os.environ.get("RPCNB_SPIN") == "0":
         return repeat(receive)
-    return chain.from_iterable(Spinner(receive).turns())
+    return chain.from_iterable(Spinner(receive, os.sched_yield).turns())
