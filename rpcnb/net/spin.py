@@ -27,11 +27,13 @@ __all__ = ["receiving"]
 
 _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
 _MOMENT = 50e-6  # seconds of trying: longer than a call takes, shorter than anybody notices
-# An answer that came within this time might have come within the other, had both sides tried: neither good nor bad.
+# An answer that came within this time might have come within the other, had both sides tried: so it is worth to go on.
 _NEARLY = 200e-6
 _SLOW = 4  # times the quickest try (2 us): somebody else has had the CPU or the interpreter meanwhile
-_MOST = 3  # bad waits before it rests
-_REST, _LONGEST = 128, 8192  # waits without trying; longer each time in which the first try after it is bad
+# Bad waits, less good ones, before it rests; and again after the rest. Fewer would give up where other processes take
+# the CPU now and then: there a null call took 40 us with 3, 12 us with 12.
+_MOST, _AGAIN = 12, 3
+_REST, _LONGEST = 128, 8192  # waits without trying; longer each time until a wait after it was good
 
 
 class Spinner:
@@ -63,10 +65,10 @@ class Spinner:
         while True:
             if self._bad < _MOST:
                 yield (self.receive,)
-                if self._bad < _MOST - 1:
+                if self._bad < _MOST - _AGAIN:
                     rest = _REST
             else:
-                self._bad = _MOST - 1  # one more is enough after the rest
+                self._bad = _MOST - _AGAIN
                 yield repeat(self._receive, rest)
                 rest = min(2 * rest, _LONGEST)
 
@@ -92,16 +94,20 @@ class Spinner:
                 if now - start > _MOMENT:
                     break
             else:
-                if slow and slow == tries:
-                    self._bad += 1  # it came because the CPU was given away: sleeping does the same
-                elif tries and self._bad:
-                    self._bad -= 1
+                if tries:
+                    self._judge(2 * slow >= tries)  # it came as the CPU was given away: sleeping does the same
                 return count
         try:
             return receive(view)
         finally:
-            if slow > 1 or clock() - start > _NEARLY:
-                self._bad += 1
+            self._judge(slow > 1 or clock() - start > _NEARLY)
+
+    def _judge(self, bad: bool) -> None:
+        """Note how a wait was."""
+        if bad:
+            self._bad += 1
+        elif self._bad:
+            self._bad -= 1
 
 
 def receiving(receive: Callable[..., int]) -> Iterator[Callable[..., int]]:

@@ -73,7 +73,7 @@ def test_what_comes_soon_is_waited_for_without_sleeping(world: World, waits: Any
     assert (world.tried, world.slept) == (50, 0)
 
 
-def test_what_comes_a_little_late_neither_pays_nor_hurts(world: World, waits: Any) -> None:
+def test_what_comes_a_little_late_is_waited_for_again_so(world: World, waits: Any) -> None:
     world.comes_in = 100 * US
     wait(waits, 20)
     assert world.slept == 20
@@ -86,7 +86,7 @@ def test_after_some_waits_in_vain_it_rests_longer_and_longer(world: World, waits
     tried = world.tried
     wait(waits, spin._REST)
     assert world.tried == tried
-    wait(waits)  # one try after the rest, in vain again
+    wait(waits, spin._AGAIN)  # in vain again
     assert world.tried > tried
     tried = world.tried
     wait(waits, 2 * spin._REST)
