@@ -59,7 +59,7 @@ def main() -> None:
     ]
     print(machine(), f"pin={chosen.pin}", f"rounds={rounds}")
     show("Not direct", ("case", "way", "median", "x direct"), rows)
-    save(chosen.json, {name: ratios.median(name) for name in ratios.names()})
+    save(chosen.json, ratios.medians())
 
 
 if __name__ == "__main__":

@@ -39,10 +39,8 @@ def _shape(port: int, stack: ExitStack) -> int:
     return shaper.port
 
 
-def main() -> None:
-    """Measure and print."""
-    chosen = options(__doc__ or "")
-    size = SIZE // 4 if chosen.quick else SIZE
+def measure(rounds: int, size: int) -> Ratios:
+    """Measure in rounds; seconds, and the share of the link that each copy uses."""
     ratios = Ratios()
     data = np.ones(size, np.uint8)
     with ExitStack() as stack:
@@ -52,25 +50,34 @@ def main() -> None:
         later.submit().result()
         tensor = session.empty(data.shape, "uint8")
         session.submit(tensor.copyfrom, data).result()
-        for _ in range(1 if chosen.quick else chosen.rounds):
+        for _ in range(rounds):
             ratios.add("single call", _took(add))
             ratios.add("up", _took(lambda: tensor.copyfrom(data)))
             ratios.add("down", _took(lambda: tensor.numpy(data)))
             ratios.add("map", _took(lambda: add.map(range(CALLS), window=CALLS)))
             ratios.add("submit", _took(lambda: [job.result() for job in [add.submit() for _ in range(CALLS)]]))
             ratios.add("overlap", _took(lambda: [job.result() for job in [later.submit() for _ in range(CALLS)]]))
-    ideal = size / RATE + ROUND_TRIP
+            ratios.add("ideal", size / RATE + ROUND_TRIP)
+            ratios.add("round trip", ROUND_TRIP)
+    return ratios
+
+
+def main() -> None:
+    """Measure and print."""
+    chosen = options(__doc__ or "")
+    size = SIZE // 4 if chosen.quick else SIZE
+    ratios = measure(1 if chosen.quick else chosen.rounds, size)
     rows = [
-        [f"copy {way}", f"{ratios.median(way):.2f} s", f"{ideal / ratios.median(way):.3f} of the link"]
+        [f"copy {way}", f"{ratios.median(way):.2f} s", f"{ratios.ratio('ideal', way):.3f} of the link"]
         for way in ("up", "down")
     ]
     rows += [
-        [name, f"{ratios.median(name) * 1e3:.1f} ms", f"{ratios.median(name) / ROUND_TRIP:.2f} round trips"]
+        [name, f"{ratios.median(name) * 1e3:.1f} ms", f"{ratios.ratio(name, 'round trip'):.2f} round trips"]
         for name in ("single call", "map", "submit", "overlap")
     ]
     print(machine(), f"{RATE / 1e6:.0f} MB/s, {ROUND_TRIP * 1e3:.0f} ms round trip")
     show(f"A copy of {size / 1e6:.0f} MB and {CALLS} calls over a slow link", ("case", "time", "that is"), rows)
-    save(chosen.json, {name: ratios.median(name) for name in ratios.names()})
+    save(chosen.json, ratios.medians())
 
 
 if __name__ == "__main__":

@@ -5,26 +5,27 @@ python -m benchmarks.mixed [--pin same|cross|none] [--rounds N] [--quick]
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 from benchmarks.peers import Client, Server, pin_choices
 from benchmarks.rounds import Ratios, machine, options, save, show
+
+
+def measure(pin: str, rounds: int, nbytes: int) -> Ratios:
+    """Measure in rounds, beside copies of ``nbytes`` in each direction."""
+    ratios = Ratios()
+    server_cpu, client_cpu = pin_choices(pin)
+    with Server("ours", server_cpu) as server, Client("ours", server.port, client_cpu) as client:
+        for _ in range(rounds):
+            for case, figures in client.ask("mixed", nbytes, 3000).items():
+                for name, value in figures.items():
+                    ratios.add(f"{case} {name}", value)
+    return ratios
 
 
 def main() -> None:
     """Measure and print."""
     chosen = options(__doc__ or "")
     rounds, nbytes = (1, 256 << 20) if chosen.quick else (chosen.rounds, 1 << 30)
-    ratios = Ratios()
-    with ExitStack() as stack:
-        server_cpu, client_cpu = pin_choices(chosen.pin)
-        server = stack.enter_context(Server("ours", server_cpu))
-        client = stack.enter_context(Client("ours", server.port, client_cpu))
-        for _ in range(rounds):
-            found = client.ask("mixed", nbytes, 3000)
-            for case, figures in found.items():
-                for name, value in figures.items():
-                    ratios.add(f"{case} {name}", value)
+    ratios = measure(chosen.pin, rounds, nbytes)
     rows = []
     for case in ("idle", "up", "down"):
         p50, p99 = ratios.median(f"{case} p50"), ratios.median(f"{case} p99")
@@ -35,7 +36,7 @@ def main() -> None:
     print(machine(), f"pin={chosen.pin}", f"rounds={rounds}")
     header = ("beside a copy", "p50 us", "p99 us", "x idle p50", "copy GB/s", "copy's time x alone")
     show(f"Null calls beside a copy of {nbytes >> 20} MiB", header, rows)
-    save(chosen.json, {name: ratios.median(name) for name in ratios.names()})
+    save(chosen.json, ratios.medians())
 
 
 if __name__ == "__main__":

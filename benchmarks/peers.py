@@ -10,9 +10,21 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["Client", "Server", "open_peers", "pin_choices"]
+__all__ = ["Client", "Server", "open_peers", "pin_choices", "resident"]
+
+# Kinds of client and server; each pair has a client process of its own.
+PAIRS = {
+    "raw": ("raw", "raw"),
+    "ours": ("ours", "ours"),
+    "awaited": ("awaited", "ours"),
+    "uvloop": ("uvloop", "ours"),
+    "stock->ours": ("stock", "ours"),
+    "stock": ("stock", "stock"),
+    "ours->stock": ("ours", "stock for ours"),
+}
 
 
 class _Process:
@@ -23,6 +35,11 @@ class _Process:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
         )
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self.process.pid
 
     def read(self) -> Any:
         """Read one JSON line."""
@@ -55,12 +72,7 @@ class Server(_Process):
     def peak(self) -> int:
         """Return the largest resident memory of the process so far, in bytes."""
         children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
-        pids = [str(self.process.pid), *children.stdout.split()]
-        peaks = []
-        for pid in pids:
-            with open(f"/proc/{pid}/status") as file:
-                peaks += [int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")]
-        return max(peaks)
+        return max(resident(pid, "VmHWM") for pid in (self.process.pid, *children.stdout.split()))
 
 
 class Client(_Process):
@@ -70,7 +82,7 @@ class Client(_Process):
         super().__init__("-m", "benchmarks.client_process", kind, str(port), cpu=cpu)
         self.kind = kind
 
-    def ask(self, case: str, *args: int) -> Any:
+    def ask(self, case: str, *args: int | str) -> Any:
         """Have it measure; returns what the case reports, times in seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([case, *args]) + "\n")
@@ -78,13 +90,23 @@ class Client(_Process):
 
 
 def open_peers(stack: ExitStack, pin: str) -> dict[str, Client]:
-    """Start the servers and their clients: raw, ours, stock->ours and stock, each pair with processes of its own."""
+    """Start the pairs that are compared (see ``PAIRS``), pinned as asked."""
     server_cpu, client_cpu = pin_choices(pin)
-    ports = {kind: stack.enter_context(Server(kind, server_cpu)).port for kind in ("raw", "stock", "ours")}
-    pairs = {"raw": ("raw", "raw"), "ours": ("ours", "ours"), "stock->ours": ("stock", "ours"), "stock": ("stock",) * 2}
-    return {
-        name: stack.enter_context(Client(client, ports[server], client_cpu)) for name, (client, server) in pairs.items()
+    # A stock server serves one session at a time, so our client has one of its own.
+    kinds = ("raw", "stock", "ours", "stock for ours")
+    ports = {kind: stack.enter_context(Server(kind.split()[0], server_cpu)).port for kind in kinds}
+    clients = {
+        name: stack.enter_context(Client(client, ports[server], client_cpu))
+        for name, (client, server) in PAIRS.items()
+        if client != "uvloop" or find_spec("uvloop") is not None
     }
+    return clients
+
+
+def resident(pid: int | str, what: str = "VmRSS") -> int:
+    """Return the resident memory of a process in bytes, or its peak (``VmHWM``)."""
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(what))
 
 
 def pin_choices(pin: str) -> tuple[int | None, int | None]:

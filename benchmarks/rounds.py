@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-__all__ = ["Ratios", "machine", "options", "show"]
+__all__ = ["Ratios", "add_options", "machine", "markdown", "options", "save", "show"]
 
 
 class Ratios:
@@ -29,23 +29,40 @@ class Ratios:
         return statistics.median(self._figures[name])
 
     def ratio(self, name: str, other: str) -> float:
-        """Return the median of ``name / other`` over the rounds."""
-        pairs = zip(self._figures[name], self._figures[other], strict=True)
+        """Return the median of ``name / other`` over the rounds in which both were measured."""
+        pairs = zip(self._figures[name], self._figures[other])  # noqa: B905  # stock's slow cases are measured once
         return statistics.median(one / two for one, two in pairs)
 
     def names(self) -> list[str]:
         """Return what was measured."""
         return list(self._figures)
 
+    def medians(self) -> dict[str, float]:
+        """Return the median of everything."""
+        return {name: self.median(name) for name in self._figures}
 
-def options(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    def __contains__(self, name: str) -> bool:
+        return name in self._figures
+
+    def take(self, other: Ratios, prefix: str = "") -> None:
+        """Take another's figures over, each name with a prefix."""
+        for name, figures in other._figures.items():
+            self._figures[prefix + name] = list(figures)
+
+
+def options(description: str, argv: Sequence[str] | None = None, pin: str = "same") -> argparse.Namespace:
     """Parse the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
+    add_options(parser, pin)
+    return parser.parse_args(argv)
+
+
+def add_options(parser: argparse.ArgumentParser, pin: str | None) -> None:
+    """Add the options that every benchmark has."""
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pin", choices=("same", "cross", "none"), default="same")
+    parser.add_argument("--pin", choices=("same", "cross", "none"), default=pin, help="CPUs of client and server")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and calls")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
-    return parser.parse_args(argv)
 
 
 def machine() -> str:
@@ -57,10 +74,12 @@ def machine() -> str:
 def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a Markdown table."""
     print(f"\n{title}\n")
-    print("| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+    print("\n".join(markdown(header, rows)))
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def save(path: str | None, content: Any) -> None:
@@ -68,3 +87,4 @@ def save(path: str | None, content: Any) -> None:
     if path:
         with open(path, "w") as file:
             json.dump(content, file, indent=1)
+            file.write("\n")

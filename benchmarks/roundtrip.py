@@ -1,60 +1,67 @@
-"""Small calls: null, small arguments, look-up, after a pause, connect plus first call.
+"""Small calls: null, small arguments, awaited, look-up, after a pause, connect plus first call.
 
 python -m benchmarks.roundtrip [--pin same|cross|none] [--rounds N] [--quick]
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
-from benchmarks.peers import Client, Server, open_peers, pin_choices
+from benchmarks.peers import Client, open_peers
 from benchmarks.rounds import Ratios, machine, options, save, show
 
-CASES = (("null", 5000), ("small", 3000), ("lookup", 2000), ("pause", 10), ("connect", 10))
+COUNTS = {"null": 5000, "small": 3000, "lookup": 2000, "pause": 10, "connect": 10}
+FEWER = {"null": 1500, "small": 800, "lookup": 300, "pause": 4, "connect": 4}
+RPC = ("ours", "stock->ours", "stock", "ours->stock")
+WHO = {
+    "null": ("raw", *RPC, "awaited", "uvloop"),
+    "small": ("raw", *RPC),
+    "lookup": RPC,
+    "pause": RPC,
+    "connect": RPC[:3],
+}
+
+
+def measure(clients: dict[str, Client], rounds: int, quick: bool, cases: Sequence[str] = tuple(WHO)) -> Ratios:
+    """Measure each case with each pair, in rounds."""
+    ratios = Ratios()
+    counts = FEWER if quick else COUNTS
+    for _ in range(rounds):
+        for case in cases:
+            for name in WHO[case]:
+                if name in clients:
+                    found = clients[name].ask(case, counts[case])
+                    ratios.add(f"{case} {name}", found["p50"])
+                    ratios.add(f"{case} {name} p99", found["p99"])
+    return ratios
 
 
 def main() -> None:
     """Measure and print."""
     chosen = options(__doc__ or "")
     rounds = 3 if chosen.quick else chosen.rounds
-    server_cpu, client_cpu = pin_choices(chosen.pin)
-    ratios = Ratios()
     with ExitStack() as stack:
-        clients = open_peers(stack, chosen.pin)
-        # A stock server serves one session at a time, so this pair has a server of its own.
-        second = stack.enter_context(Server("stock", server_cpu))
-        clients["ours->stock"] = stack.enter_context(Client("ours", second.port, client_cpu))
-        for _ in range(rounds):
-            for case, count in CASES:
-                for name, client in clients.items():
-                    if (name == "raw" and case not in ("null", "small")) or (
-                        name == "ours->stock" and case == "connect"
-                    ):
-                        continue
-                    found = client.ask(case, max(count // 5, 5) if chosen.quick else count)
-                    ratios.add(f"{case} {name}", found["p50"])
-                    ratios.add(f"{case} {name} p99", found["p99"])
+        ratios = measure(open_peers(stack, chosen.pin), rounds, chosen.quick)
     rows = []
-    for case, _ in CASES:
-        for name in clients:
+    for case, names in WHO.items():
+        for name in names:
             key = f"{case} {name}"
-            if key not in ratios.names():
+            if key not in ratios:
                 continue
-            floor = f"{ratios.ratio(key, f'{case} raw'):.2f}" if f"{case} raw" in ratios.names() else "-"
-            stock = f"{ratios.ratio(key, f'{case} stock'):.2f}"
             rows.append(
                 [
                     case,
                     name,
                     f"{ratios.median(key) * 1e6:.1f}",
                     f"{ratios.median(key + ' p99') * 1e6:.0f}",
-                    stock,
-                    floor,
+                    f"{ratios.ratio(key, f'{case} stock'):.2f}",
+                    f"{ratios.ratio(key, f'{case} raw'):.2f}" if f"{case} raw" in ratios else "-",
                 ]
             )
     print(machine(), f"pin={chosen.pin}", f"rounds={rounds}")
     show("Small calls", ("case", "client -> server", "p50 us", "p99 us", "x stock pair", "x raw socket"), rows)
-    save(chosen.json, {name: ratios.median(name) for name in ratios.names()})
+    save(chosen.json, ratios.medians())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""One server: ``python -m benchmarks.server_process raw|stock|ours|web|proxy|behind PORT``; prints its port."""
+"""One server: ``python -m benchmarks.server_process KIND [PORT]``; prints its port.
+
+Kinds: ``raw``, ``stock``, ``ours``; ``web``, ``proxy``, ``behind PORT`` (a proxy's); ``busy`` and ``short`` (the main
+thread computes in pure Python, at Python's own switch interval and at a shorter one), ``numpy`` (it computes in numpy).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import struct
 import sys
 import threading
 from typing import Any
+
+BUSY = ("busy", "short", "numpy")
 
 
 def _raw_session(sock: socket.socket) -> None:
@@ -81,14 +87,32 @@ def _ours(kind: str = "ours") -> None:
     async def sleep() -> None:
         await asyncio.sleep(0.1)
 
-    sys.setswitchinterval(0.0005)
+    @rpcnb.register_func("bench.hop")
+    async def hop() -> int:
+        return await asyncio.get_running_loop().run_in_executor(None, add)
+
     if kind == "behind":
         server = rpcnb.Server("127.0.0.1", int(sys.argv[2]), key="bench", is_proxy=True, silent=True)
-    else:
-        server = rpcnb.Server(port=0, silent=True, web_port=0 if kind == "web" else None)
+    elif kind in ("busy", "numpy"):
+        server = rpcnb.Server(port=0, silent=True)
+    else:  # 0.5 ms: as `rpcnb serve` does
+        interval = 0.0003 if kind == "short" else 0.0005
+        server = rpcnb.Server(port=0, silent=True, web_port=0 if kind == "web" else None, switch_interval=interval)
     print(server.web_port or server.port, flush=True)
+    if kind in BUSY:
+        _compute(in_numpy=kind == "numpy")
     sys.stdin.read()
     server.close()
+
+
+def _compute(in_numpy: bool) -> None:
+    """Keep the main thread busy until the process is killed."""
+    import numpy as np
+
+    matrix = np.ones((256, 256))
+    while True:
+        if in_numpy:
+            matrix @ matrix
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def main() -> None:
     rows = [[kind, f"{ratios.median(kind):.2f} s", f"{ratios.ratio(kind, 'stock'):.2f}"] for kind in farms]
     print(machine(), f"rounds={rounds}")
     show("RPCRunner, 16 trials on two boards", ("farm", "median", "x stock"), rows)
-    save(chosen.json, {name: ratios.median(name) for name in ratios.names()})
+    save(chosen.json, ratios.medians())
 
 
 if __name__ == "__main__":

@@ -33,13 +33,8 @@ _SWITCH_INTERVAL = 0.0005
 
 def serve(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit code."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_INTERVAL)
-    try:
-        with until_signal() as stop:
-            return _serve_until(stop, options)
-    finally:
-        sys.setswitchinterval(interval)
+    with until_signal() as stop:
+        return _serve_until(stop, options)
 
 
 def _serve_until(stop: Stop, options: argparse.Namespace) -> int:
@@ -148,6 +143,7 @@ def _make_server(options: argparse.Namespace, ffi_names: frozenset[str], runner:
         allow_origin=options.allow_origin,
         trust_tracker=options.trust_tracker,
         allow_exec=runner or False,
+        switch_interval=_SWITCH_INTERVAL,
     )
 
 

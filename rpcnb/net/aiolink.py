@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import ConnectFailed, DeadlineExceeded, NotAnRpcServer, RpcError
 from rpcnb.net.dial import ends_head, expired, explain_errno, found_hosts, greet, look_up, secured, tune
 from rpcnb.net.wire import Ticket, Wire, stop_waiting
+from rpcnb.protocol.shortcut import write_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +60,24 @@ class AsyncLink:
 
     send_soon = send  # a loop's turn sends many at once as it is
 
+    def call(self, handle: int, args: tuple[Any, ...]) -> Ticket | None:
+        """Send a call the short way if all its arguments are plain; None when nothing has been sent."""
+        packet = write_call(handle, args)
+        wire = self.wire
+        if packet is None or wire.ended is not None:
+            return None
+        with wire.lock:
+            if wire.tickets or wire.out or wire.garbage or wire.held:
+                wire.queue_garbage()
+                ticket = wire.queue_call(packet)
+            else:
+                ticket = wire.send_call(packet)
+                if not wire.out and wire.ended is None:
+                    return ticket
+            if not self._writing:
+                self._flush()
+        return ticket
+
     def _flush(self) -> None:
         """Send; then watch for writability exactly while something is left."""
         blocked = not self.wire.flush()
@@ -75,11 +94,13 @@ class AsyncLink:
             self._flush()
 
     def _readable(self) -> None:
-        with self.wire.lock:
-            self.wire.fill()
-            if self.wire.out and not self._writing:
+        wire = self.wire
+        with wire.lock:
+            wire.fill()
+            if wire.out and not self._writing:
                 self._flush()  # what waited for a reply
-            self._check_ended()
+            if wire.ended is not None:
+                self._check_ended()
 
     def _check_ended(self) -> None:
         """Stop watching a socket that the wire has closed: its number may be another one's soon."""
@@ -90,8 +111,11 @@ class AsyncLink:
 
     async def wait(self, ticket: Ticket) -> None:
         """Return when ``ticket`` is done."""
-        if ticket.done:
-            return
+        if not ticket.done:
+            await self.settled(ticket)
+
+    def settled(self, ticket: Ticket) -> asyncio.Future[None]:
+        """Return what is done when ``ticket`` is, which it is not yet."""
         future: asyncio.Future[None] = self.loop.create_future()
 
         def wake() -> None:
@@ -99,7 +123,7 @@ class AsyncLink:
                 future.set_result(None)
 
         ticket.waker = wake
-        await future
+        return future
 
     def abandon(self, tickets: list[Any]) -> None:
         """Give up an operation's tickets; what is owed is received and dropped as it comes."""

@@ -20,6 +20,7 @@ from rpcnb import events
 from rpcnb.errors import RemoteProtocolError
 from rpcnb.net.dial import tune
 from rpcnb.net.lanes import TICKET
+from rpcnb.net.spin import receiving
 from rpcnb.net.watcher import READ, WRITE
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
@@ -39,9 +40,10 @@ log = logging.getLogger(__name__)
 _PIECE = 1 << 20  # bytes per system call on the loop: a bulk copy must not keep other sessions waiting
 _TURNS = 4  # system calls per turn on the loop
 _GATHER = 64
-# How long a worker waits for the next call of its session, as SO_RCVTIMEO: that lasts until the second timer tick
-# (7 ms), but a precise timer, as poll() takes for 1 ms, costs 15 us per call in a virtual machine to be programmed.
-_HOT_TIME = struct.pack("ll", 0, 1000)
+# How long a worker waits for the next call of its session, so that a call after a pause need not be handed over (first
+# call after 50 ms: 3.0 -> 1.7 times stock's). As SO_RCVTIMEO: a precise timer, as poll() takes for a short time, costs
+# 15 us per call in a virtual machine to be programmed.
+_HOT_TIME = struct.pack("ll", 0, 500_000)
 _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
 _LINGER = 5.0  # seconds for the last replies of a session that ends
 
@@ -95,6 +97,7 @@ class Connection:
             # The loop asks with MSG_DONTWAIT and a worker waits in the call itself: no system call at hand-over.
             sock.setblocking(True)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _HOT_TIME)
+        self._waits = receiving(sock.recv_into)
 
     def describe(self) -> ClientState:
         """Return what this client's session is doing; from any thread."""
@@ -254,6 +257,7 @@ class Connection:
         """Serve on the loop for a turn, then wait for the socket again."""
         servant = self.servant
         assert servant is not None
+        copies = servant.copies
         if self._advance(servant):
             return  # another's now, who may have given it back already: not to be looked at again
         for _ in range(_TURNS):
@@ -269,8 +273,20 @@ class Connection:
         self._flush()
         if servant.more or (servant.congested and not servant.output):
             self._to_loop(self.ready)  # behind what other sessions wait for
-        else:
+        elif servant.copies == copies or not self._heat(servant):
             self._wait_or_close()
+
+    def _heat(self, servant: Servant) -> bool:
+        """After a small copy give the session to a worker, which serves the next one at once; True if that was done.
+
+        A copy of 64 KiB takes 50 us instead of 110 us across two CPUs, 85 us instead of 95 us on one.
+        """
+        waits = self.ended or servant.over or servant.output or servant.parked is not None or servant.endpoint.bulk_left
+        if waits or not self.server.workers.may_wait():
+            return False
+        self.in_worker = True
+        self.server.workers.submit(lambda: self._work(None))
+        return True
 
     def _advance(self, servant: Servant) -> bool:
         """Perform what has arrived, and again what waited for room in the output; True once it was passed on."""
@@ -415,16 +431,20 @@ class Connection:
                     pass  # closed meanwhile
         self._to_loop(self.ready)
 
-    def _work(self, message: Message) -> None:
-        """Own the connection in a worker: run the call, then whatever plain calls follow at once."""
+    def _work(self, message: Message | None) -> None:
+        """Own the connection in a worker: run the call, if there is one, then whatever plain calls follow at once.
+
+        Without one, the place of a waiting worker has been taken for it.
+        """
         servant = self.servant
         assert servant is not None
-        hot = self.server.workers.may_wait()
+        hot = message is None or self.server.workers.may_wait()
         passed_on = False
         try:
             try:
-                servant.perform(message)
-                servant.running = None
+                if message is not None:
+                    servant.perform(message)
+                    servant.running = None
                 passed_on = self._keep_hot(servant, hot)
             finally:
                 if hot:
@@ -461,13 +481,13 @@ class Connection:
 
     def _serve_quickly(self, servant: Servant) -> bool:
         """Wait for input in a worker, and serve calls the short way; False when the hot time or the stream is over."""
-        endpoint, receive, send = servant.endpoint, self.sock.recv_into, self.sock.send
+        endpoint, send = servant.endpoint, self.sock.send
         quickly = servant.call_quickly
         idle = endpoint.idle
         view = endpoint.get_buffer()[:_PIECE]
         while True:  # what is served here leaves the endpoint as it is, so the view stays good
             try:
-                count = receive(view)
+                count = next(self._waits)(view)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError:

@@ -22,7 +22,7 @@ from rpcnb.errors import DeadlineExceeded
 from rpcnb.net import iothread
 from rpcnb.net.interrupt import TICK, Guard
 from rpcnb.net.wire import Ticket, Wire, stop_waiting
-from rpcnb.protocol.shortcut import write_call
+from rpcnb.protocol.shortcut import NOT_PLAIN, write_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -34,6 +34,7 @@ __all__ = ["NO_DEADLINE", "Deadline", "Link"]
 
 _FOREVER = 3600.0
 _LOOK_EVERY = 1.0  # seconds
+_SOON = 0.02  # seconds that waiting in the receiving call takes at most
 _TOGETHER = 32  # requests that wait for a reply to leave together
 
 
@@ -60,6 +61,10 @@ class Deadline:
         if left <= 0:
             raise self.exceeded()
         return left
+
+    def allows(self, seconds: float) -> bool:
+        """Tell whether there is so much time."""
+        return self.at is None or self.at - time.monotonic() > seconds
 
     def exceeded(self) -> DeadlineExceeded:
         """Return the error that says the time is over."""
@@ -204,53 +209,59 @@ class Link:
             raise
         return ticket
 
-    def call(self, handle: int, args: tuple[Any, ...]) -> Ticket | None:
+    def call(self, handle: int, args: tuple[Any, ...]) -> Any:
         """Make a plain call the short way, if nothing else is on the link and all arguments are plain.
 
         Returns:
-            The settled ticket; None when nothing has been sent and the general way must be taken.
+            The plain result, or the settled ticket of any other; NOT_PLAIN when nothing has been sent and the general
+            way must be taken.
         """
         packet = write_call(handle, args)
         if packet is None:
-            return None
+            return NOT_PLAIN
         wire = self.wire
         with Guard() as guard:
             with wire.lock:
                 if self._pumping or wire.tickets or wire.out or wire.garbage or wire.ended is not None:
-                    return None
+                    return NOT_PLAIN
                 ticket = wire.send_call(packet)
                 self._pumping = True
                 self._let_go = self._adopted
             try:
-                if not wire.out and not ticket.done and wire.waits_in_receive and self._receive_value(wire):
-                    return ticket
+                if wire.waits is not None and not (wire.out or ticket.done):
+                    value = self._receive_value(wire, next(wire.waits))
+                    if value is not NOT_PLAIN:
+                        return value
                 self._pump(ticket, bool(wire.out), NO_DEADLINE, guard)
                 if not ticket.done:
                     self.wait(ticket, NO_DEADLINE, guard)
             except BaseException:
                 self.abandon([ticket])
                 raise
-            return ticket
+            return ticket if ticket.value is NOT_PLAIN else ticket.value
 
-    def _receive_value(self, wire: Wire) -> bool:
-        """Wait a moment for a plain result, the commonest of all replies; True if that was all and nobody waits."""
+    def _receive_value(self, wire: Wire, receive: Callable[..., int]) -> Any:
+        """Wait a moment for a plain result, the commonest of all replies; NOT_PLAIN unless that was all."""
         view = wire.endpoint.get_buffer()
         try:
-            count = wire.receive_soon(view)
+            count = receive(view)
+        except (BlockingIOError, InterruptedError):
+            return NOT_PLAIN
         except OSError as error:
             with wire.lock:
                 wire.lost(error)
-            return False
+            return NOT_PLAIN
         except BaseException:  # a foreign signal handler's
             self._leave()
             raise
-        if count < 0:
-            return False
         with wire.lock:
-            if wire.ended is None and wire.take_value(view, count) and not (wire.out or self._sleepers or self.ready):
-                self._pumping = False
-                return True
-        return False
+            if wire.ended is not None:
+                return NOT_PLAIN
+            value = wire.take_value(view, count)
+            if value is NOT_PLAIN or wire.tickets or wire.out or self._sleepers or self.ready:
+                return NOT_PLAIN
+            self._pumping = False
+            return value
 
     def wait(self, ticket: Ticket, deadline: Deadline, guard: Guard) -> None:
         """Return when ``ticket`` is done.
@@ -286,6 +297,9 @@ class Link:
         wire, poll = self.wire, self._poll
         leaving = True
         try:
+            if not blocked and wire.waits is not None and len(wire.tickets) == 1 and deadline.allows(_SOON):
+                self._receive_reply(wire, ticket, next(wire.waits))
+                blocked = bool(wire.out)
             while not ticket.done and wire.ended is None:
                 if blocked != self._polls_write:
                     self._polls_write = blocked
@@ -315,6 +329,28 @@ class Link:
             if self.ready:
                 self._resume_ready()
                 self.settle_in_background()  # what they have sent: nobody pumps any more
+
+    def _receive_reply(self, wire: Wire, ticket: Ticket, receive: Callable[..., int]) -> None:
+        """Wait a moment for the only reply that is owed, in the receiving call itself; then take all of it that came.
+
+        A poll before each receiving call costs 2 us, and on two CPUs the wake-up that trying saves.
+        """
+        if not wire.endpoint.idle:  # else the view may be the memory of somebody who gives it up meanwhile
+            return
+        view = wire.endpoint.get_buffer()
+        try:
+            count = receive(view)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            with wire.lock:
+                wire.lost(error)
+            return
+        with wire.lock:
+            if wire.ended is None:
+                wire.take(count)
+                while not ticket.done and wire.ended is None and wire.fill():
+                    pass
 
     def _resume_ready(self) -> None:
         """Go on with pending operations whose reply has come; without the lock."""

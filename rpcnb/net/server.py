@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb import events
 from rpcnb.errors import AccessDenied
+from rpcnb.net import interval
 from rpcnb.net.address import is_loopback, parse_address, show_address
 from rpcnb.net.connection import ClientState, Connection
 from rpcnb.net.kernel import KernelLoop
@@ -99,6 +100,9 @@ class Server:
         trust_tracker: A match key that the tracker (or proxy) hands out is enough; else a client needs the token too.
         allow_exec: Let clients run Python source here: full trust. True runs it in a thread; or a
             :class:`~rpcnb.runtime.cellrunners.Runner`.
+        switch_interval: Seconds after which a thread that computes in Python lets the server go on, for the process and
+            as long as the server is open; None leaves Python's 5 ms. With 0.0003 calls take less than 0.5 ms beside a
+            busy main thread, which pays for each of them with a hand-over.
 
     Attributes:
         host: Where it listens (or the proxy is).
@@ -143,7 +147,10 @@ class Server:
         allow_origin: Sequence[str] = (),
         trust_tracker: bool = False,
         allow_exec: bool | Runner = False,
+        switch_interval: float | None = None,
     ) -> None:
+        if switch_interval is not None and switch_interval <= 0:
+            raise ValueError(f"expected a switch interval of more than 0 s, got {switch_interval}")
         if not key.isprintable() or any(letter.isspace() for letter in key):
             raise ValueError(f"expected a key without white space, got {key!r}")
         self.name = f"server:{key}" if key else "server"
@@ -233,6 +240,9 @@ class Server:
                 self._own_loop.stop()
             raise
         _servers.add(self)
+        self._switch_interval = switch_interval
+        if switch_interval is not None:
+            interval.hold(switch_interval)
         log.log(self.log_level, "%s %s %s", self.name, "dials" if is_proxy else "listens on", self.address)
 
     @staticmethod
@@ -482,6 +492,8 @@ class Server:
         if self._closed:
             return
         self._closed = True
+        if self._switch_interval is not None:
+            interval.release(self._switch_interval)
         call_in_loop(self.io_loop, self._stop)
         if self.environment.cells is not None:
             self.environment.cells.runner.close()

@@ -18,13 +18,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import RemoteProtocolError, RpcError, SessionClosed, SessionLost, SessionTimeout
+from rpcnb.net.spin import receiving
 from rpcnb.protocol.endpoint import State
 from rpcnb.protocol.flows import TIMEOUT_PREFIX, undo
 from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Raised, Shutdown, encode_packet
 from rpcnb.protocol.shortcut import NOT_PLAIN, read_result, write_call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from rpcnb.protocol.endpoint import Endpoint
     from rpcnb.protocol.messages import Reply, Request
@@ -117,28 +118,15 @@ class Wire:
         self.quick_ack = False
         self._send = sock.send
         self._receive = sock.recv_into
-        self.waits_in_receive = False
+        # For each wait of a moment what to call as `recv_into`; for the pump alone, without lock. None: it cannot wait.
+        self.waits: Iterator[Callable[..., int]] | None = None
 
     def wait_in_receive(self) -> None:
-        """Let :meth:`receive_soon` wait, where the system can still be asked not to."""
+        """Let the pump wait in receiving, where the system can still be asked not to."""
         if _NOW:
             self.sock.setblocking(True)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _MOMENT)
-            self.waits_in_receive = True
-
-    def receive_soon(self, view: memoryview) -> int:
-        """Receive into the endpoint's buffer, waiting a moment; the pump alone, without the lock.
-
-        Returns:
-            Bytes; 0 at the end of the stream, -1 if none came.
-
-        Raises:
-            OSError: The connection is broken.
-        """
-        try:
-            return self._receive(view)
-        except (BlockingIOError, InterruptedError):
-            return -1
+            self.waits = receiving(self._receive)
 
     # -- all below: with the lock held -----------------------------------------------------------------------------
 
@@ -261,25 +249,29 @@ class Wire:
             out.popleft()
         return True
 
-    def fill(self) -> None:
-        """Receive once, and settle the tickets whose replies are complete."""
+    def fill(self) -> bool:
+        """Receive once, and settle the tickets whose replies are complete; False if nothing had come."""
         if self.quick_ack and _QUICKACK is not None and len(self.tickets) != 1:
             self.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
         view = self.endpoint.get_buffer()
         try:
             count = self._receive(view, min(len(view), PIECE), _NOW)
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except OSError as error:
             self.lost(error)
-            return
-        self._take(count)
+            return False
+        if len(self.tickets) == 1 and self.tickets[0].value is NOT_PLAIN:
+            self.take_value(view, count)
+        else:
+            self.take(count)
+        return True
 
     def lost(self, error: OSError) -> None:
         """End the connection after a system call has failed."""
         self.fail(SessionLost(f"session lost: {self.peer}: {error.strerror or error}{self._during()}"))
 
-    def _take(self, count: int) -> None:
+    def take(self, count: int) -> None:
         """Go on with ``count`` bytes that have been received into the endpoint's buffer."""
         endpoint, tickets = self.endpoint, self.tickets
         if count == 0:
@@ -298,20 +290,19 @@ class Wire:
             self._count_received(count)
         self.settle()
 
-    def take_value(self, view: memoryview, count: int) -> bool:
-        """Go on with what has been received into ``view`` while the first ticket was of a call made the short way.
+    def take_value(self, view: memoryview, count: int) -> Any:
+        """Go on with what has been received into ``view`` while one ticket is owed, of a call made the short way.
 
         Returns:
-            It is settled and nothing else is owed.
+            The plain result if it is settled by that; else NOT_PLAIN.
         """
-        tickets = self.tickets
         value = read_result(view, count) if self.endpoint.idle else NOT_PLAIN
         if value is NOT_PLAIN:
-            self._take(count)
+            self.take(count)
         else:
             self.bytes_received += count
             self._settle_plainly(value)
-        return not tickets
+        return value
 
     def _settle_plainly(self, value: Any) -> None:
         """Settle the first ticket, of a call made the short way, with its plain result."""

@@ -62,6 +62,7 @@ _PATIENCE = 0.0005  # seconds for which finished replies wait for others that go
 _BUDGET = 500  # requests in one turn: a burst of small ones must not hold up other sessions (5 ms)
 _MOST_STOPPED = 4096  # cancels that are remembered for requests still to come
 _ENOUGH = 1 << 16  # bytes of replies that go out at once
+_FUNCTION = HandleKind.FUNCTION  # a member by its class's name costs a look-up
 _CONGESTED = 4 << 20  # bytes of unread replies beyond which no further request is performed
 
 
@@ -172,6 +173,7 @@ class Servant:
         self._plain_session: LocalServingSession | None = None  # the session, if nobody overrides how it calls
         self.extended = False  # the peer is rpcnb: exceptions carry class and traceback
         self.over = False
+        self.copies = 0  # copies so far
         self.more = False  # the last turn ended before what has arrived
         self.congested = False  # it ended because replies have not left: to be tried again as soon as they have
         self._copy: tuple[CopyToRemote, memoryview | None, Exception | None] | None = None
@@ -293,12 +295,15 @@ class Servant:
         pos, replies = 0, b""
         give_up = 0.0
         while nbytes - pos >= CALL_BYTES:
-            length = call_length(data, pos)
-            if not CALL_BYTES <= length <= nbytes - pos:
-                break
-            found = read_call(data[pos : pos + length] if pos else data, length)
+            # Most often the bytes are one call.
+            found, length = read_call(data, nbytes) if not pos else None, nbytes
+            if found is None:
+                length = call_length(data, pos)
+                if not CALL_BYTES <= length <= nbytes - pos:
+                    break
+                found = read_call(data[pos : pos + length], length)
             entry = session.table.entry(found[0]) if found is not None else None
-            if found is None or entry is None or entry.kind is not HandleKind.FUNCTION or entry.thing.run != "thread":
+            if found is None or entry is None or entry.kind is not _FUNCTION or entry.thing.run != "thread":
                 break
             function = entry.thing
             self.running = function.name
@@ -492,9 +497,9 @@ class Servant:
         self._copy = (message, None if direct else view, refused)
         self.endpoint.receive_payload(view)
 
-    @staticmethod
-    def _check_copy(meta: TensorMeta, nbytes: int) -> None:
+    def _check_copy(self, meta: TensorMeta, nbytes: int) -> None:
         """Bound a copy by the size it claims, before memory is made for it (protocol.md 5.2)."""
+        self.copies += 1
         if nbytes > meta.nbytes:
             raise LimitExceeded(f"copy of {nbytes} bytes is larger than its tensor of {meta.nbytes} bytes")
 

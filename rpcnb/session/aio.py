@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.net.link import Deadline
 from rpcnb.session.aiolanes import AsyncLanes
-from rpcnb.session.aiooperation import AsyncOperation, AsyncTransfer
+from rpcnb.session.aiooperation import AsyncOperation, AsyncTransfer, AwaitedCall
 from rpcnb.session.base import SessionBase
 from rpcnb.session.cellmethods import AsyncCellMethods
 from rpcnb.session.moving import Moving, Progress, describe_upload, moving_array
@@ -48,6 +48,7 @@ class AsyncSession(AsyncCellMethods, SessionBase):
 
     _types = (AsyncRemoteFunction, AsyncRemoteModule, AsyncRemoteTensor, RemoteObject, AsyncRemoteDevice)
     _lanes: AsyncLanes | None
+    _awaited_call = AwaitedCall
 
     def _make_lanes(self, ticket: str) -> AsyncLanes:
         assert self._dialer is not None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rpcnb.session.moving import Moving
     from rpcnb.session.order import Hold
 
-__all__ = ["AsyncOperation", "AsyncTransfer"]
+__all__ = ["AsyncOperation", "AsyncTransfer", "AwaitedCall"]
 
 
 class AsyncOperation:
@@ -150,6 +150,30 @@ class AsyncOperation:
         age = (self.finished or time.monotonic()) - self.submitted
         name = type(self).__name__
         return f"<{name} {self.id}: {self.function or 'operation'}, {self.state}, {age:.1f} s, {self.session.name}>"
+
+
+class AwaitedCall(AsyncOperation):
+    """A plain call that a task awaits, sent the short way: no flow, nothing named, no time limit, no observers."""
+
+    finished = None
+    deadline = None
+    _waits = False
+    _error = None
+    _tickets = ()  # type: ignore[assignment]  # its one ticket moves no bulk data
+
+    def __init__(self, session: AsyncSession, function: str) -> None:
+        self.id = new_number()
+        self.session = session
+        self.function = function
+        self.submitted = time.monotonic()
+        self._task = asyncio.current_task()
+        session._pending[self.id] = self
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Note the end."""
+        self.finished = time.monotonic()
+        self._error = error
+        self.session._pending.pop(self.id, None)
 
 
 class AsyncTransfer(Measured, AsyncOperation):

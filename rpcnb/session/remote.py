@@ -12,6 +12,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import RemoteError, RemoteProtocolError
+from rpcnb.net.wire import Ticket
 from rpcnb.protocol import flows
 from rpcnb.protocol.shortcut import NOT_PLAIN
 from rpcnb.session.moving import Moving
@@ -116,11 +117,11 @@ class RemoteFunction(_Function):
         """
         session = self.session
         if timeout is None and session.timeout is None and self.epoch == session._epoch and not session.observers:
-            ticket = session._link.call(self.handle, args)  # the short way, if nothing speaks against it
-            if ticket is not None:
-                if ticket.value is not NOT_PLAIN:
-                    return ticket.value
-                return session._ops.wrap(flows.call_result(flows.result_of(ticket.result())))
+            found = session._link.call(self.handle, args)  # the short way, if nothing speaks against it
+            if type(found) is Ticket:
+                return session._ops.wrap(flows.call_result(flows.result_of(found.result())))
+            if found is not NOT_PLAIN:
+                return found
         if self.handle & 1 and (timeout is not None or session.timeout is not None) and session._lanes is not None:
             return wait_or_cancel(self.submit(*args, timeout=timeout))  # its time limit goes to the server
         return session._run(session._ops.call(self, args), timeout, self.name, args)
@@ -216,9 +217,27 @@ class AsyncRemoteFunction(_Function):
 
     async def __call__(self, *args: Any, timeout: float | None = None) -> Any:
         """Call the function and await its result; arguments and errors as :class:`RemoteFunction`."""
-        queued = not self.handle & 1 and not any(type(value).__name__ == "ndarray" for value in args)
-        flow = self.session._ops.call(self, args)
-        return await self.session._run(flow, timeout, self.name, args, queued=queued)
+        session = self.session
+        later = self.handle & 1 and session._lanes is not None
+        plain = not later and timeout is None and session.timeout is None and self.epoch == session._epoch
+        ticket = session._link.call(self.handle, args) if plain and not session.observers else None
+        if ticket is None:
+            queued = not self.handle & 1 and not any(type(value).__name__ == "ndarray" for value in args)
+            return await session._run(session._ops.call(self, args), timeout, self.name, args, queued=queued)
+        # The short way: 32 us -> 22 us on one CPU, 25 us -> 19 us with uvloop.
+        link = session._link
+        call = session._awaited_call(session, self.name)
+        try:
+            if not ticket.done:
+                await link.settled(ticket)
+        except BaseException as error:
+            call.end(error)
+            link.abandon([ticket])
+            raise
+        call.end()
+        if ticket.value is not NOT_PLAIN:
+            return ticket.value
+        return session._ops.wrap(flows.call_result(flows.result_of(ticket.result())))
 
 
 class _Device:
