@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from jupyter_core.utils import ensure_event_loop
 
 import rpcnb
 from rpcnb.runtime.registry import Registry
@@ -27,6 +28,7 @@ LASTING_THREADS = ("rpcnb-io", "rpcnb-tasks", "rpcnb-parallel", "pytest_timeout"
 def _lasting_things(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Make what lasts as long as the process before any test is watched for leaks."""
     _background_loop()
+    ensure_event_loop()  # on which jupyter_client's blocking methods run
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with SIG_IGN
     os.environ["RPCNB_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("runtime") / "rpcnb")
 

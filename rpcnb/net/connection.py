@@ -116,6 +116,17 @@ class Connection:
         calls = tuple((call.id, call.name, time.monotonic() - call.since) for call in started)
         return ClientState(self.peer, state, function, age, servant.endpoint.buffered, calls)
 
+    def waits_for_kernel(self, number: int | None) -> bool:
+        """Tell whether a request, or the started call of this number, waits for the kernel's loop, or runs there."""
+        servant = self.servant
+        if servant is None:
+            return False
+        if number is None:
+            return self._for_kernel and servant.running is not None
+        session = servant.session
+        started = session.calls.running if isinstance(session, LocalServingSession) else []
+        return any(call.for_kernel for call in started if call.id == number)
+
     # -- handshake -----------------------------------------------------------------------------------------------
 
     def ready(self) -> None:
@@ -409,7 +420,10 @@ class Connection:
         servant = self.servant
         assert servant is not None
         try:
-            servant.perform(message)
+            if servant.cancelled:  # while a cell kept the kernel busy
+                servant.refuse_cancelled()
+            else:
+                servant.perform(message)
         finally:  # an interrupt of the kernel, say
             self._flush()
             self._give_back(servant)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import DeadlineExceeded
 from rpcnb.net import iothread
 from rpcnb.net.interrupt import TICK, Guard
+from rpcnb.net.kernel import refuse_deadlock
 from rpcnb.net.wire import Ticket, Wire, stop_waiting
 from rpcnb.protocol.shortcut import NOT_PLAIN, write_call
 
@@ -305,6 +306,8 @@ class Link:
                     self._polls_write = blocked
                     poll.modify(wire.sock, select.POLLIN | select.POLLOUT if blocked else select.POLLIN)
                 ready = guard.poll(poll, _FOREVER if deadline.at is None else deadline.left())
+                if not ready and not poll.poll(0):
+                    self._refuse_deadlock(ticket)
                 with wire.lock:
                     for fd, events in ready:
                         if fd == self._wake_reader:
@@ -352,6 +355,11 @@ class Link:
                 while not ticket.done and wire.ended is None and wire.fill():
                     pass
 
+    def _refuse_deadlock(self, ticket: Ticket) -> None:
+        """Refuse to wait in a notebook's kernel for this very kernel; called when nothing has come for a while."""
+        if not ticket.done:
+            refuse_deadlock(*ticket.owed_at(self.wire.sock))
+
     def _resume_ready(self) -> None:
         """Go on with pending operations whose reply has come; without the lock."""
         while self.ready:
@@ -374,7 +382,7 @@ class Link:
         staying = False
         try:
             while not guard.wait(lambda limit: gate.acquire(timeout=limit), min(deadline.left(), TICK * 4)):
-                pass
+                self._refuse_deadlock(ticket)
             staying = True
         finally:
             with self.wire.lock:

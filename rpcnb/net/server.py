@@ -165,7 +165,7 @@ class Server:
         self.limits = limits or Limits()
         # With a tracker or a proxy one session at a time, as in TVM: whoever got the board has it alone.
         self.max_sessions = 1 if max_sessions is None and (tracker_addr or is_proxy) else max_sessions
-        self.kernel = KernelLoop.running()
+        self.kernel = KernelLoop.running(self._waits_for_kernel)
         self.log_level = logging.DEBUG if silent else logging.INFO
         self.workers = WorkerPool("rpcnb")
         self.lanes = Lanes()
@@ -466,6 +466,14 @@ class Server:
         """Seconds for which a blocking cell has kept a function with ``run="kernel"`` waiting; None if none does."""
         since = None if self.kernel is None else self.kernel.busy_since
         return None if since is None else time.monotonic() - since
+
+    def _waits_for_kernel(self, address: object, number: int | None) -> bool:
+        """Tell whether the client at ``address`` waits for a function on the kernel's loop."""
+        return any(
+            connection.waits_for_kernel(number)
+            for connection in list(self._connections)
+            if connection.address == address
+        )
 
     def _status(self) -> dict[str, Any]:
         busy = self.kernel_busy

@@ -75,6 +75,10 @@ class Ticket:
         self.ordinal = 0
         self.waker: Callable[[], object] | None = None
 
+    def owed_at(self, sock: socket.socket) -> tuple[socket.socket | None, int | None]:
+        """Return which connection owes it, where ``sock`` is waited on, and the number if it is a started call."""
+        return sock, None
+
     @property
     def failure(self) -> Exception:
         """Why there is no reply."""

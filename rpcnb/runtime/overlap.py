@@ -104,9 +104,10 @@ class Started(Stoppable):
         id: The client's number.
         name: What runs, for people.
         since: ``time.monotonic()`` of its start.
+        for_kernel: It runs on the notebook kernel's loop, or waits for it.
     """
 
-    __slots__ = ("_calls", "finished", "id", "name", "since", "timer")
+    __slots__ = ("_calls", "finished", "for_kernel", "id", "name", "since", "timer")
 
     def __init__(self, calls: Calls, number: int, name: str) -> None:
         super().__init__()
@@ -116,6 +117,7 @@ class Started(Stoppable):
         self.name = name
         self.since = time.monotonic()
         self.finished = False
+        self.for_kernel = False
 
     def __call__(self, result: Any = None) -> None:
         """Complete with an encoded return sequence."""
@@ -205,7 +207,8 @@ class Calls:
             call.error(error)
             return
         if place == "kernel" and session.environment.run_in_kernel is not None:
-            session.environment.run_in_kernel(lambda: self._perform(call, handle, args))
+            call.for_kernel = True
+            session.environment.run_in_kernel(lambda: self._perform_if_wanted(call, handle, args))
         elif place in ("thread", "kernel"):
             with self._lock:
                 self._plain.append((call, handle, args))
@@ -224,8 +227,12 @@ class Calls:
                     self._plain_runs = False
                     return
                 call, handle, args = self._plain.popleft()
-            if not call.finished:
-                self._perform(call, handle, args)
+            self._perform_if_wanted(call, handle, args)
+
+    def _perform_if_wanted(self, call: Started, handle: int, args: tuple[Value, ...]) -> None:
+        """Perform a call, unless it was given up while it waited."""
+        if not call.finished:
+            self._perform(call, handle, args)
 
     def _perform(self, call: Started, handle: int, args: tuple[Value, ...]) -> None:
         token = CALL.set(call)

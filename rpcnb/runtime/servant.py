@@ -252,8 +252,12 @@ class Servant:
             self._stopped = {ordinal for ordinal in self._stopped if ordinal > self.ordinal}
         if not stopped or type(message) is not CallFunc:
             return False
-        self._answer(self.exception(call_cancelled()))
+        self.refuse_cancelled()
         return True
+
+    def refuse_cancelled(self) -> None:
+        """Answer a call that was given up before it began."""
+        self._answer(self.exception(call_cancelled()))
 
     def _placement(self, message: Message) -> str:
         """Tell where a request should be performed: only calls and copies within a device can take long."""

@@ -25,6 +25,7 @@ from rpcnb.runtime.overlap import CANCEL, CANCEL_AT, NEXT, START, Emitted, read_
 
 if TYPE_CHECKING:
     import asyncio
+    import socket
     import threading
     from collections.abc import Callable, Iterable, Iterator
 
@@ -84,6 +85,10 @@ class StartedTicket(Ticket):
         self.control = control
         self.on_begun: Callable[[], object] | None = None
         self.on_output: Callable[[bytes], object] | None = None
+
+    def owed_at(self, sock: socket.socket) -> tuple[socket.socket | None, int | None]:
+        """Return its control lane and its number."""
+        return self.control.link.wire.sock, self.number
 
 
 class Control:

@@ -33,6 +33,7 @@ from rpcnb.session.remote import FunctionNames, RemoteFunction, raise_first
 from rpcnb.session.watch import Watch, new_number
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Generator
 
     from rpcnb.protocol.flows import Flow
@@ -318,7 +319,7 @@ class Pending(Future[Any]):
         if iothread.IO_THREAD.is_current():
             raise DeadlockError(f"waiting for {self.function} in the thread that would have to finish it")
         limit = NO_DEADLINE if timeout is None else Deadline(timeout, self.function)
-        link, ticket = self._link, Ticket(None)
+        link, ticket = self._link, _End(self)
         with Guard() as guard:
             with link.wire.lock:
                 if self._settled:
@@ -329,6 +330,11 @@ class Pending(Future[Any]):
             finally:
                 with link.wire.lock:
                     self._waiting.remove(ticket)
+
+    def owed_at(self) -> tuple[socket.socket | None, int | None]:
+        """Return which connection owes what it waits for, and the number if that is a started call."""
+        waits = self._waits_for
+        return (None, None) if waits is None else waits.owed_at(self._link.wire.sock)
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Call ``fn(pending)`` at the end, in the I/O thread."""
@@ -391,6 +397,20 @@ class _Recorder:
         on_output: Any = None,
     ) -> Any:
         raise _Recorded(Work(flow, what, moving=moving, on_output=on_output))
+
+
+class _End(Ticket):
+    """What waits for the end of an operation."""
+
+    __slots__ = ("_operation",)
+
+    def __init__(self, operation: Pending) -> None:
+        super().__init__(None)
+        self._operation = operation
+
+    def owed_at(self, sock: socket.socket) -> tuple[socket.socket | None, int | None]:
+        """Return what the operation waits for."""
+        return self._operation.owed_at()
 
 
 class Work(NamedTuple):

@@ -20,6 +20,8 @@ from rpcnb.session.pending import Pending
 from rpcnb.session.watch import new_number
 
 if TYPE_CHECKING:
+    import socket
+
     from rpcnb.net.wire import Ticket
     from rpcnb.session.remote import RemoteFunction
     from rpcnb.session.session import Session
@@ -85,6 +87,10 @@ class PlainCall(Pending):
         if self._exception is not None:
             raise self._exception
         return self._result
+
+    def owed_at(self) -> tuple[socket.socket | None, int | None]:
+        """Return the session's connection: replies come in order."""
+        return self._link.wire.sock, None
 
     def resume(self) -> None:
         """Take the reply; called by whoever received it, outside the lock."""

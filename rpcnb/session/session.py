@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import DeadlockError
 from rpcnb.net import iothread
 from rpcnb.net.interrupt import TICK, Guard
+from rpcnb.net.kernel import refuse_deadlock
 from rpcnb.net.link import NO_DEADLINE, Deadline
 from rpcnb.protocol.shortcut import write_call
 from rpcnb.session.base import SessionBase
@@ -177,7 +178,9 @@ class Session(CellMethods, SessionBase):
                 raise DeadlockError("waiting for an earlier operation in the thread that would have to finish it")
             with Guard() as guard:
                 while not guard.wait(lambda limit: gate.acquire(timeout=limit), min(deadline.left(), TICK)):  # noqa: B023
-                    pass
+                    for pending in self.pending:
+                        if pending._hold is hold:
+                            refuse_deadlock(*pending.owed_at())
 
     def _submit_plainly(self, function: RemoteFunction, args: tuple[Any, ...]) -> Pending | None:
         """Submit a call of a plain function with plain arguments the short way, unless something speaks against it."""

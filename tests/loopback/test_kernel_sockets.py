@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from conftest import eventually
 
 import rpcnb
+from rpcnb.errors import DeadlockError
 from rpcnb.runtime.registry import Registry
 
 Serve = Callable[..., Any]
@@ -35,6 +37,72 @@ def test_run_kernel_runs_on_the_loop_in_which_the_server_was_made(registry: Regi
             server.close()
 
     assert asyncio.run(main()) == [True, False, True, False, True]
+
+
+WAYS: dict[str, Callable[[rpcnb.Session], object]] = {
+    "call": lambda session: session.get_function("where")(),
+    "call with a time limit": lambda session: session.get_function("where")(timeout=20),
+    "call by name": lambda session: session.call("where"),
+    "submitted": lambda session: session.get_function("where").submit().result(),
+    "submitted by name": lambda session: session.submit(session.call, "where").result(),
+    "map": lambda session: session.get_function("where").map([]) or session.get_function("echo").map([1, 2]),
+    "behind one": lambda session: (session.get_function("where").submit(), session.call("plain"))[1],
+    "on a tensor in use": lambda session: _use_twice(session, session.empty((4,))),
+}
+
+
+def _use_twice(session: rpcnb.Session, tensor: Any) -> Any:
+    session.get_function("echo").submit(tensor)
+    return tensor.numpy()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_n2_waiting_for_ones_own_loop_is_refused(registry: Registry, way: str) -> None:
+    ran: list[int] = []
+    registry.register("where", lambda: ran.append(1), run="kernel")
+    registry.register("echo", lambda x: x, run="kernel")
+    registry.register("plain", lambda: 3)
+
+    async def main() -> None:
+        with rpcnb.Server(port=0, registry=registry, silent=True) as server, rpcnb.connect(server.address) as session:
+            where, plain = session.get_function("where"), session.get_function("plain")
+            start = time.monotonic()
+            with pytest.raises(DeadlockError, match="await"):
+                WAYS[way](session)
+            assert time.monotonic() - start < 5
+            for pending in session.pending:  # a submitted one goes on
+                pending.cancel()
+            held_up = [one.servant for one in server._connections if one.waits_for_kernel(None)]
+            eventually(lambda: all(one is not None and one.cancelled for one in held_up), "the cancelling")
+            assert await where.submit() is None
+            assert await plain.submit() == 3
+            assert len(ran) == 1, "what was given up has not run"
+
+    asyncio.run(main())
+
+
+def test_n2_waiting_for_something_else_is_not_refused(registry: Registry) -> None:
+    async def slowly() -> int:
+        await asyncio.sleep(0.7)
+        return 7
+
+    registry.register("where", lambda: threading.current_thread() is threading.main_thread(), run="kernel")
+    registry.register("slowly", slowly)
+    registry.register("slow", lambda: time.sleep(0.7))
+
+    async def main() -> None:
+        with (
+            rpcnb.Server(port=0, registry=registry, silent=True) as server,
+            rpcnb.connect(server.address) as session,
+            rpcnb.connect(server.address) as other,
+        ):
+            slowly = session.get_function("slowly")
+            where = session.get_function("where").submit()
+            assert slowly.submit().result() == 7, "it is on another lane"
+            assert other.call("slow") is None
+            assert await where
+
+    asyncio.run(main())
 
 
 def test_run_kernel_without_a_loop_is_a_worker(serve: Serve, registry: Registry) -> None:
