@@ -105,6 +105,8 @@ class CellMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         number = self.shell.displayhook.prompt_count  # of this cell, in every version
         return f"In[{number}] on {session.name}"
 
+    rpc.parser = _rpc_cell.parser  # type: ignore[attr-defined]  # magic_arguments gives it; its options complete
+
     def _run(self, session: Session, source: str, timeout: float | None) -> CellResult | None:
         name = self._name(session)
         try:

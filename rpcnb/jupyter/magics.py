@@ -171,6 +171,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @argument("--share", action="store_true", help="print the line that a colleague pastes")
     @argument("--run", choices=("thread", "kernel"), default="thread", help="where plain functions run")
     @argument("--max-sessions", type=int, help="sessions at once")
+    @argument("--switch-interval", type=float, metavar="S", help="0.0003: quick answers beside a busy main thread")
     @argument("--stop", action="store_true", help="end the server")
     def rpc_serve(self, line: str) -> Server | None:
         """Make this kernel a device: serve the functions that its cells register."""
@@ -190,6 +191,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
             allow_exec=options.allow_exec,
             run=options.run,
             max_sessions=options.max_sessions,
+            switch_interval=options.switch_interval,
         )
         for text in [*paste_lines(server), *(share_lines(server) if options.share else ())]:
             say(text)
