@@ -57,7 +57,7 @@ class ClientState(NamedTuple):
             (waiting for the notebook's kernel, which is busy with a cell).
         function: What is in progress.
         age: Seconds a parked request has waited.
-        queued: Bytes of requests behind it.
+        queued: Requests behind it.
         calls: Calls that were started and overlap: number, function and age of each.
     """
 
@@ -114,7 +114,7 @@ class Connection:
         session = servant.session
         started = session.calls.running if isinstance(session, LocalServingSession) else []
         calls = tuple((call.id, call.name, time.monotonic() - call.since) for call in started)
-        return ClientState(self.peer, state, function, age, servant.endpoint.buffered, calls)
+        return ClientState(self.peer, state, function, age, servant.endpoint.waiting, calls)
 
     def waits_for_kernel(self, number: int | None) -> bool:
         """Tell whether a request, or the started call of this number, waits for the kernel's loop, or runs there."""

@@ -105,6 +105,16 @@ class PacketReader:
         return self._end - self._start
 
     @property
+    def waiting(self) -> int:
+        """Packets in the buffer, the last perhaps not whole; a look that any thread may take, so it may be off by some."""
+        view, pos, count = self._view, self._start, 0
+        if self._parser is None:
+            while pos + 8 <= self._end:
+                pos += 8 + _LENGTH.unpack_from(view, pos)[0]
+                count += 1
+        return count
+
+    @property
     def idle(self) -> bool:
         """Tell whether the next byte begins a packet, and would stand at the start of the buffer."""
         return self._start == self._end and self._parser is None and self._payload_message is None

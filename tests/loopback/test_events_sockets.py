@@ -144,7 +144,7 @@ def test_a_server_says_what_its_clients_wait_for(serve: Serve, functions: Regist
         assert states["parked"].function == "later"
         assert states["parked"].age >= 0
         assert states["running"].function == "block"
-        eventually(lambda: next(one.queued for one in server.pending if one.state == "parked") > 0)
+        eventually(lambda: next(one.queued for one in server.pending if one.state == "parked") == 1)
         release.set()
         assert (parked.result(), queued.result(), running.result()) == (0.4, 3, True)
         eventually(lambda: {one.state for one in server.pending} == {"idle"})

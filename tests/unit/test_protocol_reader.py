@@ -645,3 +645,17 @@ def test_bulk_left_counts_a_packet_that_is_taken_piece_by_piece() -> None:
     server.receive_data(data[1000:])
     assert server.next_message() == CallFunc(1, (bytes(1 << 18),))
     assert server.bulk_left == 0
+
+
+def test_packets_that_wait_are_counted() -> None:
+    server = Endpoint(Role.SERVER)
+    assert server.waiting == 0
+    call = bytes.fromhex("1000000000000000 03000000 2a00000000000000 00000000")
+    server.receive_data(call * 3 + call[:10])
+    assert server.waiting == 4
+    server.next_message()
+    assert server.waiting == 3
+    piecewise = Endpoint(Role.SERVER)
+    piecewise.receive_data(struct.pack("<Qi", 1 << 20, 3) + call)
+    piecewise.next_message()  # a large one, read as it comes
+    assert piecewise.waiting == 0

@@ -219,7 +219,7 @@ const DRAW = {
     keep(row.list, (row.clients = row.clients || new Map()), rows, (one) => one.key, (line, one) => {
       line.title(one.peer ? `client ${one.peer}` : "");
       line.state(one.state, one.function);
-      const queued = one.queued ? `${bytes(one.queued)} of requests behind it` : "";
+      const queued = one.queued ? `${some(one.queued, "request")} behind it` : "";
       put(line.figure, [one.since && span(now - one.since), queued].filter(Boolean).join(", "));
     }, row.send);
   },
