@@ -106,7 +106,7 @@ class PacketReader:
 
     @property
     def waiting(self) -> int:
-        """Packets in the buffer, the last perhaps not whole; a look that any thread may take, so it may be off by some."""
+        """Packets in the buffer, the last perhaps not whole; any thread may look, so it may be off by some."""
         view, pos, count = self._view, self._start, 0
         if self._parser is None:
             while pos + 8 <= self._end:

@@ -12,11 +12,12 @@ import contextvars
 import json
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 __all__ = ["CellOutput", "current_output", "mime_json", "output_to"]
 
@@ -53,10 +54,17 @@ class CellOutput:
     Args:
         way: Takes pieces to the client while the cell runs; None where they cannot travel meanwhile.
         later: Calls a function after some seconds, in another thread.
+        shield: Lets no interrupt of the cell strike meanwhile.
     """
 
-    def __init__(self, way: Way | None, later: Callable[[float, Callable[[], object]], object]) -> None:
+    def __init__(
+        self,
+        way: Way | None,
+        later: Callable[[float, Callable[[], object]], object],
+        shield: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._way = way
+        self._shield = shield
         self._later = later
         self._lock = threading.Lock()
         self._stream = "stdout"
@@ -68,6 +76,10 @@ class CellOutput:
 
     def write(self, stream: str, text: str) -> None:
         """Take printed text; waits while the client does not keep up."""
+        with self._shield():
+            self._take_text(stream, text)
+
+    def _take_text(self, stream: str, text: str) -> None:
         self._await_room()
         with self._lock:
             if stream != self._stream and self._text:
@@ -82,14 +94,15 @@ class CellOutput:
 
     def show(self, data: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Take something that was displayed: a MIME bundle."""
-        self._await_room()
-        with self._lock:
-            self._send_text()
-            self._send({"display": mime_json(data), "metadata": metadata})
+        with self._shield():
+            self._await_room()
+            with self._lock:
+                self._send_text()
+                self._send({"display": mime_json(data), "metadata": metadata})
 
     def flush(self) -> None:
         """Send what has been printed so far."""
-        with self._lock:
+        with self._shield(), self._lock:
             self._send_text()
 
     def _arm(self) -> None:

@@ -11,11 +11,13 @@ import ctypes
 import logging
 import queue
 import signal
+import sys
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Job", "MainThread", "Runner", "Worker"]
 
@@ -41,6 +43,7 @@ class Runner:
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._current: Job | None = None
+        self._shielded = self._held = self._sent = False
 
     def submit(self, job: Job) -> None:
         """Run ``job`` when those before it have ended."""
@@ -50,30 +53,55 @@ class Runner:
         """Raise KeyboardInterrupt in ``job`` if it is the one that runs; from any thread."""
         with self._lock:
             if self._current is job:
-                self._raise(job)
+                self._strike(job)
+
+    def _strike(self, job: Job) -> None:
+        if self._shielded:
+            self._held = True
+        else:
+            self._sent = True
+            self._raise(job)
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """Let no interrupt strike inside: what sends a cell's output must not be torn. It strikes at the end."""
+        with self._lock:
+            self._shielded = True
+            self._take_back()
+            self._held = self._sent and not _is_handled()  # it had been sent, and has not arrived
+            self._sent = False
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._shielded = False
+                held, self._held = self._held, False
+            if held:
+                raise KeyboardInterrupt
 
     def _raise(self, job: Job) -> None:
         raise NotImplementedError
 
     def _perform(self, job: Job) -> None:
-        try:
-            self._current = job
-            job.run()
-        except KeyboardInterrupt:
-            log.debug("an interrupt came when its cell had just ended")
-        while not self._settled():
-            pass
+        begun = over = False
+        while not over:
+            try:
+                if not begun:
+                    begun = True
+                    self._current = job
+                    job.run()
+                self._settle()
+                over = True
+            except KeyboardInterrupt:  # noqa: PERF203  # it must come to its end
+                log.debug("an interrupt came when its cell had just ended")
         job.finish()
 
-    def _settled(self) -> bool:
-        """Let no interrupt come from now on; False if one came just then."""
-        try:
-            with self._lock:
-                self._current = None
-                self._take_back()
-            return True
-        except KeyboardInterrupt:  # pragma: no cover  # a matter of a microsecond
-            return False
+    def _settle(self) -> None:
+        """Let no interrupt come from now on."""
+        with self._lock:
+            self._current = None
+            self._take_back()
+            self._sent = self._held = False
 
     def _take_back(self) -> None:
         """Take back an interrupt that has not arrived."""
@@ -83,7 +111,7 @@ class Runner:
         self._jobs.put(None)
         with self._lock:
             if self._current is not None:
-                self._raise(self._current)
+                self._strike(self._current)
 
 
 class MainThread(Runner):
@@ -116,8 +144,16 @@ class MainThread(Runner):
 
     def _on_signal(self, *_: Any) -> None:
         wanted, self._wanted = self._wanted, None
-        if wanted is not None and wanted is self._current:  # else it has ended meanwhile
+        if wanted is None or wanted is not self._current:
+            return  # it has ended meanwhile
+        self._sent = False
+        if self._shielded:
+            self._held = True
+        else:
             raise KeyboardInterrupt
+
+    def _take_back(self) -> None:
+        self._wanted = None
 
 
 class Worker(Runner):
@@ -144,6 +180,14 @@ class Worker(Runner):
 
     def _take_back(self) -> None:
         _set_exception(self._thread, None)
+
+
+def _is_handled() -> bool:
+    """Tell whether this thread is handling a KeyboardInterrupt: then it has arrived."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _set_exception(thread: threading.Thread | None, what: Any) -> None:

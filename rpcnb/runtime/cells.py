@@ -66,7 +66,7 @@ class _Cell:
         completion = CALL.get()
         self._completion = completion
         way: Any = completion if hasattr(completion, "emit") else None
-        self.output = CellOutput(way, session.environment.later)
+        self.output = CellOutput(way, session.environment.later, cells.runner.shield)
 
     def run(self) -> None:
         """Run it; an interrupt may come at any moment."""

@@ -284,6 +284,70 @@ def test_a_worker_is_interrupted_between_two_bytecodes() -> None:
     runner.close()
 
 
+class Printer(Sleeper):
+    """A job that is interrupted while its output is being sent."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        self.runner = runner
+        self.sent = 0
+        self.torn = False
+
+    def run(self) -> None:
+        try:
+            while True:
+                with self.runner.shield():
+                    self.torn = True
+                    self.begun.set()
+                    time.sleep(0.002)
+                    self.sent += 1
+                    self.torn = False
+        except KeyboardInterrupt:
+            self.ended = "interrupted"
+            with self.runner.shield():
+                self.sent += 1  # what it has to say of that is no further interrupt
+
+
+@pytest.mark.parametrize("kind", [MainThread, Worker])
+def test_an_interrupt_never_tears_what_sends_output(kind: Any) -> None:
+    runner, end = kind(), threading.Event()
+    printers = [Printer(runner) for _ in range(30)]
+
+    def press() -> None:
+        for number, job in enumerate(printers):
+            assert job.begun.wait(10)
+            time.sleep(number * 0.0002)  # at another instant each time
+            runner.interrupt(job)
+            assert job.finished.wait(10)
+        end.set()
+
+    for job in printers:
+        runner.submit(job)
+    thread = threading.Thread(target=press)
+    thread.start()
+    if kind is MainThread:
+        runner.run(end.wait)
+    thread.join()
+    runner.close()
+    assert {(job.ended, job.torn) for job in printers} == {("interrupted", False)}
+
+
+def test_an_interrupt_that_was_held_back_is_known_to_have_arrived() -> None:
+    runner = Worker()
+    runner._sent = True  # and nobody knows whether it has arrived
+    with pytest.raises(KeyboardInterrupt), runner.shield():
+        pass
+    runner._sent = True
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        try:
+            raise ValueError("while handling it")
+        except ValueError:
+            with runner.shield():
+                pass
+
+
 def test_a_connection_that_is_reset_before_our_key_was_sent_is_no_server() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
