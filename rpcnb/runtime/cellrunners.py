@@ -23,6 +23,8 @@ __all__ = ["Job", "MainThread", "Runner", "Worker"]
 
 log = logging.getLogger(__name__)
 
+_AGAIN = 0.2  # seconds after which a signal that was not noticed is sent again
+
 
 class Job(Protocol):
     """One cell, as a runner sees it."""
@@ -140,7 +142,19 @@ class MainThread(Runner):
 
     def _raise(self, job: Job) -> None:
         self._wanted = job
+        self._signal()
+
+    def _signal(self) -> None:
+        """Send the signal; again until it is noticed: one that slips in just before a system call does not end it."""
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        timer = threading.Timer(_AGAIN, self._signal_again)
+        timer.daemon = True
+        timer.start()
+
+    def _signal_again(self) -> None:
+        with self._lock:
+            if self._wanted is not None and self._wanted is self._current:
+                self._signal()
 
     def _on_signal(self, *_: Any) -> None:
         wanted, self._wanted = self._wanted, None

@@ -255,6 +255,32 @@ def test_a_main_thread_runs_jobs_until_the_end_and_is_interrupted() -> None:
     assert all(job.finished.is_set() for job in (quick, *sleepers))
 
 
+def test_a_signal_that_is_not_noticed_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, job, end = MainThread(), Sleeper(), threading.Event()
+    send, sent = signal.pthread_kill, []
+
+    def lose_the_first(*args: Any) -> None:
+        sent.append(args)
+        if len(sent) > 1:
+            send(*args)
+
+    monkeypatch.setattr(signal, "pthread_kill", lose_the_first)
+
+    def press() -> None:
+        assert job.begun.wait(10)
+        runner.interrupt(job)
+        assert job.finished.wait(10)
+        end.set()
+
+    runner.submit(job)
+    thread = threading.Thread(target=press)
+    thread.start()
+    runner.run(end.wait)
+    thread.join()
+    assert (job.ended, len(sent)) == ("interrupted", 2)
+    eventually(lambda: not [one for one in threading.enumerate() if isinstance(one, threading.Timer)], "the timers")
+
+
 def test_an_interrupt_that_comes_late_hits_nobody() -> None:
     runner = MainThread()
     runner._wanted = Sleeper()
