@@ -101,6 +101,7 @@ class Kernel:
 
     Attributes:
         runtime: Where its servers publish their addresses and tokens.
+        temporary: Where it puts temporary files.
         messages: All messages on iopub so far.
     """
 
@@ -108,12 +109,15 @@ class Kernel:
         self._folder = Path(tempfile.mkdtemp(prefix="rpcnb-kernel-")) if folder is None else folder
         self._own = folder is None
         self.runtime = self._folder / "rpcnb"
+        self.temporary = self._folder / "tmp"
+        self.temporary.mkdir()
         mine = {"IPYTHONDIR": str(self._folder / "ipython"), "RPCNB_RUNTIME_DIR": str(self.runtime)}
+        mine["TMPDIR"] = str(self.temporary)
         self._environment = {**os.environ, **mine, "RPCNB_NONINTERACTIVE": "1", **environment}
         self._cells: dict[str, Cell] = {}
         self.messages: list[dict[str, Any]] = []
         self._log = (self._folder / "kernel.log").open("ab")
-        self._manager = KernelManager(kernel_name="python3")
+        self._manager = KernelManager(kernel_name="python3", shutdown_wait_time=2.0)
         self._begin()
 
     def _begin(self) -> None:
