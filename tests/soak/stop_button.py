@@ -142,9 +142,9 @@ def _press(kernel: Kernel, kind: str, delay: float, seen: Presses) -> None:
 
 def _check(kernel: Kernel, number: int, kind: str, seen: Presses) -> None:
     for source in (f"check({number})", f"await check_there({number})"):
-        cell = _begin(kernel, source).wait(60)
-        if cell.error:
-            seen.lost.append(f"after a press in {kind!r}:\n{cell.trace}")
+        cell = _begin(kernel, f"{source}\nprint('right')").wait(60)
+        if cell.error or cell.out != "right\n":
+            seen.lost.append(f"after a press in {kind!r}:\n{cell.trace}{cell.out}")
 
 
 def _press_in_one_kernel(presses: int, chance: random.Random, seen: Presses, longest: float) -> None:
