@@ -19,7 +19,7 @@ _START_SECONDS = 20.0
 
 
 class DemoBoard:
-    """A demo board in a process of its own; it ends with this process, or at ``close()``.
+    """A demo board in a process of its own; it ends with this process, also if that is killed, or at ``close()``.
 
     Args:
         link: ``RATE,LATENCY`` of its link, for example ``"20M,5ms"``; None for the plain loopback.
@@ -30,26 +30,37 @@ class DemoBoard:
     """
 
     def __init__(self, link: str | None = None) -> None:
-        from rpcnb.command.serve import ready
+        with tempfile.TemporaryDirectory(prefix="rpcnb-demo-") as folder:
+            file = Path(folder) / "ready.json"
+            self._start(file, link)
+            try:
+                content = self._await(file)
+            except BaseException:  # an interrupt, say
+                self.close()
+                raise
+        self.address = f"{content['host']}:{content['port']}"
+        self.pid = self._process.pid
 
-        self._folder = tempfile.TemporaryDirectory(prefix="rpcnb-demo-")
-        file = Path(self._folder.name) / "ready.json"
+    def _start(self, file: Path, link: str | None) -> None:
         command = [sys.executable, "-m", "rpcnb", "serve", "--demo", "--port", "0", "--key", "demo"]
         command += ["--silent", "--allow-exec"]  # it has a token, and is this user's own
+        command += ["--until-eof"]  # nobody writes to it: the pipe ends with this process
         command += ["--ready-file", str(file), *(["--link", link] if link else [])]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
         )
         atexit.register(self.close)
-        content: dict[str, Any] | None = None
+
+    def _await(self, file: Path) -> dict[str, Any]:
+        """Return what the process writes when it is ready."""
+        from rpcnb.command.serve import ready
+
         give_up = time.monotonic() + _START_SECONDS
         while (content := ready(file)) is None:
             if self._process.poll() is not None or time.monotonic() > give_up:
-                self.close()
                 raise RuntimeError("the demo board did not start; try `rpcnb serve --demo` in a terminal")
             time.sleep(0.02)
-        self.address = f"{content['host']}:{content['port']}"
-        self.pid = self._process.pid
+        return content
 
     @property
     def alive(self) -> bool:
@@ -66,7 +77,8 @@ class DemoBoard:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._folder.cleanup()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
     def __enter__(self) -> DemoBoard:
         return self

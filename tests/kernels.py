@@ -34,7 +34,8 @@ class Cell:
     Attributes:
         id: Of the request; messages of the cell name it.
         messages: All of its messages on iopub, in order.
-        begun: ``time.monotonic()`` at which the kernel took it up; ``ended`` likewise, when it was idle again.
+        begun: ``time.monotonic()`` at which the kernel ran it; ``ended`` likewise, when it was idle again. Between
+            its word that it is busy and this, ipykernel ignores interrupts.
     """
 
     def __init__(self, kernel: Kernel, number: str) -> None:
@@ -101,6 +102,7 @@ class Kernel:
 
     Attributes:
         runtime: Where its servers publish their addresses and tokens.
+        temporary: Where it puts temporary files.
         messages: All messages on iopub so far.
     """
 
@@ -108,12 +110,15 @@ class Kernel:
         self._folder = Path(tempfile.mkdtemp(prefix="rpcnb-kernel-")) if folder is None else folder
         self._own = folder is None
         self.runtime = self._folder / "rpcnb"
+        self.temporary = self._folder / "tmp"
+        self.temporary.mkdir()
         mine = {"IPYTHONDIR": str(self._folder / "ipython"), "RPCNB_RUNTIME_DIR": str(self.runtime)}
+        mine["TMPDIR"] = str(self.temporary)
         self._environment = {**os.environ, **mine, "RPCNB_NONINTERACTIVE": "1", **environment}
         self._cells: dict[str, Cell] = {}
         self.messages: list[dict[str, Any]] = []
         self._log = (self._folder / "kernel.log").open("ab")
-        self._manager = KernelManager(kernel_name="python3")
+        self._manager = KernelManager(kernel_name="python3", shutdown_wait_time=2.0)
         self._begin()
 
     def _begin(self) -> None:
@@ -143,8 +148,8 @@ class Kernel:
         return found
 
     def start(self, source: str) -> Cell:
-        """Send a cell and return at once."""
-        number = self._client.execute(source, allow_stdin=False)
+        """Send a cell and return at once; it runs also if one before it fails."""
+        number = self._client.execute(source, allow_stdin=False, stop_on_error=False)
         cell = self._cells[number] = Cell(self, number)
         return cell
 
@@ -153,9 +158,9 @@ class Kernel:
         return self.start(source).wait(seconds)
 
     def begin(self, source: str, seconds: float = 30.0) -> Cell:
-        """Send a cell and wait until the kernel has taken it up."""
+        """Send a cell and wait until the kernel runs it."""
         cell = self.start(source)
-        self.take(lambda: cell.begun is not None, "the cell's beginning", seconds)
+        self.take(lambda: cell.begun or cell.ended, "the cell's beginning", seconds)
         return cell
 
     def take(self, condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
@@ -182,8 +187,6 @@ class Kernel:
             if message["msg_type"] == "status":
                 if message["content"]["execution_state"] == "idle":
                     cell.ended = time.monotonic()
-                elif cell.begun is None:
-                    cell.begun = time.monotonic()
             elif message["msg_type"] == "execute_input":
                 cell.begun = time.monotonic()
 

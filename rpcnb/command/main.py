@@ -88,6 +88,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     add("--web-port", type=int, metavar="N", help="listen for WebSockets too, at ws://HOST:N/ws; 0 for any port")
     _origin_option(parser)
     add("--ready-file", metavar="PATH", help="write host, port, pid and key as JSON when listening")
+    add("--until-eof", action="store_true", help="end when the standard input ends: with the process that holds it")
     add("--demo", action="store_true", help="serve the demo board's functions")
     add("--link", metavar="RATE,LATENCY", help="shape the link, for example 10M,20ms")
     add("--silent", action="store_true", help="print errors only")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +62,8 @@ def _serve_until(stop: Stop, options: argparse.Namespace) -> int:
         if options.link:
             shaped, port = _shape(server, options)
         published = publish(port, _content(options, server, port, secret=True))
+        if options.until_eof:
+            threading.Thread(target=_await_end_of_input, args=(stop,), name="rpcnb-input", daemon=True).start()
         if options.ready_file:
             write_atomically(Path(options.ready_file), _content(options, server, port, secret=False))
         if not options.silent:
@@ -75,6 +79,14 @@ def _serve_until(stop: Stop, options: argparse.Namespace) -> int:
         if published is not None:
             published.unlink(missing_ok=True)
     return 0
+
+
+def _await_end_of_input(stop: Stop) -> None:
+    """Stop when the standard input has ended, also because the process at its other end was killed."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    stop.set()
 
 
 def _load(name: str) -> None:

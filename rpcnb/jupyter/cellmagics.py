@@ -31,7 +31,7 @@ SHEET = """\
 %rpc_connect [ADDRESS|demo]    connect; --key K --token-file F --via HOST:PORT --as NAME
 %%rpc                          run the cell on the device; --timeout S --out VAR --noblock
 %rpc EXPRESSION                run a line there
-session.fn.demo.add(1, 2)      call a function; .submit(...) does not wait
+session.fn.demo.add(1, 2)      call a function; session.submit(session.fn.demo.add, 1, 2) does not wait
 session.namespace["x"]         a variable of the device's cells
 %rpc_functions [PATTERN]       what may be called
 %rpc_upload, %rpc_download     files there and back

@@ -61,6 +61,11 @@ class KernelLoop:
 
         self._loop.call_soon_threadsafe(begin)
 
+    def look(self) -> None:
+        """Find out whether a cell keeps the loop busy although no function waits; ``busy_since`` knows soon."""
+        if not self._waiting and not self._loop.is_closed():
+            self(lambda: None)
+
     @property
     def busy_since(self) -> float | None:
         """``time.monotonic()`` of the oldest function that a blocking cell keeps waiting; None if none does."""

@@ -476,6 +476,8 @@ class Server:
         )
 
     def _status(self) -> dict[str, Any]:
+        if self.kernel is not None and self.environment.default_run == "kernel":
+            self.kernel.look()  # for whoever asks again: nobody may have called a function meanwhile
         busy = self.kernel_busy
         return {"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, "sessions": self._sessions}
 

@@ -2,7 +2,8 @@
 
 ::
 
-    jobs = [session.fn.demo.sleep.submit(1.0) for _ in range(3)]     # all on the way
+    sleep = session.get_function("demo.sleep")
+    jobs = [sleep.submit(1.0) for _ in range(3)]                     # all on the way
     jobs[0].result(timeout=5)                                        # as a concurrent.futures.Future
     await jobs[1]                                                    # or in any running loop
     concurrent.futures.wait(jobs)
@@ -14,6 +15,7 @@ on the same session, or the I/O thread. Callbacks of the user run in the I/O thr
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 from collections import deque
@@ -337,8 +339,9 @@ class Pending(Future[Any]):
         return (None, None) if waits is None else waits.owed_at(self._link.wire.sock)
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
-        """Call ``fn(pending)`` at the end, in the I/O thread."""
-        super().add_done_callback(lambda pending: iothread.IO_THREAD.call(lambda: fn(pending)))
+        """Call ``fn(pending)`` at the end, in the I/O thread; what it prints goes to the cell that asked for this."""
+        context = contextvars.copy_context()
+        super().add_done_callback(lambda pending: iothread.IO_THREAD.call(lambda: context.run(fn, pending)))
 
     def __await__(self) -> Generator[Any, None, Any]:
         """Wait in the running event loop; cancelling that gives the operation up."""

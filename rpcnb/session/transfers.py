@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ class Measured:
         self.direction, self.what, self._moving = moving.direction, moving.what, moving
         self.rate = 0.0
         self._progress = progress
+        self._context = contextvars.copy_context()  # what it prints goes to the cell that gave it
         self._reported = -1
         self._last = (self.submitted, 0)
 
@@ -93,7 +95,7 @@ class Measured:
         else:
             self._tell_observers(events.TransferFinished, error=outcome)
         if self._progress is not None:
-            self._progress(self)
+            self._context.run(self._progress, self)
 
     def _tell_observers(self, kind: type[Any], **facts: Any) -> None:
         self.session._tell(

@@ -11,10 +11,12 @@ from conftest import eventually
 from IPython.core.interactiveshell import InteractiveShell
 
 import rpcnb
+from rpcnb.jupyter.cellmagics import CellMagics
 from rpcnb.jupyter.displays import session_html
+from rpcnb.jupyter.magics import RpcMagics
 from rpcnb.jupyter.serving import stop_serving
 from rpcnb.jupyter.sessions import BOOK
-from rpcnb.jupyter.workmagics import histogram
+from rpcnb.jupyter.workmagics import WorkMagics, histogram
 from rpcnb.net.runfiles import list_servers
 from rpcnb.runtime.registry import Registry
 
@@ -348,3 +350,76 @@ def test_serving_without_a_token_says_so(cell: Cell) -> None:
     server = cell("%rpc_serve --no-token")
     assert server.token is None
     assert "whoever can reach this port" in cell.out
+
+
+# -- every magic (N7) ----------------------------------------------------------------------------------------------
+
+MAGICS = [name for made in (RpcMagics, WorkMagics, CellMagics) for name in made.NAMES]
+WITHOUT_SESSION = {
+    "%rpc_close": "no session",
+    "%rpc_functions": "no session",
+    "%rpc_upload a": "no session",
+    "%rpc_download a": "no session",
+    "%rpc_timeit f(1)": "no session",
+    "%rpc 1 + 1": "no session",
+    "%%rpc\n1": "no session",
+    "%rpc_close nobody": "no session nobody",
+    "%rpc_close --session nobody": "no session nobody",
+    "%rpc_sessions --session nobody": "no session nobody",
+    "%rpc_functions --session nobody": "no session nobody",
+    "%rpc_upload a --session nobody": "no session nobody",
+    "%rpc_download a --session nobody": "no session nobody",
+    "%rpc_panel --session nobody": "no session nobody",
+    "%%rpc --session nobody\n1": "no session nobody",
+}
+
+
+def test_n7_there_are_few_magics() -> None:
+    assert len(set(MAGICS)) == len(MAGICS) <= 10
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("name", MAGICS)
+def test_n7_every_magic_has_help(cell: Cell, name: str, option: str) -> None:
+    if name == "rpc":
+        cell(f"%%rpc {option}\n1")
+        assert "--noblock" in cell.out
+        cell("%rpc")
+        assert "--noblock" in cell.out
+    else:
+        cell(f"%{name} {option}")
+        assert "::" in cell.out
+        assert f"%{name}" in cell.out
+    assert cell.err == ""
+
+
+@pytest.mark.parametrize("name", MAGICS)
+def test_n7_a_wrong_option_gives_one_line(cell: Cell, name: str) -> None:
+    cell("%%rpc --nonsense\n1" if name == "rpc" else f"%{name} --nonsense")
+    assert cell.err.count("\n") == 1
+    assert cell.err.startswith("UsageError: ")
+    assert "Traceback" not in cell.out
+
+
+@pytest.mark.parametrize(("source", "text"), WITHOUT_SESSION.items())
+def test_n7_a_missing_session_gives_one_line(cell: Cell, source: str, text: str) -> None:
+    cell(source)
+    assert text in cell.err
+    assert "%rpc_connect" in cell.err
+    assert cell.err.count("\n") == 1
+
+
+def test_n7_remote_cells_with_out_and_noblock(cell: Cell, serve: Callable[..., Any], shell: Any) -> None:
+    server = serve(token="t", allow_exec=True)
+    BOOK.tokens[server.address] = "t"
+    cell(f"%rpc_connect {server.address}")
+    assert cell("%%rpc --out answer\n6 * 7") is None
+    assert shell.user_ns["answer"] == 42
+    assert cell("%%rpc --noblock --out job\n'later'") is None
+    assert shell.user_ns["job"].result(10).data == {"text/plain": "'later'"}
+    assert cell("%%rpc --noblock\n1 + 1").result(10).data == {"text/plain": "2"}
+    cell("%%rpc --out 2nd\n1")
+    assert "--out expects a variable's name" in cell.err
+    cell("%%rpc --timeout 0.2\nwhile True: pass")
+    assert "took longer" in cell.err or "0.2" in cell.err
+    assert cell("%rpc answer if 'answer' in dir() else 'none'").data == {"text/plain": "'none'"}

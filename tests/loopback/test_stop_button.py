@@ -26,4 +26,4 @@ def test_c6_the_stop_button_loses_no_session_in_a_real_kernel(soak: ModuleType) 
     assert seen.lost == []
     assert seen.count == 2 * len(soak.KINDS)
     # The bar is 0.5 s; a machine that is busy with other tests has a longer one.
-    assert seen.share(0.9) < 2.0, seen.slow
+    assert seen.share(0.9) < 2.0, seen.odd

@@ -89,7 +89,7 @@ class Presses:
         lost: Sessions lost, wrong results and wrong memory, as tracebacks.
         again: Presses that had to be repeated, by the kind of cell.
         ended: What the cells raised.
-        slow: Tracebacks of cells that ended late.
+        odd: Tracebacks of cells that ended late, or by anything but an interrupt.
         deaf: Kernels that took no further cell up; a fault of some versions of ipykernel itself.
     """
 
@@ -97,7 +97,7 @@ class Presses:
     lost: list[str] = field(default_factory=list)
     again: Counter[str] = field(default_factory=Counter)
     ended: Counter[str] = field(default_factory=Counter)
-    slow: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
     deaf: int = 0
 
     @property
@@ -136,15 +136,15 @@ def _press(kernel: Kernel, kind: str, delay: float, seen: Presses) -> None:
     assert cell.ended is not None
     seen.seconds.setdefault(kind, []).append(cell.ended - pressed)
     seen.ended[cell.error or "nothing"] += 1
-    if cell.ended - pressed > P99:
-        seen.slow.append(f"{cell.ended - pressed:.3f} s after a press in {kind!r}:\n{cell.trace}")
+    if cell.ended - pressed > P99 or cell.error not in ("KeyboardInterrupt", "CancelledError"):
+        seen.odd.append(f"{cell.ended - pressed:.3f} s after a press in {kind!r}:\n{cell.trace}{cell.err}")
 
 
 def _check(kernel: Kernel, number: int, kind: str, seen: Presses) -> None:
     for source in (f"check({number})", f"await check_there({number})"):
-        cell = _begin(kernel, source).wait(60)
-        if cell.error:
-            seen.lost.append(f"after a press in {kind!r}:\n{cell.trace}")
+        cell = _begin(kernel, f"{source}\nprint('right')").wait(60)
+        if cell.error or cell.out != "right\n":
+            seen.lost.append(f"after a press in {kind!r}:\n{cell.trace}{cell.out}")
 
 
 def _press_in_one_kernel(presses: int, chance: random.Random, seen: Presses, longest: float) -> None:
@@ -187,7 +187,7 @@ def _main() -> int:
         again = f", pressed again {seen.again[kind]} times" if seen.again[kind] else ""
         write(f"{kind:30} {len(seconds):4} p50 {seconds[len(seconds) // 2]:.3f} s, max {seconds[-1]:.3f} s{again}\n")
     write(f"cells ended by {dict(seen.ended)}; kernels that took no further cell: {seen.deaf}\n")
-    write("".join(f"{text}\n" for text in (*seen.slow, *seen.lost)))
+    write("".join(f"{text}\n" for text in (*seen.odd, *seen.lost)))
     write(
         f"{seen.count} presses in {time.monotonic() - began:.0f} s: p50 {seen.share(0.5):.3f} s, "
         f"p99 {seen.share(0.99):.3f} s, max {seen.share(1):.3f} s; {len(seen.lost)} lost\n"

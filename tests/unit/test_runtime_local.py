@@ -375,7 +375,10 @@ def test_an_unknown_function_is_null_and_no_exception(client: Client) -> None:
     assert client.ask(Syscall(Code.GET_GLOBAL_FUNC, ("no.such",))) == Return((NULL,))
 
 
-def test_a_replaced_function_is_found_anew_while_the_old_handle_lives_on(client: Client) -> None:
+def test_a_replaced_function_is_found_anew_while_the_old_handle_lives_on(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))  # remote cells make a shell
     registry = client.environment.registry
     registry.register("f", lambda: 1)
     old = client.find("f")
