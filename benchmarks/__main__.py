@@ -64,7 +64,7 @@ SECTIONS: dict[str, tuple[Measure, str]] = {
     "copies cross": (_copies, "cross"),
     "memory": (lambda pin, rounds, quick: transfer.measure_memory(pin), "cross"),
     "pipeline": (_pipeline, "cross"),
-    "sessions": (lambda pin, rounds, quick: sessions.measure(pin, 1 if quick else rounds, quick), "cross"),
+    "sessions": (lambda pin, rounds, quick: sessions.measure(pin, 1 if quick else rounds, quick), "same"),
     "mixed": (_mixed, "none"),
     "busy": (busy.measure, "cross"),
     "links": (_links, "none"),
@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(markdown(HEADER, [one for one in rows if one is not None])))
     save(chosen.json, {"machine": machine(), "places": places, "medians": ratios.medians()})
     if chosen.commit:
-        save(str(COMMITTED), committable(ratios, CASES))
+        before = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+        save(str(COMMITTED), {**before, **committable(ratios, CASES)})
     for path in plot(ratios, CASES, RESULTS):
         print(f"drawn: {path.name}", file=sys.stderr)
     return 0

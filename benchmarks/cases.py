@@ -73,10 +73,10 @@ def _calls() -> Iterator[Case]:
     ):
         bars = (Bar(bar, "null stock"),)
         yield Case(same, f"null call, {name}", f"null {figure}", "us", *null, bars, watched=True)
-    yield Case(same, "connect and first call", "connect ours", "us", "connect stock", "", watched=True)
+    yield Case(same, "connect and first call", "connect ours", "us", "connect stock", "")
     bars = (Bar(0.2, "connect stock"),)
     name = "connect and first call, stock's, ours"
-    yield Case(same, name, "connect stock->ours", "us", "connect stock", "", bars, watched=True)
+    yield Case(same, name, "connect stock->ours", "us", "connect stock", "", bars)
 
 
 _SIZES = (("64 KiB", 64 << 10, 0.6), ("1 MiB", 1 << 20, 0.8), ("64 MiB", 64 << 20, 0.95), ("256 MiB", 256 << 20, 0.95))
