@@ -75,7 +75,7 @@ def test_everything_has_text_and_static_html_that_is_escaped(
     assert "&lt;script&gt;" in shown[0]
     server = serve(key="evil")
     assert server.address in html(shell, server)
-    assert "mean" in html(shell, rpcnb.session.remote.TimingResult((1.0, 2.0)))  # type: ignore[attr-defined]
+    assert "mean" in html(shell, rpcnb.session.remote.TimingResult((1.0, 2.0)))
 
 
 def test_a_saved_notebook_shows_them_too() -> None:
