@@ -119,7 +119,7 @@ def _windows() -> Iterator[Case]:
 
 def _rest() -> Iterator[Case]:
     hop = (Bar(2, "in turn hop", least=True),)
-    yield Case("sessions", "50 sessions in turn", "in turn add", "calls/s", bars=hop, watched=True)
+    yield Case("sessions", "50 sessions in turn", "in turn add", "calls/s", bars=hop)
     yield Case("sessions", "opening 500 sessions, each", "open", "ms", bars=(Bar(1e-3),))
     yield Case("sessions", "a call in each of 500 at once", "at once", "calls/s")
     for end in ("server", "client"):
