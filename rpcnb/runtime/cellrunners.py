@@ -11,7 +11,6 @@ import ctypes
 import logging
 import queue
 import signal
-import sys
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +22,7 @@ __all__ = ["Job", "MainThread", "Runner", "Worker"]
 
 log = logging.getLogger(__name__)
 
+_STEPS = 1000  # of a loop, in which an exception that another thread has set arrives
 _AGAIN = 0.2  # seconds after which a signal that was not noticed is sent again
 
 
@@ -45,7 +45,7 @@ class Runner:
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._current: Job | None = None
-        self._shielded = self._held = self._sent = False
+        self._shielded = self._held = False
 
     def submit(self, job: Job) -> None:
         """Run ``job`` when those before it have ended."""
@@ -61,17 +61,14 @@ class Runner:
         if self._shielded:
             self._held = True
         else:
-            self._sent = True
             self._raise(job)
 
     @contextmanager
     def shield(self) -> Iterator[None]:
         """Let no interrupt strike inside: what sends a cell's output must not be torn. It strikes at the end."""
         with self._lock:
+            self._held = self._take_back()
             self._shielded = True
-            self._take_back()
-            self._held = self._sent and not _is_handled()  # it had been sent, and has not arrived
-            self._sent = False
         try:
             yield
         finally:
@@ -103,10 +100,11 @@ class Runner:
         with self._lock:
             self._current = None
             self._take_back()
-            self._sent = self._held = False
+            self._held = False
 
-    def _take_back(self) -> None:
-        """Take back an interrupt that has not arrived."""
+    def _take_back(self) -> bool:
+        """Take an interrupt back that is on its way; False if there is none. In the job's thread, with the lock."""
+        return False
 
     def close(self) -> None:
         """End what runs, and do nothing more."""
@@ -158,16 +156,12 @@ class MainThread(Runner):
 
     def _on_signal(self, *_: Any) -> None:
         wanted, self._wanted = self._wanted, None
-        if wanted is None or wanted is not self._current:
-            return  # it has ended meanwhile
-        self._sent = False
-        if self._shielded:
-            self._held = True
-        else:
+        if wanted is not None and wanted is self._current:  # else it has ended, or has been taken back
             raise KeyboardInterrupt
 
-    def _take_back(self) -> None:
-        self._wanted = None
+    def _take_back(self) -> bool:
+        wanted, self._wanted = self._wanted, None
+        return wanted is not None
 
 
 class Worker(Runner):
@@ -176,6 +170,7 @@ class Worker(Runner):
     def __init__(self) -> None:
         super().__init__()
         self._thread: threading.Thread | None = None
+        self._sent = False
 
     def submit(self, job: Job) -> None:
         """Run ``job`` when those before it have ended."""
@@ -190,20 +185,20 @@ class Worker(Runner):
             self._perform(job)
 
     def _raise(self, job: Job) -> None:
-        _set_exception(self._thread, ctypes.py_object(KeyboardInterrupt))
+        assert self._thread is not None
+        self._sent = True
+        identity = ctypes.c_ulong(self._thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, ctypes.py_object(KeyboardInterrupt))
 
-    def _take_back(self) -> None:
-        _set_exception(self._thread, None)
-
-
-def _is_handled() -> bool:
-    """Tell whether this thread is handling a KeyboardInterrupt: then it has arrived."""
-    error = sys.exc_info()[1]
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
-
-
-def _set_exception(thread: threading.Thread | None, what: Any) -> None:
-    if thread is not None and thread.ident is not None:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), what)
+    def _take_back(self) -> bool:
+        # Setting no exception instead would be simpler, but leaves Python 3.11 signalled for ever: a traced thread
+        # (coverage, a debugger) then never gets past its next function's first line.
+        if not self._sent:
+            return False
+        self._sent = False
+        try:
+            for _ in range(_STEPS):
+                pass
+        except KeyboardInterrupt:
+            return True
+        return False  # it had arrived before

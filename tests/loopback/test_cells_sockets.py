@@ -18,6 +18,7 @@ from conftest import eventually
 import rpcnb
 from rpcnb.board import DemoBoard
 from rpcnb.errors import AccessDenied, CellError, ConnectFailed, DeadlineExceeded, RemoteProtocolError
+from rpcnb.runtime import cellrunners
 from rpcnb.runtime.cellrunners import MainThread, Worker
 from rpcnb.session.cells import CellOutput
 
@@ -358,20 +359,27 @@ def test_an_interrupt_never_tears_what_sends_output(kind: Any) -> None:
     assert {(job.ended, job.torn) for job in printers} == {("interrupted", False)}
 
 
-def test_an_interrupt_that_was_held_back_is_known_to_have_arrived() -> None:
-    runner = Worker()
-    runner._sent = True  # and nobody knows whether it has arrived
-    with pytest.raises(KeyboardInterrupt), runner.shield():
-        pass
-    runner._sent = True
-    try:
+def test_an_interrupt_on_its_way_is_held_back_for_the_end_of_the_shield(monkeypatch: pytest.MonkeyPatch) -> None:
+    def arrives(steps: int) -> None:
         raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        try:
-            raise ValueError("while handling it")
-        except ValueError:
-            with runner.shield():
-                pass
+
+    runner, inside = Worker(), []
+    runner._sent = True  # and it has arrived before
+    with runner.shield():
+        inside.append(1)
+    runner._sent = True
+    monkeypatch.setattr(cellrunners, "range", arrives, raising=False)
+    shield = runner.shield()
+    shield.__enter__()
+    inside.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        shield.__exit__(None, None, None)
+    assert inside == [1, 2]
+    board = MainThread()
+    board._wanted = Sleeper()
+    with pytest.raises(KeyboardInterrupt), board.shield():
+        inside.append(3)
+    assert inside == [1, 2, 3]
 
 
 def test_a_connection_that_is_reset_before_our_key_was_sent_is_no_server() -> None:
