@@ -21,6 +21,7 @@ from rpcnb.jupyter.facts import Scope
 SESSIONS = 8
 SIZE = 8 << 20
 
+
 class _Looks:
     """Takes an open panel's snapshots, and makes of them what would go to the browser."""
 

@@ -11,6 +11,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.runtime.current import cancelled
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -26,8 +28,13 @@ def add(a: Any, b: Any) -> Any:
 
 
 def slow_add(a: Any, b: Any, seconds: float = 1.0) -> Any:
-    """Return ``a + b`` after sleeping; a plain function, which blocks its worker and nobody else."""
-    time.sleep(seconds)
+    """Return ``a + b`` after sleeping; a plain function, which blocks its worker and nobody else.
+
+    It asks now and then whether it was cancelled, as a function that takes long should.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not cancelled():
+        time.sleep(min(0.05, max(0.0, until - time.monotonic())))
     return a + b
 
 

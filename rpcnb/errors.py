@@ -77,11 +77,13 @@ class ConnectFailed(RpcError, ConnectionError):
     Attributes:
         address: What was dialled, ``host:port`` or a URL.
         phase: ``resolve``, ``connect``, ``handshake`` or ``init``.
+        seen: What was seen.
     """
 
     def __init__(self, address: str, phase: str, seen: str) -> None:
         self.address = address
         self.phase = phase
+        self.seen = seen
         super().__init__(f"cannot connect to {address}: {seen} (during {phase})")
 
 

@@ -7,14 +7,13 @@ import importlib
 import importlib.util
 import json
 import os
-import socket
 import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.command.until import until_signal
-from rpcnb.net.address import is_loopback, parse_address, parse_pair, show_address
+from rpcnb.net.address import is_loopback, outside_address, parse_address, parse_pair, show_address
 from rpcnb.net.loopthread import call_in_loop
 from rpcnb.net.runfiles import publish, write_atomically
 from rpcnb.net.server import Server
@@ -171,7 +170,7 @@ def _shape(server: Server, options: argparse.Namespace) -> tuple[Any, int]:
     shaper = Shaper(("127.0.0.1", server.port), rate, latency)
     loop = server.io_loop.asyncio_loop
     last: OSError | None = None
-    for port in range(options.port, options.port_end) if options.port else (0,):
+    for port in range(options.port, max(options.port_end, options.port + 1)) if options.port else (0,):
         try:
             asyncio.run_coroutine_threadsafe(shaper.start(options.host, port), loop).result(10)
             return shaper, shaper.port
@@ -192,7 +191,7 @@ def _content(options: argparse.Namespace, server: Server, port: int, *, secret: 
 
 def _announce(options: argparse.Namespace, server: Server, port: int) -> None:
     """Say where it listens, and what to paste."""
-    host = server.host if options.proxy else options.custom_addr or _outside(options.host)
+    host = server.host if options.proxy else options.custom_addr or outside_address(options.host)
     address = show_address(host, port)
     if options.tracker:
         address = f"tracker://{options.tracker}/{options.key}"
@@ -223,18 +222,6 @@ def _announce(options: argparse.Namespace, server: Server, port: int) -> None:
         lines.append(f"  stock TVM:  rpc.connect_tracker{tracker!r}.request({options.key!r})")
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
-
-
-def _outside(host: str) -> str:
-    """Return the address under which others see this machine, for a server that listens everywhere."""
-    if host not in ("0.0.0.0", "::", ""):  # compared, not bound
-        return host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # documentation address; a datagram socket sends nothing here
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()
 
 
 def ready(path: Path) -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ _TICK = 0.1  # seconds between two looks
 _RATE = 20 << 10  # bytes a second and panel
 _BURST = 8 << 10  # bytes that a quiet panel may send at once
 _OVERHEAD = 1024  # bytes of a message besides the snapshot: headers, signature
+_ALIVE = 4.0  # seconds after which an unchanged snapshot is sent again: a view that hears nothing knows the kernel gone
 _ASK_TRACKERS = 1.0  # seconds
 _TRACKER_PATIENCE = 2.0
 
@@ -56,14 +57,15 @@ class _Feed:
         self.view = view
         self.budget = float(_BURST)
         self.shown: dict[str, Any] | None = None
-        self._at = time.monotonic()
+        self._at = self._sent_at = time.monotonic()
 
     def offer(self, snapshot: dict[str, Any], now: float) -> bool:
         """Show a snapshot if it is new and there is room; False if nobody looks any more."""
         self.budget = min(_BURST, self.budget + (now - self._at) * _RATE)
         self._at = now
-        if snapshot == self.shown or self.budget < 0:
+        if self.budget < 0 or (snapshot == self.shown and now - self._sent_at < _ALIVE):
             return True
+        self._sent_at = now
         self.shown = snapshot
         self.budget -= _OVERHEAD + len(json.dumps(snapshot, default=str))
         return self.view.show({**snapshot, "now": time.time()})

@@ -6,6 +6,7 @@ Their plain Python twins: ``session.run_cell``, ``session.submit(session.run_cel
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from IPython.core.error import UsageError
@@ -38,7 +39,7 @@ session.namespace["x"]         a variable of the device's cells
 %rpc_timeit CALL               time a function at the device; -n CALLS -r REPEATS
 %rpc_panel                     what goes on, live
 %rpc_serve                     make this kernel a device
-%rpc_sessions, %rpc_close      what is open; every magic takes --session NAME, and -h"""
+%rpc_sessions, %rpc_close      what is open; --session NAME picks one everywhere; -h explains"""
 
 
 def show_output(piece: CellOutput) -> None:
@@ -68,15 +69,21 @@ class CellMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
 
     @plain_errors
     def _rpc_line(self, line: str) -> CellResult | None:
-        """Run the rest of the line on the device; alone, it lists what there is. A whole cell: %%rpc."""
+        """Run the rest of the line on the device; alone, it lists what there is. A whole cell: %%rpc.
+
+        ``--session NAME`` in front of it names the session.
+        """
         if not line.strip():
             say(SHEET)
             return None
-        session = BOOK.find(None)
-        return self._run(session, line, None)
+        option, _, rest = line.strip().partition(" ")
+        name = None
+        if option == "--session":
+            name, _, line = rest.strip().partition(" ")
+        return self._run(BOOK.find(name), line, None)
 
     @plain_errors
-    @magic_arguments("%%rpc")
+    @magic_arguments("%rpc")
     @argument("--timeout", type=float, help="seconds after which the cell is interrupted")
     @argument("--out", metavar="VAR", help="bind the value of the last expression here")
     @argument("--noblock", action="store_true", help="return at once: a Pending; output comes here all the same")
@@ -131,9 +138,12 @@ class CellMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
 
 def _tell_if_it_goes_on(session: Session, name: str) -> None:
     """Say so if the device has not ended the cell yet: a kernel stops between two bytecodes only."""
+    until = time.monotonic() + _LOOK
     try:
-        cells = session.list_cells(timeout=_LOOK)
+        while any(cell.mine and cell.name == name for cell in session.list_cells(timeout=_LOOK)):
+            if time.monotonic() > until:
+                say("interrupt pending: the cell ends on the device when its present call returns")
+                return
+            time.sleep(_LOOK / 10)
     except RpcError:
         return
-    if any(cell.mine and cell.name == name for cell in cells):
-        say("interrupt pending: the cell ends on the device when its present call returns")

@@ -1,25 +1,41 @@
-"""Completion in the magics' lines: options, session names, names of remote functions. It never asks a server."""
+"""Completion in the magics' lines: options, session names, names of remote functions. It never waits long."""
 
 from __future__ import annotations
 
+import re
 import shlex
+from concurrent.futures import CancelledError
 from typing import Any
 
 from IPython.core.completer import SimpleCompletion, context_matcher
 
+from rpcnb.errors import RpcError
 from rpcnb.jupyter.panels import SECTIONS
 from rpcnb.jupyter.sessions import BOOK
+from rpcnb.session.base import SessionBase
+from rpcnb.session.session import Session
 
 __all__ = ["complete", "matcher"]
 
 _FUNCTIONS = ("rpc_functions", "rpc_timeit")
 _FILES = ("rpc_upload", "rpc_download")
+_FN = re.compile(r"(\w+)\.fn\.([\w.]*)$")
+_PATIENCE = 0.2  # seconds
 _VALUES = {"--run": ("thread", "kernel")}
 
 
-def _known_functions() -> list[str]:
-    session = BOOK.current
-    return [] if session is None else session._ops.known_names()
+def _names_of(session: SessionBase | None) -> list[str]:
+    """Return the functions that a session knows; asks once, and waits a moment only: the next time they are known."""
+    if session is None:
+        return []
+    known = session._ops.known_names()
+    if known or not isinstance(session, Session) or session.state != "ready":
+        return known
+    try:
+        found: list[str] = session.submit(session.list_functions).result(_PATIENCE)
+    except (RpcError, CancelledError):
+        return []
+    return found
 
 
 def complete(magics: dict[str, Any], text: str) -> tuple[str, list[str]] | None:
@@ -52,7 +68,7 @@ def complete(magics: dict[str, Any], text: str) -> tuple[str, list[str]] | None:
         found = ["--help", *(option for action in actions for option in action.option_strings)]
         found = [option for option in found if option.startswith("--")]
     elif name in _FUNCTIONS:
-        found = _known_functions()
+        found = _names_of(BOOK.current)
     elif name == "rpc_panel":
         found = list(SECTIONS)
     elif name == "rpc_connect":
@@ -60,6 +76,19 @@ def complete(magics: dict[str, Any], text: str) -> tuple[str, list[str]] | None:
     else:
         return None
     return fragment, sorted({word for word in found if word.startswith(fragment)})
+
+
+def complete_names(variables: dict[str, Any], text: str) -> tuple[str, list[str]] | None:
+    """Complete ``session.fn.demo.`` by the names that the session knows; IPython evaluates no properties for that."""
+    found = _FN.search(text)
+    session = variables.get(found[1]) if found is not None else None
+    if found is None or not isinstance(session, SessionBase):
+        return None
+    names = _names_of(session)
+    start = found[2].rpartition(".")[0]
+    skip = len(start) + 1 if start else 0
+    words = {name[skip:].split(".")[0] for name in names if name.startswith(found[2])}
+    return found[2][skip:], sorted(words)
 
 
 def matcher(shell: Any) -> Any:
@@ -74,7 +103,7 @@ def matcher(shell: Any) -> Any:
             if name == "rpc" or name.startswith("rpc_")
         }
         line = context.line_with_cursor[: context.cursor_position]
-        found = complete(magics, line)
+        found = complete(magics, line) or complete_names(shell.user_ns, line)
         if found is None or (not found[1] and line.lstrip().lstrip("%").split(" ")[0] in _FILES):
             return {"completions": [], "suppress": False}
         fragment, words = found

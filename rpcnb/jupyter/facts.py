@@ -120,6 +120,8 @@ def _operation(one: Any, epoch: float) -> dict[str, Any]:
 
 def _waits_for(one: Any, state: str) -> str:
     """Say why an operation waits: the queue, the link, a callback, or a function that runs."""
+    if state == "running" and getattr(one, "runs_cell", False):
+        return "the cell on the device"
     if state in _WAITS:
         return _WAITS[state]
     if state != "sent":

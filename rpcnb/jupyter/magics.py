@@ -114,7 +114,6 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         say(f"{word} {to}{describe(session)}{f', via {options.via}' if options.via else ''}")
         if options.name:
             self.shell.user_ns[options.name] = session
-            return None
         return session
 
     @no_var_expand
@@ -141,6 +140,8 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         current = BOOK.current
         if current is None:
             say("no session is open; connect with %rpc_connect HOST:PORT or %rpc_connect demo")
+        for lost in BOOK.lost:
+            say(f"! {lost.name}: {lost.peer}, lost; %rpc_connect opens it again")
         for session in BOOK.sessions.values() if options.session is None else [BOOK.find(options.session)]:
             say(f"{'*' if session is current else ' '} {session.name}: {session.peer}, {session.state}")
 
@@ -153,7 +154,8 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     def rpc_functions(self, line: str) -> None:
         """List the functions of a session's server."""
         options = parse_argstring(self.rpc_functions, line)
-        for name in fnmatch.filter(BOOK.find(options.session).list_functions(), options.pattern):
+        names = fnmatch.filter(BOOK.find(options.session).list_functions(), options.pattern)
+        for name in names or [f"no function matches {options.pattern}"]:
             say(name)
 
     @no_var_expand
@@ -179,6 +181,8 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         if options.stop:
             say("stopped serving" if stop_serving() else "this kernel does not serve")
             return None
+        before = kernel_server()
+        clients = before.sessions if before is not None else 0
         server = serve(
             options.port,
             options.key,
@@ -193,6 +197,8 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
             max_sessions=options.max_sessions,
             switch_interval=options.switch_interval,
         )
+        if before is not None and before is not server:
+            say(f"stopped {before.address} with {clients} session{'' if clients == 1 else 's'}: its words were others")
         for text in [*paste_lines(server), *(share_lines(server) if options.share else ())]:
             say(text)
         return server

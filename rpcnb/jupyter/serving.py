@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rpcnb.net.address import is_loopback, show_address
+from rpcnb.net.address import is_loopback, outside_address, show_address
 from rpcnb.net.runfiles import publish
 from rpcnb.net.server import Server
 
@@ -70,21 +70,20 @@ def serve(
         AccessDenied: Beyond loopback without a token and without ``insecure``.
     """
     global _running
-    if share:
-        options["web_port"] = options.get("web_port") or 0
-        options["allow_origin"] = [*options.get("allow_origin", ()), *hub_names()]
     options.setdefault("token", True)
     known = inspect.signature(Server).parameters
     said = {name: value for name, value in options.items() if value not in (known[name].default, [], ())}
     wanted = {"port": port, "key": key, "host": host, **said}
     found = kernel_server()
-    if found is not None and _running is not None and _running[1] == wanted:
-        return found
-    stop_serving()
-    server = KernelServer(host, port, port + 1, key=key, silent=True, **options)
-    server.publish()
-    _running = server, wanted
-    return server
+    plain = share and not (port or key or host != "127.0.0.1" or set(said) - {"token", "allow_origin"})
+    if found is None or _running is None or not (_running[1] == wanted or plain):  # sharing needs no other server
+        stop_serving()
+        found = KernelServer(host, port, port + 1, key=key, silent=True, **options)
+        found.publish()
+        _running = found, wanted
+    if share:
+        found.open_web_port(allow_origin=[*options.get("allow_origin", ()), *hub_names()])
+    return found
 
 
 def hub_names() -> list[str]:
@@ -97,18 +96,20 @@ def hub_names() -> list[str]:
 def share_lines(server: Server) -> list[str]:
     """Return what a colleague pastes, and what is missing for it; the token goes by another way."""
     port = server.web_port
+    key = f" --key {server.key}" if server.key else ""
     prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
     asks = "" if server.token is None else "  (asks for the token; tell it by another way)"
     if prefix is None:
         if not is_loopback(server.host):
-            return [f"  a colleague:                %rpc_connect {server.address}{asks}"]
+            address = show_address(server.custom_addr or outside_address(server.host), server.port)
+            return [f"  a colleague:                %rpc_connect {address}{key}{asks}"]
         return [
             "  a colleague cannot reach it: it listens on this machine only, and no hub is in front of it;",
             "  %rpc_serve --host 0.0.0.0 lets your network in, by token",
         ]
     names = hub_names()
     host = names[0] if names else "THE-HUB"
-    lines = [f"  a colleague:                %rpc_connect wss://{host}{prefix}proxy/{port}/ws{asks}"]
+    lines = [f"  a colleague:                %rpc_connect wss://{host}{prefix}proxy/{port}/ws{key}{asks}"]
     if not names:
         lines.append("  THE-HUB is the host name in your browser's address line (JUPYTERHUB_PUBLIC_URL is not set);")
         lines.append("  add it: %rpc_serve --share --allow-origin THE-HUB")
@@ -130,12 +131,13 @@ def stop_serving() -> bool:
 
 def paste_lines(server: Server) -> list[str]:
     """Return what to tell of a server: where it is, and what a client says; never its token."""
-    address = show_address(server.custom_addr or server.host, server.port)
+    host = server.custom_addr or outside_address(server.host)
+    address = show_address(host, server.port)
     key = f" --key {server.key}" if server.key else ""
     lines = [f"this kernel serves on {address}{f', key {server.key}' if server.key else ''}"]
     lines.append(f"  another notebook of yours:  %rpc_connect {address}{key}")
     if server.web_port is not None:
-        lines.append(f"  WebSocket:                  ws://{show_address(server.host, server.web_port)}/ws")
+        lines.append(f"  WebSocket:                  ws://{show_address(host, server.web_port)}/ws")
     if server.token is None:
         lines.append("  no token: whoever can reach this port may call its functions")
     else:

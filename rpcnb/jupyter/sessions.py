@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import rpcnb
 from rpcnb.board import DemoBoard
+from rpcnb.errors import KeyMismatch
 
 if TYPE_CHECKING:
     from rpcnb.session.session import Session
@@ -53,6 +54,9 @@ class SessionBook:
         self._forget_closed()
         found = self.current if name is None else self.sessions.get(name)
         if found is None:
+            lost = next((one for one in self.lost if name in (None, one.name)), None)
+            if lost is not None:
+                raise LookupError(f"{lost.name} was lost ({lost.ended_by}); %rpc_connect {lost.peer} opens it again")
             known = ", ".join(self.sessions) or "none is open"
             raise LookupError(f"no session {name or ''} ({known}); connect with %rpc_connect".replace("  ", " "))
         return found
@@ -73,15 +77,21 @@ class SessionBook:
             address, key = self.demo_address(), "demo"
         self._forget_closed()
         where = (address, key, name or "")
-        known = self._opened.get(where)
+        known = self._known(where)
         if known is not None and not new:
             word = "still connected"
             if known.state == "lost":
-                known.reconnect()
-                word = "reconnected"
-            self.sessions.pop(known.name, None)
-            self.sessions[known.name] = known  # the latest is current
-            return known, word
+                try:
+                    known.reconnect()
+                    word = "reconnected"
+                except KeyMismatch:
+                    if options.get("token") is None:
+                        raise
+                    word = ""  # the server has another token now, and it was given: another session
+            if word:
+                self.sessions.pop(known.name, None)
+                self.sessions[known.name] = known  # the latest is current
+                return known, word
         session = rpcnb.connect(address, key=key, **options)
         if name:
             if name in self.sessions:
@@ -90,6 +100,17 @@ class SessionBook:
         self.sessions[session.name] = session
         self._opened[where] = session
         return session, "connected"
+
+    def _known(self, where: tuple[str, str, str]) -> Session | None:
+        """Return the session of an address, key and name; without a name the latest one of that address and key."""
+        if where[2]:
+            return self._opened.get(where)
+        return next((one for known, one in reversed(self._opened.items()) if known[:2] == where[:2]), None)
+
+    @property
+    def lost(self) -> list[Session]:
+        """Sessions whose connection ended, which connecting to their address opens again."""
+        return [session for session in self._opened.values() if session.state == "lost"]
 
     def close(self, name: str | None = None) -> list[str]:
         """Close one session, or the current one; returns the names closed."""

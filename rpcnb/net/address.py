@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -10,7 +11,7 @@ from urllib.parse import unquote
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Address", "is_loopback", "parse_address", "parse_pair", "show_address"]
+__all__ = ["Address", "is_loopback", "outside_address", "parse_address", "parse_pair", "show_address"]
 
 DEFAULT_PORT = 9090
 PORTS = {"rpc": DEFAULT_PORT, "tracker": 9190, "ws": 80, "wss": 443}
@@ -133,3 +134,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def outside_address(host: str) -> str:
+    """Return the address under which others see this machine, for a server that listens everywhere."""
+    if host not in ("0.0.0.0", "::", ""):  # compared, not bound
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # documentation address; a datagram socket sends nothing here
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-__all__ = ["KernelLoop", "refuse_deadlock"]
+__all__ = ["BUSY_AFTER", "KernelLoop", "refuse_deadlock"]
 
-_BUSY_AFTER = 0.2  # seconds: a loop that has not begun what was asked by then is held up by a cell
+BUSY_AFTER = 0.2  # seconds: a loop that has not begun what was asked by then is held up by a cell
 
 
 class KernelLoop:
@@ -61,16 +61,11 @@ class KernelLoop:
 
         self._loop.call_soon_threadsafe(begin)
 
-    def look(self) -> None:
-        """Find out whether a cell keeps the loop busy although no function waits; ``busy_since`` knows soon."""
-        if not self._waiting and not self._loop.is_closed():
-            self(lambda: None)
-
     @property
     def busy_since(self) -> float | None:
         """``time.monotonic()`` of the oldest function that a blocking cell keeps waiting; None if none does."""
         since = min(list(self._waiting.values()), default=None)
-        return since if since is not None and time.monotonic() - since > _BUSY_AFTER else None
+        return since if since is not None and time.monotonic() - since > BUSY_AFTER else None
 
 
 _loops: weakref.WeakSet[KernelLoop] = weakref.WeakSet()

@@ -302,6 +302,12 @@ class Link:
                 self._receive_reply(wire, ticket, next(wire.waits))
                 blocked = bool(wire.out)
             while not ticket.done and wire.ended is None:
+                if self.ready:
+                    self._resume_ready()
+                    with wire.lock:
+                        if wire.out:  # what they have sent must not wait for the next reply, which there may not be
+                            blocked = not wire.flush()
+                    continue
                 if blocked != self._polls_write:
                     self._polls_write = blocked
                     poll.modify(wire.sock, select.POLLIN | select.POLLOUT if blocked else select.POLLIN)
@@ -322,8 +328,6 @@ class Link:
                         break
                     else:
                         blocked = False
-                if self.ready:
-                    self._resume_ready()
                 if guard.hits:
                     guard.check()
         finally:

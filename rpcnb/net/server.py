@@ -30,7 +30,7 @@ from rpcnb.errors import AccessDenied
 from rpcnb.net import interval
 from rpcnb.net.address import is_loopback, parse_address, show_address
 from rpcnb.net.connection import ClientState, Connection
-from rpcnb.net.kernel import KernelLoop
+from rpcnb.net.kernel import BUSY_AFTER, KernelLoop
 from rpcnb.net.lanes import Lanes
 from rpcnb.net.listen import Acceptor, listen
 from rpcnb.net.loopthread import LoopThread, call_in_loop
@@ -274,11 +274,7 @@ class Server:
     ) -> None:
         self.watcher = make_watcher(self.io_loop)
         if web_port is not None:
-            from rpcnb.net.web import WebPort
-
-            names = [*allow_origin, *([self.custom_addr] if self.custom_addr else [])]
-            host = self.host if self._proxy is None else "127.0.0.1"
-            self._web = WebPort(host, web_port, self._admit, names, name=self.name)
+            self._open_web(web_port, allow_origin)
         self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._drop_oldest_half_open)
         if tracker is not None:
             from rpcnb.net.registration import ServerRegistration
@@ -308,6 +304,13 @@ class Server:
         self._connections[connection] = None
         self.watcher.add(connection.fd, connection.ready)
         connection.deadline = self.io_loop.call_later(self.limits.handshake_timeout, self._handshake_over, connection)
+
+    def _open_web(self, port: int, allow_origin: Sequence[str]) -> None:
+        from rpcnb.net.web import WebPort
+
+        names = [*allow_origin, *([self.custom_addr] if self.custom_addr else [])]
+        host = self.host if self._proxy is None else "127.0.0.1"
+        self._web = WebPort(host, port, self._admit, names, name=self.name)
 
     def adopt(self, connection: Connection) -> None:
         """Take a connection that the server has dialled."""
@@ -438,6 +441,11 @@ class Server:
         port: int | None = None if self._web is None else self._web.port
         return port
 
+    def open_web_port(self, port: int = 0, allow_origin: Sequence[str] = ()) -> None:
+        """Listen for WebSockets too, from now on; arguments as ``web_port`` and ``allow_origin`` of the class."""
+        if self._web is None:
+            call_in_loop(self.io_loop, lambda: self._open_web(port, allow_origin))
+
     @property
     def whereabouts(self) -> dict[str, Any]:
         """Where it is, as a run file says it; without the token."""
@@ -475,11 +483,22 @@ class Server:
             if connection.address == address
         )
 
-    def _status(self) -> dict[str, Any]:
-        if self.kernel is not None and self.environment.default_run == "kernel":
-            self.kernel.look()  # for whoever asks again: nobody may have called a function meanwhile
-        busy = self.kernel_busy
-        return {"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, "sessions": self._sessions}
+    def _status(self, say: Callable[[dict[str, Any]], object]) -> None:
+        """Say how the server is; where functions run on the kernel's loop, once it is known whether that is busy."""
+        said = False
+
+        def tell() -> None:
+            nonlocal said
+            if not said:
+                said = True
+                busy = self.kernel_busy
+                say({"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, "sessions": self._sessions})
+
+        if self.kernel is None or self.environment.default_run != "kernel":
+            tell()
+        else:
+            self.kernel(lambda: self.io_loop.add_callback(tell))
+            self.io_loop.call_later(BUSY_AFTER + 0.05, tell)
 
     def panel(self) -> Any:
         """Return a live view of this server and its clients, for a notebook."""

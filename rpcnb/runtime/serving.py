@@ -138,7 +138,7 @@ class Environment:
         local_session: Default session constructor of this server; None for the registry's ``rpc.LocalSession``.
         constructors: Further session constructors of this server, by name (``rpc.Connect``).
         cells: Runs clients' source; None where the operator gave no consent.
-        status: Says how the server is; what ``rpcnb.status()`` answers, also while a notebook's kernel is busy.
+        status: Says how the server is, now or a moment later: what ``rpcnb.status()`` answers.
     """
 
     registry: Registry = REGISTRY
@@ -155,7 +155,7 @@ class Environment:
     local_session: Callable[..., Any] | None = None
     constructors: dict[str, Callable[..., Any]] = field(default_factory=dict)
     cells: Cells | None = None
-    status: Callable[[], dict[str, Any]] = lambda: {"state": "READY"}
+    status: Callable[[Callable[[dict[str, Any]], object]], object] = lambda say: say({"state": "READY"})
 
 
 _ENVIRONMENT: contextvars.ContextVar[Environment | None] = contextvars.ContextVar("rpcnb_environment", default=None)

@@ -31,7 +31,7 @@ def dump_variable(value: Any, pickles: bool) -> Any:
     except (TypeError, ValueError, RecursionError):
         if not pickles:
             raise AccessDenied(
-                f"a {type(value).__name__} travels only as a pickle, which runs code where it arrives; "
+                f"objects of type {type(value).__name__} travel only as a pickle, which runs code where it arrives; "
                 "say pickle=True if you trust the other side"
             ) from None
     from rpcnb.runtime.cells import pickled

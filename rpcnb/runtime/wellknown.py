@@ -204,10 +204,6 @@ def _random_fill(session: LocalServingSession, tensor: Any) -> None:
         tensor[...] = np.asarray(rng.uniform(1.0, 10.0, tensor.shape)).astype(tensor.dtype)
 
 
-def _status(session: LocalServingSession) -> str:
-    return json.dumps(session.environment.status())
-
-
 def _echo(session: LocalServingSession, *args: Any) -> Any:
     return args[0] if args else None
 
@@ -246,7 +242,6 @@ WELL_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
     "rpc.test.remote_tensor_func": (_remote_tensor_func, "thread"),
     "rpc.test.add_to_lhs": (_add_to_lhs, "thread"),
     "rpc.test.remote_return_nd": (_remote_return_nd, "thread"),
-    "rpcnb.status": (_status, "any"),
     "testing.echo": (_echo, "thread"),
     "testing.test_raise_error": (_raise_error, "thread"),
 }
@@ -257,6 +252,9 @@ def find_well_known(session: LocalServingSession, name: str) -> ServedFunction |
     part = IN_PARTS.get(name)
     if part is not None:
         return ServedFunction(name, functools.partial(part, session))
+    if name == "rpcnb.status":
+        say = session.environment.status
+        return ServedFunction(name, lambda done: say(lambda status: done(json.dumps(status))), "callback")
     if name in CELLS:
         cells = session.environment.cells
         return ServedFunction(name, _no_cells) if cells is None else cells.serve(session, name)

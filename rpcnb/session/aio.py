@@ -196,6 +196,7 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         """Open the session again, under the same name; as :meth:`Session.reconnect`."""
         self._detach()
         assert self._dialer is not None
+        self._dialer.renew()
         link, answer = await self._dialer.open_awaiting(Deadline(timeout, f"connect to {self.peer}"))
         self._attach(link, answer)
         self._opened()

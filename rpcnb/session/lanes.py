@@ -55,16 +55,30 @@ class Dialer:
         constructor: Name and arguments of the session constructor.
         lanes: Further connections at most.
         depth: Requests on the way on one connection at most; None for any number.
+        find_key: Returns what the client presents, when the session is opened again: a server of this user that was
+            started again has another token.
     """
 
     def __init__(
-        self, address: Address, key: ClientKey, constructor: tuple[Any, ...], lanes: int, depth: int | None = None
+        self,
+        address: Address,
+        key: ClientKey,
+        constructor: tuple[Any, ...],
+        lanes: int,
+        depth: int | None = None,
+        find_key: Callable[[], ClientKey] | None = None,
     ) -> None:
         self.address = address
         self.key = key
         self.constructor = constructor
         self.lanes = lanes
         self.depth = depth
+        self._find_key = find_key
+
+    def renew(self) -> None:
+        """Prepare to open the session again."""
+        if self._find_key is not None:
+            self.key = self._find_key()
 
     @property
     def hops(self) -> bool:

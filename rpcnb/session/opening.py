@@ -43,8 +43,12 @@ def _make_dialer(
     constructor = tuple(session_constructor_args or ())
     if address.scheme == "tracker":
         return TrackedDialer(address, 1, session_timeout, 5, constructor, token, extensions, lanes=lanes, depth=depth)
-    token = token_for(address.host, address.port, address.key, token)
-    return Dialer(address, ClientKey(address.key, session_timeout, token, extensions), constructor, lanes, depth)
+
+    def find_key() -> ClientKey:
+        found = token_for(address.host, address.port, address.key, token)
+        return ClientKey(address.key, session_timeout, found, extensions)
+
+    return Dialer(address, find_key(), constructor, lanes, depth, find_key)
 
 
 def _opened(session: S) -> S:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["Pending", "Work", "record", "work_of_call"]
 
 
-_OVERLAPPING = ("call", "run_cell")  # methods that call one function, which may answer later
+_OVERLAPPING = ("call", "run_cell", "status")  # methods that call one function, which may answer later
 
 
 class Pending(Future[Any]):
@@ -87,6 +87,11 @@ class Pending(Future[Any]):
         self._lock = threading.Lock()
         self._timer: iothread.Timer | None = None
         self._watch: Watch | None = None
+
+    @property
+    def runs_cell(self) -> bool:
+        """Tell whether it is a remote cell."""
+        return self._work.on_output is not None
 
     @property
     def state(self) -> str:

@@ -124,26 +124,28 @@ class Session(CellMethods, SessionBase):
         try:
             with Guard() as guard:
                 result = run_flow(link, flow, deadline, guard, patience)
-        except Unfinished as still:
-            try:
-                work = Work(flow, what, names_of(uses))
-                if moving is not None:
-                    pending: Pending = Transfer(self, work, deadline.timeout, moving, None)
-                else:
-                    pending = Pending(self, work, deadline.timeout)
-                pending.adopt(link, still, deadline, patience.start, watch)
-            except BaseException:
-                flow.close()
-                link.abandon(still.tickets)
-                raise
-            return self._wait_for(pending, False) if isinstance(pending, Transfer) else wait_or_cancel(pending)
+        except Unfinished as unfinished:
+            still = unfinished
         except BaseException as error:
             if watch is not None:
                 watch.ended(error)
             raise
-        if watch is not None:
-            watch.ended(None)
-        return result
+        else:
+            if watch is not None:
+                watch.ended(None)
+            return result
+        try:
+            work = Work(flow, what, names_of(uses))
+            if moving is not None:
+                pending: Pending = Transfer(self, work, deadline.timeout, moving, None)
+            else:
+                pending = Pending(self, work, deadline.timeout)
+            pending.adopt(link, still, deadline, patience.start, watch)
+        except BaseException:
+            flow.close()
+            link.abandon(still.tickets)
+            raise
+        return self._wait_for(pending, False) if isinstance(pending, Transfer) else wait_or_cancel(pending)
 
     def _wait_for(self, transfer: Transfer, reports: bool) -> Any:
         """Wait for a transfer, and for its last report where somebody gets it."""
@@ -252,7 +254,8 @@ class Session(CellMethods, SessionBase):
 
     def status(self, *, timeout: float | None = None) -> dict[str, Any]:
         """Ask an rpcnb server how it is: ``state`` is ``READY``, or ``BUSY`` while a cell keeps its kernel busy."""
-        found: dict[str, Any] = self._run(self._ops.status(), timeout, "status")
+        flow = self._ops.status()
+        found: dict[str, Any] = self._run(flow, timeout, "status", on_output=_nothing)  # beside what is in progress
         return found
 
     def time_evaluator(
@@ -385,6 +388,7 @@ class Session(CellMethods, SessionBase):
         self._detach()
         self._finalizer.detach()
         assert self._dialer is not None
+        self._dialer.renew()
         with Guard() as guard:
             link, answer = self._dialer.open(Deadline(timeout, f"connect to {self.peer}"), guard)
         self._attach(link, answer)
@@ -407,6 +411,10 @@ class Session(CellMethods, SessionBase):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _nothing(data: bytes) -> None:
+    """Take output that there is not."""
 
 
 def _named_call(session: SessionBase, name: str, args: tuple[Any, ...]) -> Flow[Any]:

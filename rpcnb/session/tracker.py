@@ -166,9 +166,10 @@ class TrackedDialer(Dialer):
         self._failed += 1
         self._wrong_keys += isinstance(error, KeyMismatch)
         if self._failed >= self._max_retry or self._wrong_keys >= _WRONG_KEYS:
-            boards = f"{self._failed} board{'s' if self._failed > 1 else ''} {self.tracker.key!r}"
-            text = f"{boards} of {self.tracker} could not be used"
-            raise type(error)(error.address, error.phase, f"{text}; the last: {error}") from None
+            times = "once" if self._failed == 1 else f"{self._failed} times"
+            text = f"a board {self.tracker.key!r} of {self.tracker} was tried {times} and could not be used"
+            seen = error.seen.replace(self.key.key, self.tracker.key)  # never the match key, which is a ticket
+            raise type(error)(error.address, error.phase, f"{text}; the last time: {seen}") from None
 
     def open(self, deadline: Deadline, guard: Guard) -> tuple[Link, KeyText]:
         """Ask, wait, and open the session; ``deadline`` holds for all of it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,13 @@ def serving(tmp_path: Path) -> Iterator[Any]:
     yield start
     for one in started:
         one.stop()
+
+
+def test_a_link_is_shaped_on_any_port(serving: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert serving("--demo", "--link", "100M,1ms", "--port", str(port)).address.endswith(f":{port}")
 
 
 def test_serve_call_functions_and_servers(serving: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from rpcnb.jupyter.magics import RpcMagics
 from rpcnb.jupyter.serving import stop_serving
 from rpcnb.jupyter.sessions import BOOK
 from rpcnb.jupyter.workmagics import WorkMagics, histogram
-from rpcnb.net.runfiles import list_servers
+from rpcnb.net.runfiles import list_servers, publish
 from rpcnb.runtime.registry import Registry
 
 
@@ -82,10 +82,75 @@ def test_connecting_again_gives_the_same_session_and_new_another(cell: Cell, add
 
 
 def test_as_binds_a_variable(cell: Cell, address: str) -> None:
-    assert cell(f"%rpc_connect {address} --key rpi --as board") is None
-    assert cell("board.name") == "board"
+    board = cell(f"%rpc_connect {address} --key rpi --as board")
+    assert cell("board") is board
+    assert board.name == "board"
+    assert cell(f"%rpc_connect {address} --key rpi") is board, "whatever its name"
     cell(f"%rpc_connect {address} --key rpi --as 2nd")
     assert "expects a variable's name" in cell.err
+
+
+def test_a_board_that_was_started_again_is_found_with_its_new_token(
+    cell: Cell, serve: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    board = serve(token="first")
+    published = publish(board.port, {**board.whereabouts, "token": "first"})
+    session = cell(f"%rpc_connect {board.address}")
+    board.close()
+    eventually(lambda: session.state == "lost")
+    cell("%rpc 1")
+    assert f"{session.name} was lost" in cell.err
+    assert f"%rpc_connect {board.address} opens it again" in cell.err
+    cell("%rpc_sessions")
+    assert f"! {session.name}: {board.address}, lost" in cell.out
+    again = serve(port=board.port, port_end=board.port + 1, token="second")
+    published = publish(again.port, {**again.whereabouts, "token": "second"})
+    assert cell(f"%rpc_connect {board.address}") is session
+    assert cell.out.startswith(f"reconnected {board.address}")
+    again.close()
+    eventually(lambda: session.state == "lost")
+    caplog.clear()
+    third = serve(port=board.port, port_end=board.port + 1, token="third")
+    assert published is not None
+    published.unlink()
+    BOOK.tokens[board.address] = "third"  # as if it had been asked for
+    assert cell(f"%rpc_connect {third.address}") is not session
+    assert cell.out.startswith("connected to")
+    caplog.clear()  # the wrong token that was tried
+
+
+@pytest.mark.usefixtures("_serves_no_more")
+def test_sharing_leaves_the_server_that_runs(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = cell("%rpc_serve --key lab")
+    with rpcnb.connect(server.address, key="lab") as session:
+        assert cell("%rpc_serve --share") is server
+        assert "a colleague cannot reach it" in cell.out
+        monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/alice/")
+        monkeypatch.setenv("JUPYTERHUB_PUBLIC_URL", "https://hub.example/user/alice/")
+        assert cell("%rpc_serve --share") is server
+        assert f"%rpc_connect wss://hub.example/user/alice/proxy/{server.web_port}/ws --key lab" in cell.out
+        assert session.state == "ready"
+        monkeypatch.delenv("JUPYTERHUB_PUBLIC_URL")
+        cell("%rpc_serve --share")
+        assert "wss://THE-HUB/user/alice/" in cell.out
+        assert "--allow-origin THE-HUB" in cell.out
+        other = cell("%rpc_serve --key other --host 0.0.0.0 --share")
+        assert f"stopped {server.address} with 1 session: its words were others" in cell.out
+        monkeypatch.delenv("JUPYTERHUB_SERVICE_PREFIX")
+        cell("%rpc_serve --key other --host 0.0.0.0 --share")
+        assert f":{other.port} --key other  (asks for the token" in cell.out
+        assert "%rpc_connect 0.0.0.0" not in cell.out
+
+
+def test_a_line_for_a_named_session(cell: Cell, serve: Callable[..., Any]) -> None:
+    server = serve(token="t", allow_exec=True)
+    BOOK.tokens[server.address] = "t"
+    cell(f"%rpc_connect {server.address} --as one")
+    assert cell("%rpc --session one 6 * 7").data == {"text/plain": "42"}
+    cell("%rpc --session two 1")
+    assert "no session two" in cell.err
+    cell("%rpc_functions nosuch*")
+    assert cell.out == "no function matches nosuch*\n"
 
 
 def test_sessions_functions_and_close(cell: Cell, address: str) -> None:

@@ -14,7 +14,7 @@ from IPython.core.completer import provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
 
 import rpcnb
-from rpcnb.jupyter.completion import complete
+from rpcnb.jupyter.completion import complete, complete_names
 from rpcnb.jupyter.progress import ProgressLine
 from rpcnb.jupyter.sessions import BOOK
 from rpcnb.runtime.registry import Registry
@@ -107,11 +107,31 @@ def test_lines_complete(
     shell: Any, serve: Callable[..., Any], registry: Registry, text: str, fragment: str | None, found: list[str] | None
 ) -> None:
     registry.register("demo.add", lambda a, b: a + b)
-    session, _ = BOOK.connect(serve().address, key="", name="named", new=False)
-    session.list_functions()
+    BOOK.connect(serve().address, key="", name="named", new=False)
     magics = {name: one for kind in shell.magics_manager.magics.values() for name, one in kind.items()}
     outcome = complete({name: one for name, one in magics.items() if name.startswith("rpc")}, text)
     assert outcome == (None if fragment is None else (fragment, found))
+
+
+def test_names_of_functions_complete_behind_fn(shell: Any, serve: Callable[..., Any], registry: Registry) -> None:
+    registry.register("demo.add", lambda a, b: a + b)
+    registry.register("demo.sub", lambda a, b: a - b)
+    with rpcnb.connect(serve().address) as session:
+        shell.user_ns["there"] = session
+        assert complete_names(shell.user_ns, "x = there.fn.de") == ("de", ["demo"])
+        assert complete_names(shell.user_ns, "there.fn.demo.") == ("", ["add", "sub"])
+        assert complete_names(shell.user_ns, "other.fn.") is None
+        assert complete_names(shell.user_ns, "there") is None
+        with provisionalcompleter():
+            offered = [one.text for one in shell.Completer.completions("there.fn.demo.a", 15)]
+        assert offered == ["add"]
+    assert complete_names(shell.user_ns, "there.fn.demo.") == ("", ["add", "sub"]), "known, although it is closed"
+
+
+def test_a_server_that_does_not_answer_completes_nothing(serve: Callable[..., Any], registry: Registry) -> None:
+    registry.register("ffi.FunctionListGlobalNamesFunctor", lambda: time.sleep(0.5))
+    with rpcnb.connect(serve().address) as session:
+        assert complete_names({"there": session}, "there.fn.") == ("", [])
 
 
 def test_the_shell_offers_only_what_fits(shell: Any) -> None:

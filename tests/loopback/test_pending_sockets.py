@@ -14,6 +14,7 @@ from conftest import eventually
 
 import rpcnb
 from rpcnb import errors
+from rpcnb.net import interrupt
 from rpcnb.net.iothread import IO_THREAD
 from rpcnb.runtime.registry import Registry
 
@@ -43,6 +44,15 @@ def session(request: pytest.FixtureRequest, serve: Serve, registry: Registry) ->
         yield opened
     for name in names:
         rpcnb.remove_global_func(name)
+
+
+def test_what_an_operation_sends_when_it_goes_on_leaves_at_once(
+    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "TICK", 100.0)  # else the next look at interrupts would send it
+    monkeypatch.setattr(interrupt, "_TICK_MS", 100_000)
+    with rpcnb.connect(serve().address) as session:
+        assert "rpc.test.addone" in session.submit(session.list_functions).result(20)
 
 
 def test_submitted_calls_are_futures(session: Any) -> None:

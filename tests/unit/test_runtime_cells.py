@@ -396,7 +396,7 @@ def test_numpys_scalars_are_numbers_and_arrays_stay() -> None:
     assert load_variable(dump_variable(bytearray(b"x"), False), False) == b"x"
     array = np.ones(3)
     assert dump_variable(array, False) is array
-    with pytest.raises(AccessDenied, match="travels only as a pickle"):
+    with pytest.raises(AccessDenied, match="travel only as a pickle"):
         dump_variable(np.dtype("float32").newbyteorder, False)
 
 

@@ -11,6 +11,8 @@ const TONES = {
   lost: "bad", failed: "bad", "no answer": "bad",
 };
 
+const SILENT = 13000; // ms: an idle panel hears something every four seconds
+
 function bytes(count) {
   const units = ["B", "KB", "MB", "GB", "TB"];
   let unit = 0;
@@ -132,15 +134,15 @@ class Row {
       this.button = make("button", "", this.buttons);
       this.button.type = "button";
       this.button.addEventListener("click", () => {
-        this.button.disabled = true;
+        this.button.disabled = this.clicked = true;
         put(this.button, `${this.text} …`);
         this.send(JSON.parse(this.what));
       });
     }
-    if (this.what !== what || this.text !== text) {
+    if (this.what !== what || this.text !== text || (this.button.disabled && !this.clicked)) {
       this.what = what;
       this.text = text;
-      this.button.disabled = false;
+      this.button.disabled = this.clicked = false;
       put(this.button, text);
     }
     attribute(this.button, "aria-label", label);
@@ -277,11 +279,19 @@ function render({ model, el }) {
   const send = (message) => model.send(message);
 
   let shift = 0; // this clock's seconds ahead of the kernel's
+  let heard = Date.now(); // when the kernel has last said something
   let wanted = false;
   let spoken = "";
 
   function draw() {
     wanted = false;
+    const silent = Date.now() - heard > SILENT;
+    root.classList.toggle("rpcnb-silent", silent);
+    root.querySelectorAll("button").forEach((button) => { if (silent) button.disabled = true; });
+    if (silent) {
+      put(note, "the kernel says nothing: if it was restarted, run this cell again");
+      return;
+    }
     const snapshot = model.get("snapshot") || {};
     const now = Date.now() / 1000 - shift;
     const words = [];
@@ -318,7 +328,8 @@ function render({ model, el }) {
 
   function changed() {
     const snapshot = model.get("snapshot") || {};
-    if (snapshot.now) shift = Date.now() / 1000 - snapshot.now;
+    heard = Date.now();
+    if (snapshot.now) shift = heard / 1000 - snapshot.now;
     soon();
   }
 
