@@ -88,9 +88,9 @@ class Presses:
         seconds: From each press to an idle kernel, by the kind of cell.
         lost: Sessions lost, wrong results and wrong memory, as tracebacks.
         again: Presses that had to be repeated, by the kind of cell.
-        ended: What the cells raised.
+        ended: What the cells raised; nothing if the press came before their first line.
         odd: Tracebacks of cells that ended late, or by anything but an interrupt.
-        deaf: Kernels that took no further cell up; a fault of some versions of ipykernel itself.
+        deaf: Kernels that took no further cell up, as bare ones of ipykernel 7.3.0 do after some hundred.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -137,7 +137,9 @@ def _press(kernel: Kernel, kind: str, delay: float, seen: Presses) -> None:
     seen.seconds.setdefault(kind, []).append(cell.ended - pressed)
     seen.ended[cell.error or "nothing"] += 1
     if cell.ended - pressed > P99 or cell.error not in ("KeyboardInterrupt", "CancelledError"):
-        seen.odd.append(f"{cell.ended - pressed:.3f} s after a press in {kind!r}:\n{cell.trace}{cell.err}")
+        seen.odd.append(
+            f"{cell.ended - pressed:.3f} s after a press in {kind!r}:\n{cell.trace or cell.messages}{cell.err}"
+        )
 
 
 def _check(kernel: Kernel, number: int, kind: str, seen: Presses) -> None:
