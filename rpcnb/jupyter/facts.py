@@ -120,7 +120,7 @@ def _operation(one: Any, epoch: float) -> dict[str, Any]:
 
 def _waits_for(one: Any, state: str) -> str:
     """Say why an operation waits: the queue, the link, a callback, or a function that runs."""
-    if state == "running" and getattr(one, "runs_cell", False):
+    if state == "running" and one.runs_cell:
         return "the cell on the device"
     if state in _WAITS:
         return _WAITS[state]

@@ -76,6 +76,11 @@ class AsyncOperation:
         return "cancelled" if isinstance(self._error, asyncio.CancelledError) else "failed"
 
     @property
+    def runs_cell(self) -> bool:
+        """Tell whether it is a remote cell."""
+        return self._on_output is not None
+
+    @property
     def moved(self) -> int:
         """Bytes of bulk data that have moved so far."""
         return sum(ticket.moved for ticket in list(self._tickets))

@@ -106,6 +106,17 @@ def test_a_server_shows_its_clients_and_what_is_parked(session: rpcnb.Session, a
     job.cancel()
 
 
+def test_a_remote_cell_is_waited_for_as_such(serve: Serve) -> None:
+    with rpcnb.connect(serve(token="t", allow_exec=True).address, token="t") as session:
+        job = session.submit(session.run_cell, "import time\nwhile True: time.sleep(0.01)", "In[3]")
+        eventually(
+            lambda: rows(Scope(session=session), "pending")[0]["waits"] == "the cell on the device", "its beginning"
+        )
+        plain = session.get_function("rpc.test.addone").submit(1)
+        assert not plain.runs_cell
+        job.cancel()
+
+
 def test_transfers_with_their_ends(session: rpcnb.Session) -> None:
     x = session.empty((1 << 20,), "uint8")
     good = session.submit(x.copyfrom, np.zeros(1 << 20, "uint8"))
