@@ -35,7 +35,7 @@ class PlainCall(Pending):
     ticket: Ticket  # set by the link before anything can arrive
     finished = None
     deadline = None
-    runs_cell = False  # type: ignore[assignment]  # a property there
+    runs_cell = False
     _limit = NO_DEADLINE
     _timer = None
     _watch = None
