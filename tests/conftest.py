@@ -105,6 +105,20 @@ def serve(registry: Registry) -> Iterator[Callable[..., Any]]:
         server.close()
 
 
+@pytest.fixture(scope="module")
+def shell() -> Iterator[Any]:
+    """A real IPython shell with the magics, without a front end."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    made = InteractiveShell.instance()
+    made.run_line_magic("load_ext", "rpcnb")
+    yield made
+    made.run_line_magic("unload_ext", "rpcnb")
+    if made.history_manager is not None:
+        made.history_manager.end_session()
+    InteractiveShell.clear_instance()
+
+
 @pytest.fixture
 def vectors() -> Path:
     """The folder of bytes recorded from stock TVM."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from conftest import eventually
-from IPython.core.interactiveshell import InteractiveShell
 
 import rpcnb
 from rpcnb.jupyter.cellmagics import CellMagics
@@ -19,17 +18,6 @@ from rpcnb.jupyter.sessions import BOOK
 from rpcnb.jupyter.workmagics import WorkMagics, histogram
 from rpcnb.net.runfiles import list_servers, publish
 from rpcnb.runtime.registry import Registry
-
-
-@pytest.fixture(scope="module")
-def shell() -> Iterator[Any]:
-    made = InteractiveShell.instance()
-    made.run_line_magic("load_ext", "rpcnb")
-    yield made
-    made.run_line_magic("unload_ext", "rpcnb")
-    if made.history_manager is not None:
-        made.history_manager.end_session()
-    InteractiveShell.clear_instance()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import eventually
 from IPython.core.completer import provisionalcompleter
-from IPython.core.interactiveshell import InteractiveShell
 
 import rpcnb
 from rpcnb.jupyter.completion import complete, complete_names
@@ -21,17 +20,6 @@ from rpcnb.runtime.registry import Registry
 
 EVIL = "<script>alert(1)</script>"
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def shell() -> Iterator[Any]:
-    made = InteractiveShell.instance()
-    made.run_line_magic("load_ext", "rpcnb")
-    yield made
-    made.run_line_magic("unload_ext", "rpcnb")
-    if made.history_manager is not None:
-        made.history_manager.end_session()
-    InteractiveShell.clear_instance()
 
 
 @pytest.fixture(autouse=True)
