@@ -154,6 +154,21 @@ session = rpcnb.connect(server.address, key="mine")""",
     page.close()
 
 
+def test_a_panel_whose_kernel_was_restarted_says_so(lab: Lab, folder: Path) -> None:
+    write_notebook(folder / "restart.ipynb", CONNECT, "rpcnb.panel()", f"{SLOW}\njob = wait.submit(60.0)")
+    page = lab.open("restart.ipynb")
+    assert lab.run_all(page) == "ok"
+    named(page, "demo.sleep").wait_for()
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    page.get_by_text("the kernel says nothing").wait_for()
+    assert page.get_by_role("button", name="cancel demo.sleep").is_disabled()
+    assert lab.run_all(page) == "ok"  # the cell draws a new one
+    named(page, "demo.sleep").wait_for()
+    assert page.get_by_role("button", name="cancel demo.sleep").is_enabled()
+    quiet(lab)
+    page.close()
+
+
 def test_where_no_widget_is_drawn_static_html_takes_over(lab: Lab, folder: Path) -> None:
     write_notebook(
         folder / "html.ipynb",
