@@ -110,6 +110,7 @@ def shell() -> Iterator[Any]:
     """A real IPython shell with the magics, without a front end."""
     from IPython.core.interactiveshell import InteractiveShell
 
+    InteractiveShell.clear_instance()  # a bare one, perhaps, of earlier tests' remote cells
     made = InteractiveShell.instance()
     made.run_line_magic("load_ext", "rpcnb")
     yield made

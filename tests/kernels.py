@@ -97,8 +97,9 @@ class Kernel:
     """A kernel of this very environment, with directories of its own.
 
     Args:
-        environment: Further variables of its environment.
         folder: Its runtime directory's parent; a temporary one by default.
+        traced: Let coverage, where it runs, trace the kernel; its tracebacks then take ten times as long.
+        environment: Further variables of its environment.
 
     Attributes:
         runtime: Where its servers publish their addresses and tokens.
@@ -106,7 +107,7 @@ class Kernel:
         messages: All messages on iopub so far.
     """
 
-    def __init__(self, folder: Path | None = None, **environment: str) -> None:
+    def __init__(self, folder: Path | None = None, *, traced: bool = True, **environment: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="rpcnb-kernel-")) if folder is None else folder
         self._own = folder is None
         self.runtime = self._folder / "rpcnb"
@@ -114,7 +115,8 @@ class Kernel:
         self.temporary.mkdir()
         mine = {"IPYTHONDIR": str(self._folder / "ipython"), "RPCNB_RUNTIME_DIR": str(self.runtime)}
         mine["TMPDIR"] = str(self.temporary)
-        self._environment = {**os.environ, **mine, "RPCNB_NONINTERACTIVE": "1", **environment}
+        inherited = {key: value for key, value in os.environ.items() if traced or not key.startswith("COVERAGE_")}
+        self._environment = {**inherited, **mine, "RPCNB_NONINTERACTIVE": "1", **environment}
         self._cells: dict[str, Cell] = {}
         self.messages: list[dict[str, Any]] = []
         self._log = (self._folder / "kernel.log").open("ab")

@@ -56,6 +56,8 @@ def plain_errors(function: Callable[[Any, str], Any]) -> Callable[[Any, str], An
             return function(self, line)
         except CellError:
             raise  # it shows the remote traceback
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # where we waited is nothing to the user
         except (RpcError, LookupError, ValueError, OSError) as error:
             raise UsageError(str(error).splitlines()[0]) from None
 

@@ -307,6 +307,7 @@ class Link:
                     with wire.lock:
                         if wire.out:  # what they have sent must not wait for the next reply, which there may not be
                             blocked = not wire.flush()
+                    guard.check()
                     continue
                 if blocked != self._polls_write:
                     self._polls_write = blocked

@@ -45,8 +45,11 @@ def _shell() -> Any:
         return None
     config = Config()
     config.HistoryManager.enabled = False
+    if InteractiveShell.initialized():
+        return InteractiveShell.instance()
     hook, except_hook = sys.displayhook, sys.excepthook
     shell = InteractiveShell.instance(config=config)
+    shell.is_bare = True  # no notebook: nobody's cells run in it
     sys.displayhook, sys.excepthook = hook, except_hook
     return shell
 

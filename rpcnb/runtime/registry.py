@@ -150,9 +150,9 @@ class Registry:
 def _notebook_context() -> contextvars.Context | None:
     """Inside IPython return the running cell's context; elsewhere output needs no routing."""
     ipython = sys.modules.get("IPython")
-    if ipython is None or ipython.get_ipython() is None:
-        return None
-    return contextvars.copy_context()
+    shell = None if ipython is None else ipython.get_ipython()
+    # A bare one is there only for what remote cells display (runtime/cellshow.py).
+    return None if shell is None or getattr(shell, "is_bare", False) else contextvars.copy_context()
 
 
 REGISTRY = Registry()

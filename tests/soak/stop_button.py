@@ -150,7 +150,7 @@ def _check(kernel: Kernel, number: int, kind: str, seen: Presses) -> None:
 
 
 def _press_in_one_kernel(presses: int, chance: random.Random, seen: Presses, longest: float) -> None:
-    with Kernel() as kernel:
+    with Kernel(traced=False) as kernel:
         setup = kernel.run(SETUP, 60)
         assert not setup.error, setup.trace
         kinds: list[str] = []

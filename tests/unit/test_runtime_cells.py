@@ -15,7 +15,7 @@ from runtime_wire import Client, Loop
 
 from rpcnb.errors import AccessDenied, ArgumentError, RpcError
 from rpcnb.protocol.messages import CallFunc, Raised, Return
-from rpcnb.runtime import celloutput, cells, cellshow
+from rpcnb.runtime import celloutput, cells, cellshow, registry
 from rpcnb.runtime.celloutput import CellOutput, output_to
 from rpcnb.runtime.cellrunners import Job, Runner
 from rpcnb.runtime.cells import Cells, pickled, unpickled
@@ -481,6 +481,23 @@ class Publisher:
 class KernelPublisher(Publisher):
     def register_hook(self, hook: Callable[..., Any]) -> None:
         self.hook = hook
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_bare_shell_is_made_where_there_is_none_and_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    monkeypatch.setattr(InteractiveShell, "initialized", lambda: False)
+    hooks = sys.displayhook, sys.excepthook
+    shell = cellshow._shell()
+    assert shell.is_bare
+    assert (sys.displayhook, sys.excepthook) == hooks
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    assert registry._notebook_context() is None
+    cellshow._shell.cache_clear()
+    monkeypatch.setattr(InteractiveShell, "initialized", lambda: True)
+    assert cellshow._shell() is shell
+    InteractiveShell.clear_instance()
 
 
 @pytest.mark.usefixtures("fresh")
