@@ -32,9 +32,14 @@ def act(message: dict[str, Any]) -> None:
     iothread.IO_THREAD.call(lambda: found(message))
 
 
+def _number(message: dict[str, Any]) -> int:
+    found = message.get("id")
+    return found if isinstance(found, int) else 0
+
+
 def _cancel(message: dict[str, Any]) -> None:
     for session in all_sessions():
-        operation = session._pending.get(message.get("id", 0))
+        operation = session._pending.get(_number(message))
         if isinstance(operation, AsyncOperation):
             operation.cancel_soon()
         elif operation is not None:
@@ -42,7 +47,7 @@ def _cancel(message: dict[str, Any]) -> None:
 
 
 def _dismiss(message: dict[str, Any]) -> None:
-    BRIDGE.dismiss(message.get("id", 0))
+    BRIDGE.dismiss(_number(message))
 
 
 def _find(message: dict[str, Any]) -> SessionBase | None:

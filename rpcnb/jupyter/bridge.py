@@ -88,7 +88,7 @@ class Bridge:
     def add(self, view: View) -> None:
         """Feed a view until it says that nobody looks, or :meth:`remove`."""
         with self._lock:
-            self._feeds.append(_Feed(view))
+            self._feeds = [*(feed for feed in self._feeds if feed.view is not view), _Feed(view)]
             if self._thread is None:
                 self._unsubscribe = events.observers.subscribe(self._take)
                 self._thread = threading.Thread(target=self._run, name="rpcnb-panels", daemon=True)

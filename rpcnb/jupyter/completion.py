@@ -21,6 +21,7 @@ _FUNCTIONS = ("rpc_functions", "rpc_timeit")
 _FILES = ("rpc_upload", "rpc_download")
 _FN = re.compile(r"(\w+)\.fn\.([\w.]*)$")
 _PATIENCE = 0.2  # seconds
+_AT_MOST = 10.0  # seconds for the names to come, for the next time
 _VALUES = {"--run": ("thread", "kernel")}
 
 
@@ -31,8 +32,9 @@ def _names_of(session: SessionBase | None) -> list[str]:
     known = session._ops.known_names()
     if known or not isinstance(session, Session) or session.state != "ready":
         return known
+    asked = session.submit(session.list_functions, timeout=_AT_MOST)
     try:
-        found: list[str] = session.submit(session.list_functions).result(_PATIENCE)
+        found: list[str] = asked.result(_PATIENCE)
     except (RpcError, CancelledError):
         return []
     return found

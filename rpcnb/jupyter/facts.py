@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.jupyter.models import Facts
+from rpcnb.jupyter.models import Facts, cut
 from rpcnb.net.server import all_servers
 from rpcnb.session.base import all_sessions
 from rpcnb.session.pending import Pending
@@ -85,7 +85,7 @@ def _transfer(one: Any, epoch: float) -> dict[str, Any]:
     row: dict[str, Any] = {
         "id": one.id,
         "way": one.direction,
-        "what": one.what,
+        "what": cut(one.what),
         "session": one.session.name,
         "moved": one.moved,
         "total": one.total,
@@ -96,7 +96,7 @@ def _transfer(one: Any, epoch: float) -> dict[str, Any]:
         outcome = one._outcome()
         row["state"] = "done" if outcome == "" else "cancelled" if outcome == "cancelled" else "failed"
         if row["state"] == "failed":
-            row["error"] = outcome
+            row["error"] = cut(outcome or "")
     return row
 
 
@@ -104,7 +104,7 @@ def _operation(one: Any, epoch: float) -> dict[str, Any]:
     state = one.state
     row: dict[str, Any] = {
         "id": one.id,
-        "function": one.function or "operation",
+        "function": cut(one.function or "operation"),
         "session": one.session.name,
         "state": state,
         "since": round(epoch + one.submitted, 2),
@@ -151,7 +151,7 @@ def _session(session: SessionBase, epoch: float) -> dict[str, Any]:
     if session.expires is not None:
         row["expires"] = round(epoch + session.expires, 1)
     if session.ended_by is not None:
-        row["error"] = str(session.ended_by)
+        row["error"] = cut(str(session.ended_by))
     return row
 
 
@@ -174,12 +174,12 @@ def _server(server: Server, epoch: float) -> dict[str, Any]:
 
 def _client(client: ClientState, epoch: float) -> dict[str, Any]:
     now = epoch + time.monotonic()
-    row: dict[str, Any] = {"peer": client.peer, "state": client.state, "function": client.function}
+    row: dict[str, Any] = {"peer": client.peer, "state": client.state, "function": cut(client.function)}
     if client.age:
         row["since"] = round(now - client.age, 1)
     if client.queued:
         row["queued"] = client.queued
     if client.calls:
-        row["calls"] = [[name, round(now - age, 1)] for _, name, age in client.calls[:8]]
+        row["calls"] = [[cut(name), round(now - age, 1)] for _, name, age in client.calls[:8]]
         row["more"] = max(0, len(client.calls) - 8)
     return row

@@ -14,13 +14,14 @@ from typing import Any
 
 from rpcnb import events
 
-__all__ = ["MOST_ROWS", "Facts", "PanelModel"]
+__all__ = ["MOST_ROWS", "Facts", "PanelModel", "cut"]
 
 MOST_ROWS = 50  # per section; the rest is a count (docs/design.md 10)
 _LATENCIES = 16
 _FADES = 2.0  # seconds for which a finished transfer is still shown
 _BRIEF = 0.3  # seconds: who was quicker is not shown after its end
 _MOST_FAILED = 8
+_LONGEST = 200  # letters of a text
 # What operations are called that are no calls of the user's functions: their latencies are not shown.
 _NOT_CALLS = {
     "attribute",
@@ -101,13 +102,13 @@ class PanelModel:
         self._ended[event.transfer] = {
             "id": event.transfer,
             "way": event.direction,
-            "what": event.what,
+            "what": cut(event.what),
             "session": event.source,
             "moved": event.moved,
             "total": event.total,
             "state": event.error and (event.error if event.error == "cancelled" else "failed"),
             "ended": self.epoch + event.time,
-            **({"error": event.error} if event.error not in ("", "cancelled") else {}),
+            **({"error": cut(event.error)} if event.error not in ("", "cancelled") else {}),
         }
         failed = [number for number, row in self._ended.items() if row["state"]]
         for number in failed[:-_MOST_FAILED]:
@@ -145,6 +146,11 @@ class PanelModel:
     def _of(self, session: str) -> list[float]:
         """Return the last latencies in milliseconds, with three digits."""
         return [float(f"{seconds * 1000:.3g}") for seconds in self._latencies.get(session, ())]
+
+
+def cut(text: str) -> str:
+    """Return a text that is not too long for a row: it may come from a server."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _capped(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Panel:
         self.scope = scope
         self._sections = list(sections)
         self._answered = False
+        self._views = 0
         self._closed = False
         self._html: Any = None  # the display that is updated, once it has taken over
         self._html_at = 0.0
@@ -114,6 +115,13 @@ class Panel:
             if not self._answered and self._html is not None and self._html_at:
                 self._html.update(Html(""))
             self._answered = True
+            self._views += 1
+            if self._views == 1 and not self._closed:
+                BRIDGE.add(self)
+        elif message.get("op") == "bye":
+            self._views = max(0, self._views - 1)
+            if not self._views:  # the cell has run again, or its output was cleared: nobody looks
+                BRIDGE.remove(self)
         else:
             act(message)
 

@@ -158,7 +158,7 @@ class Server:
         self.custom_addr = custom_addr
         self._proxy = parse_address(host, port) if is_proxy else None
         self.token = self._choose_token(host if self._proxy is None else self._proxy.host, token, insecure)
-        if allow_exec and self.token is None and not insecure:
+        if allow_exec and (self.token is None or trust_tracker) and not insecure:
             raise AccessDenied(
                 "without a token anybody here could run code as this user; insecure=True (--insecure) allows that"
             )
@@ -445,6 +445,8 @@ class Server:
         """Listen for WebSockets too, from now on; arguments as ``web_port`` and ``allow_origin`` of the class."""
         if self._web is None:
             call_in_loop(self.io_loop, lambda: self._open_web(port, allow_origin))
+        else:
+            self._web.allow(allow_origin)
 
     @property
     def whereabouts(self) -> dict[str, Any]:

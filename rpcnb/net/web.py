@@ -22,7 +22,7 @@ from rpcnb.net.listen import listen
 from rpcnb.net.websocket import WebSocket, accept_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 __all__ = ["WebPort"]
 
@@ -64,7 +64,8 @@ class WebPort:
         self.port = int(self._listeners[0].getsockname()[1])
         self.admit = admit
         self.name = name
-        self._allowed = {one.lower().removeprefix("https://").removeprefix("http://") for one in allowed}
+        self._allowed: set[str] = set()
+        self.allow(allowed)
         self._own_names = {"localhost", socket.gethostname().lower(), host.lower()}
         handlers: list[Any] = [("/ws", _Upgrade, {"web": self})]
         handlers += [(path, _Page, {"web": self, "file": file}) for path, file in pages]
@@ -105,6 +106,10 @@ class WebPort:
         except ValueError:
             return name in self._own_names or self._is_allowed(name)
         return True
+
+    def allow(self, names: Iterable[str]) -> None:
+        """Let browsers and hubs of these names in too."""
+        self._allowed |= {one.lower().removeprefix("https://").removeprefix("http://") for one in names}
 
     def _is_allowed(self, name: str) -> bool:
         return name in self._allowed or "*" in self._allowed

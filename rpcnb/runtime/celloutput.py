@@ -67,6 +67,8 @@ class CellOutput:
         self._shield = shield
         self._later = later
         self._lock = threading.Lock()
+        self._owner = 0  # the thread that holds the lock
+        self._late: list[tuple[str, str]] = []  # what destructors print while it does
         self._stream = "stdout"
         self._text: list[str] = []
         self._size = 0
@@ -76,48 +78,74 @@ class CellOutput:
 
     def write(self, stream: str, text: str) -> None:
         """Take printed text; waits while the client does not keep up."""
-        with self._shield():
-            self._take_text(stream, text)
-
-    def _take_text(self, stream: str, text: str) -> None:
+        if self._owner == threading.get_ident():
+            self._late.append((stream, text))
+            return
         self._await_room()
-        with self._lock:
-            if stream != self._stream and self._text:
-                self._send_text()
-            self._stream = stream
-            self._text.append(text)
-            self._size += len(text)
-            if self._size >= _ENOUGH:
-                self._send_text()
-            else:
+        with self._shield(), self._held():
+            self._take_text(stream, text)
+            if not self._armed:
                 self._arm()
 
     def show(self, data: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Take something that was displayed: a MIME bundle."""
-        with self._shield():
-            self._await_room()
-            with self._lock:
-                self._send_text()
-                self._send({"display": mime_json(data), "metadata": metadata})
+        piece = {"display": mime_json(data), "metadata": metadata}
+        try:
+            piece = json.loads(json.dumps(piece, default=str))
+        except (TypeError, ValueError, RecursionError) as error:
+            piece = {"display": {"text/plain": f"cannot be shown: {error}"}, "metadata": {}}
+        if self._owner == threading.get_ident():
+            return  # a destructor's
+        self._await_room()
+        with self._shield(), self._held():
+            self._send_text()
+            self._send(piece)
 
     def flush(self) -> None:
         """Send what has been printed so far."""
-        with self._shield(), self._lock:
+        if self._owner != threading.get_ident():
+            with self._shield(), self._held():
+                self._send_text()
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the lock; what destructors print meanwhile, in this very thread, comes behind."""
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
+                while self._late:
+                    self._take_text(*self._late.pop(0))
+
+    def _take_text(self, stream: str, text: str) -> None:
+        if stream != self._stream and self._text:
+            self._send_text()
+        self._stream = stream
+        self._text.append(text)
+        self._size += len(text)
+        if self._size >= _ENOUGH:
             self._send_text()
 
     def _arm(self) -> None:
-        if not self._armed:
+        if self._text:
             self._armed = True
             self._later(_TOGETHER, self._send_soon)
 
     def _send_soon(self) -> None:
         """In the loop's thread, which must not wait."""
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            self._later(_TOGETHER, self._send_soon)
+            return
+        try:
             self._armed = False
             if self._way is None or self._way.has_room:
                 self._send_text()
             else:
                 self._arm()
+        finally:
+            self._lock.release()
 
     def _await_room(self) -> None:
         if self._way is not None and not self._way.has_room:
@@ -129,7 +157,7 @@ class CellOutput:
             self._send({"stream": self._stream, "text": text})
 
     def _send(self, piece: dict[str, Any]) -> None:
-        data = json.dumps(piece, default=str)
+        data = json.dumps(piece)
         if self._way is not None:
             self._way.emit(data.encode())
         elif self._kept_size < _KEPT:

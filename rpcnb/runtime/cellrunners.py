@@ -45,7 +45,10 @@ class Runner:
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._current: Job | None = None
-        self._shielded = self._held = False
+        self._shields = 0  # that the job is in
+        self._held = False
+        self._worker = 0  # the thread that runs the job
+        self._closed = False
 
     def submit(self, job: Job) -> None:
         """Run ``job`` when those before it have ended."""
@@ -58,7 +61,7 @@ class Runner:
                 self._strike(job)
 
     def _strike(self, job: Job) -> None:
-        if self._shielded:
+        if self._shields:
             self._held = True
         else:
             self._raise(job)
@@ -66,15 +69,20 @@ class Runner:
     @contextmanager
     def shield(self) -> Iterator[None]:
         """Let no interrupt strike inside: what sends a cell's output must not be torn. It strikes at the end."""
+        if threading.get_ident() != self._worker:  # a thread of the cell's, which no interrupt is meant for
+            yield
+            return
         with self._lock:
-            self._held = self._take_back()
-            self._shielded = True
+            self._held = self._take_back() or self._held
+            self._shields += 1
         try:
             yield
         finally:
             with self._lock:
-                self._shielded = False
-                held, self._held = self._held, False
+                self._shields -= 1
+                held = self._held and not self._shields
+                if held:
+                    self._held = False
             if held:
                 raise KeyboardInterrupt
 
@@ -82,7 +90,8 @@ class Runner:
         raise NotImplementedError
 
     def _perform(self, job: Job) -> None:
-        begun = over = False
+        begun, over = self._closed, False
+        self._worker = threading.get_ident()
         while not over:
             try:
                 if not begun:
@@ -93,21 +102,27 @@ class Runner:
                 over = True
             except KeyboardInterrupt:  # noqa: PERF203  # it must come to its end
                 log.debug("an interrupt came when its cell had just ended")
-        job.finish()
+            except BaseException:
+                log.exception("a remote cell could not be run")
+        try:
+            job.finish()
+        except BaseException:  # the next cell is another client's
+            log.exception("a remote cell's outcome could not be told")
 
     def _settle(self) -> None:
         """Let no interrupt come from now on."""
         with self._lock:
             self._current = None
             self._take_back()
-            self._held = False
+            self._shields, self._held = 0, False
 
     def _take_back(self) -> bool:
         """Take an interrupt back that is on its way; False if there is none. In the job's thread, with the lock."""
         return False
 
     def close(self) -> None:
-        """End what runs, and do nothing more."""
+        """End what runs, and begin nothing more: what waits is answered as cancelled."""
+        self._closed = True
         self._jobs.put(None)
         with self._lock:
             if self._current is not None:

@@ -85,7 +85,13 @@ class _Cell:
         outcome = self._outcome or _failure(KeyboardInterrupt(""))
         self._cells.over(self)
         seconds = 0.0 if self.state == "cancelled" else time.monotonic() - self.since
-        self._done(json.dumps({**outcome, "seconds": seconds, "outputs": self.output.kept}, default=str).encode())
+        told = {**outcome, "seconds": seconds, "outputs": self.output.kept}
+        try:
+            data = json.dumps(told, default=str)
+        except BaseException as error:  # a representation that JSON cannot hold, or whose text raises
+            failure = _failure(TypeError(f"the result cannot be shown: {type(error).__name__}"))
+            data = json.dumps({**failure, "seconds": seconds, "outputs": []})
+        self._done(data.encode())
 
     def stop(self) -> None:
         """End it early for its client; from any thread."""
@@ -155,7 +161,9 @@ class Cells:
 
     def end(self, session: LocalServingSession) -> None:
         """Drop the variables of a session that is over."""
-        self._namespaces.pop(session, {}).clear()
+        namespace = self._namespaces.pop(session, None)
+        if namespace is not None:
+            session.environment.run_in_thread(namespace.clear)  # users' destructors may take long
 
     # -- the namespace ---------------------------------------------------------------------------------------------
 
@@ -183,7 +191,7 @@ class Cells:
         del self.namespace(session)[name]
 
     def _list(self, session: LocalServingSession) -> str:
-        namespace = self.namespace(session)
+        namespace = dict(self.namespace(session))  # a cell may be changing it
         return json.dumps([[name, type(namespace[name]).__name__] for name in _own(namespace)])
 
     # -- running ---------------------------------------------------------------------------------------------------
@@ -244,7 +252,7 @@ def _failure(error: BaseException) -> dict[str, Any]:
     try:
         lines = traceback.format_exception(type(error), error, trace)
         text = str(error)
-    except Exception as broken:
+    except BaseException as broken:
         lines, text = [], f"without a text: {type(broken).__name__} while making it"
     shown = {"type": type(error).__name__, "text": text, "traceback": "".join(lines)}
     return {"data": {}, "metadata": {}, "error": shown}

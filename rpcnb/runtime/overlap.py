@@ -40,7 +40,7 @@ RESULT, ERROR, OUTPUT = 1, 2, 3  # kinds of records
 POLL_SECONDS = 20.0  # a poll is answered within this time, so it tells that the server lives
 _MOST_EARLY = 1024  # cancels that are remembered for calls still to come
 _ROOM = 4 << 20  # bytes of output that wait for the client; then the cell waits
-_LOOK = 0.5  # seconds after which a cell that waits looks whether it has been cancelled
+_LOOK = 0.02  # seconds after which a cell that waits looks again
 _RECORD = struct.Struct("<qiQ")  # call, kind, bytes of the packed sequence
 _COUNT = struct.Struct("<i")
 
@@ -133,8 +133,8 @@ class Started(Stoppable):
 
     @property
     def has_room(self) -> bool:
-        """Tell whether the client keeps up with the output of its calls."""
-        return self._calls.has_room
+        """Tell whether the client keeps up with the output of its calls, or wants none of this one any more."""
+        return self._calls.has_room or self.finished or self.cancelled
 
     def await_room(self) -> None:
         """Wait until it does, or nobody wants the output any more."""
@@ -157,7 +157,6 @@ class Calls:
         self._early: dict[int, None] = {}  # cancelled before they came
         self._outcomes: list[bytes] = []
         self._waiting = 0  # bytes of output among them
-        self._room = threading.Condition(self._lock)
         self._poll: Done | None = None
         self._polled = 0.0
         self._timed = False
@@ -264,9 +263,7 @@ class Calls:
 
     def _take(self) -> bytes:
         data, self._outcomes = b"".join(self._outcomes), []
-        if self._waiting:
-            self._waiting = 0
-            self._room.notify_all()
+        self._waiting = 0
         return data
 
     def give_way(self) -> None:
@@ -352,10 +349,9 @@ class Calls:
         return self._waiting < _ROOM
 
     def await_room(self, call: Started) -> None:
-        """Wait until there is room, or nobody wants the output of ``call`` any more."""
-        with self._room:
-            while not (self.has_room or call.finished or call.cancelled or self._closed):
-                self._room.wait(_LOOK)
+        """Wait until there is room, or nobody wants the output of ``call`` any more; an interrupt may end it."""
+        while not (call.has_room or self._closed):
+            time.sleep(_LOOK)
 
     def _keep(self, record: bytes) -> tuple[Done | None, bytes]:
         """Note a record; returns the poll that takes it at once with what else there is, if one waits."""
@@ -369,7 +365,8 @@ class Calls:
             running, self._poll = list(self._running.values()), None
             self._plain.clear()
             self._closed = True
-            self._room.notify_all()
+            self._outcomes.clear()
+            self._waiting = 0
         for call in running:
             call.stop()
 

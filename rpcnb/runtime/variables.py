@@ -27,7 +27,10 @@ def dump_variable(value: Any, pickles: bool) -> Any:
     if isinstance(value, (bytes, bytearray)):
         return b"b" + value
     try:
-        return b"j" + json.dumps(value).encode()
+        data = json.dumps(value)
+        if repr(json.loads(data)) != repr(value):  # a tuple, numbers as keys: they would come as something else
+            raise ValueError
+        return b"j" + data.encode()
     except (TypeError, ValueError, RecursionError):
         if not pickles:
             raise AccessDenied(

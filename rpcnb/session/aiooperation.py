@@ -165,6 +165,7 @@ class AwaitedCall(AsyncOperation):
     _waits = False
     _error = None
     _tickets = ()  # type: ignore[assignment]  # its one ticket moves no bulk data
+    _on_output = None
 
     def __init__(self, session: AsyncSession, function: str) -> None:
         self.id = new_number()
@@ -172,6 +173,7 @@ class AwaitedCall(AsyncOperation):
         self.function = function
         self.submitted = time.monotonic()
         self._task = asyncio.current_task()
+        self._loop = session._link.loop
         session._pending[self.id] = self
 
     def end(self, error: BaseException | None = None) -> None:

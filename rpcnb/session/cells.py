@@ -125,8 +125,9 @@ def read_output(piece: Any) -> CellOutput:
     """Read a piece of output."""
     if isinstance(piece, dict) and piece.get("stream") in ("stdout", "stderr"):
         return CellOutput(piece["stream"], str(piece.get("text", "")))
-    if isinstance(piece, dict) and isinstance(piece.get("display"), dict):
-        return CellOutput("display", "", piece["display"], dict(piece.get("metadata") or {}))
+    metadata = piece.get("metadata", {}) if isinstance(piece, dict) else None
+    if isinstance(piece, dict) and isinstance(piece.get("display"), dict) and isinstance(metadata, dict):
+        return CellOutput("display", "", piece["display"], metadata)
     raise RemoteProtocolError(f"expected output of a remote cell, got {piece!r}")
 
 
@@ -150,7 +151,8 @@ def run(ops: Operations, source: str, name: str, on_output: Callable[[CellOutput
     """Have a cell run at the server."""
     found = load_json((yield from _ask(ops, "rpcnb.cell", source, name)))
     if isinstance(found, dict) and on_output is not None:
-        for piece in found.get("outputs", ()):
+        outputs = found.get("outputs", [])
+        for piece in outputs if isinstance(outputs, list) else ():
             on_output(read_output(piece))
     return CellResult.decode(found)
 

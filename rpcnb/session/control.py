@@ -233,9 +233,18 @@ class Control:
             ticket = self._calls.get(number)
             if isinstance(reply, Emitted):
                 if ticket is not None and ticket.on_output is not None and not ticket.abandoned:
-                    ticket.on_output(reply.data)
+                    self._hand_over(ticket, reply.data)
             elif ticket is not None:
                 self.settle(ticket, reply)
+
+    def _hand_over(self, ticket: StartedTicket, data: bytes) -> None:
+        """Give a call part of its output; what cannot be read ends that call, and no other."""
+        assert ticket.on_output is not None
+        try:
+            ticket.on_output(data)
+        except Exception as error:
+            known = isinstance(error, RpcError)
+            self.settle(ticket, None, error if known else RemoteProtocolError(f"expected output of a call: {error}"))
 
     def _end(self, error: RpcError) -> None:
         if self._ended:

@@ -16,7 +16,14 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from rpcnb.errors import ArgumentError, CopyMismatch, FunctionNotFound, RemoteProtocolError, StaleHandle
+from rpcnb.errors import (
+    ArgumentError,
+    CopyMismatch,
+    FunctionNotFound,
+    LimitExceeded,
+    RemoteProtocolError,
+    StaleHandle,
+)
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.messages import Syscall
@@ -72,6 +79,9 @@ _ATTRIBUTES = {
     "total_global_memory": 14,
     "available_global_memory": 15,
 }
+
+
+_MOST_NAMES = 1 << 16
 
 
 class Operations:
@@ -150,6 +160,8 @@ class Operations:
             listing = yield from self.ask("ffi.FunctionListGlobalNamesFunctor")
             _expect(listing, self.function_type, "a function that lists names")
             count = _expect((yield from self.call(listing, (-1,))), int, "the number of names")
+            if count > _MOST_NAMES:
+                raise LimitExceeded(f"{self.peer} says that it has {count} functions; at most {_MOST_NAMES} are listed")
             tickets = []
             names = []
             for index in range(count):

@@ -187,6 +187,8 @@ def test_consent_is_asked_for(serve: Serve) -> None:
             session.list_variables()
     with pytest.raises(AccessDenied, match="without a token anybody"):
         serve(allow_exec=True)
+    with pytest.raises(AccessDenied, match="without a token anybody"):
+        serve(allow_exec=True, token="t", tracker_addr=("127.0.0.1", 1), trust_tracker=True)
     with pytest.raises(CellError), rpcnb.connect(serve(allow_exec=True, insecure=True).address) as session:
         session.run_cell("1 / 0")
 
@@ -359,11 +361,67 @@ def test_an_interrupt_never_tears_what_sends_output(kind: Any) -> None:
     assert {(job.ended, job.torn) for job in printers} == {("interrupted", False)}
 
 
+def test_a_cells_own_threads_are_not_meant_by_its_interrupts() -> None:
+    runner = MainThread()
+    runner._wanted = Sleeper()
+    with runner.shield():  # this thread runs no cell
+        assert runner._wanted is not None
+    runner._worker = threading.get_ident()
+    outer, inner = runner.shield(), runner.shield()
+    outer.__enter__()
+    inner.__enter__()
+    inner.__exit__(None, None, None)
+    assert runner._held, "it comes at the end of the outermost"
+    with pytest.raises(KeyboardInterrupt):
+        outer.__exit__(None, None, None)
+
+
+def test_a_job_that_breaks_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Sleeper):
+        def run(self) -> None:
+            raise SystemExit
+
+        def finish(self) -> None:
+            super().finish()
+            raise ValueError
+
+    runner, broken, quick = Worker(), Broken(), Quick()
+    runner.submit(broken)
+    runner.submit(quick)
+    assert quick.finished.wait(10)
+    assert broken.finished.is_set()
+    runner.close()
+    late = Quick()
+    runner.submit(late)
+    runner._perform(late)
+    assert late.finished.is_set()
+    assert not late.begun.is_set(), "nothing begins any more"
+    assert "could not be run" in caplog.text
+    assert "could not be told" in caplog.text
+    caplog.clear()
+
+
+def test_output_that_cannot_be_read_ends_that_call_and_no_other(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpcnb.runtime.celloutput.CellOutput._send", lambda self, piece: self._way.emit(b"{"))
+    with rpcnb.connect(serve(allow_exec=True, token="t").address, token="t") as session:
+        with pytest.raises(RemoteProtocolError, match="expected JSON"):
+            session.run_cell("print(1)", on_output=[].append)
+        assert session.run_cell("1 + 1").data == {"text/plain": "2"}
+
+
+def test_an_on_output_of_ones_own_that_fails_is_logged_only(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    with rpcnb.connect(serve(allow_exec=True, token="t").address, token="t") as session:
+        assert session.run_cell("print(1)\n2", on_output=lambda piece: 1 / 0).data == {"text/plain": "2"}
+    assert "failed in the I/O thread" in caplog.text
+    caplog.clear()
+
+
 def test_an_interrupt_on_its_way_is_held_back_for_the_end_of_the_shield(monkeypatch: pytest.MonkeyPatch) -> None:
     def arrives(steps: int) -> None:
         raise KeyboardInterrupt
 
     runner, inside = Worker(), []
+    runner._worker = threading.get_ident()
     runner._sent = True  # and it has arrived before
     with runner.shield():
         inside.append(1)
@@ -376,6 +434,7 @@ def test_an_interrupt_on_its_way_is_held_back_for_the_end_of_the_shield(monkeypa
         shield.__exit__(None, None, None)
     assert inside == [1, 2]
     board = MainThread()
+    board._worker = threading.get_ident()
     board._wanted = Sleeper()
     with pytest.raises(KeyboardInterrupt), board.shield():
         inside.append(3)

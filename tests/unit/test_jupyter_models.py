@@ -77,6 +77,13 @@ def test_a_failed_one_stays_with_its_reason_until_it_is_dismissed() -> None:
     assert names(model.snapshot(Facts()), "transfers") == []
 
 
+def test_long_texts_are_cut() -> None:
+    model = PanelModel(EPOCH)
+    model.update(transfer(events.TransferFinished, 1.0, error="x" * 10_000_000))
+    (row,) = model.snapshot(Facts())["transfers"]["rows"]
+    assert row["error"] == "x" * 200 + "…"
+
+
 def test_the_last_failures_are_kept_and_old_beginnings_forgotten() -> None:
     model = PanelModel(EPOCH)
     for number in range(MOST_ROWS * 4 + 30):

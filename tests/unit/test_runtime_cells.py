@@ -279,15 +279,70 @@ def test_the_server_keeps_output_only_while_somebody_wants_it(board: Board, monk
     assert call.has_room
     call.emit(b'"x"')
     monkeypatch.setattr("rpcnb.runtime.overlap._ROOM", 1)
-    monkeypatch.setattr("rpcnb.runtime.overlap._LOOK", 0.001)
     assert not call.has_room
-    monkeypatch.setattr(calls._room, "wait", lambda limit: setattr(call, "_stopped", True))
+    monkeypatch.setattr("rpcnb.runtime.overlap.time.sleep", lambda seconds: setattr(call, "_stopped", True))
     call.await_room()  # until it is cancelled
+    assert call.has_room, "nobody wants it any more"
+    assert calls._waiting
     call.emit(b'"late"')
     assert [piece for _, piece in board.records()] == ["x"]
     board.runner.step()
     (outcome,) = read_records(board.call(NEXT))
     assert isinstance(outcome[1], Raised)
+
+
+def test_the_end_of_a_session_ends_waiting_for_room(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Calls = board.client.servant.session.calls  # type: ignore[union-attr]  # a local session
+    board.start(1, "1")
+    call = calls.running[0]
+    call.emit(b'"x"')
+    monkeypatch.setattr("rpcnb.runtime.overlap._ROOM", 0)
+    monkeypatch.setattr("rpcnb.runtime.overlap.time.sleep", lambda seconds: setattr(calls, "_closed", True))
+    call.await_room()
+    calls.close()
+    assert not calls._waiting
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        (
+            "class Odd:\n    def _repr_mimebundle_(self, **k): return {'application/json': {(1, 2): 3}}\nOdd()",
+            "TypeError",
+        ),
+        ("class E(Exception):\n    def __str__(self): raise SystemExit\nraise E", "E"),
+    ],
+)
+def test_an_odd_outcome_is_told_as_such_and_the_next_cell_runs(board: Board, source: str, kind: str) -> None:
+    assert board.run(source)["error"]["type"] == kind
+    assert board.run("1 + 1")["data"] == {"text/plain": "2"}
+
+
+def test_what_cannot_be_displayed_says_so() -> None:
+    output = CellOutput(None, lambda seconds, function: None)
+    output.show({"application/json": {(1, 2): 3}}, {})
+    assert output.kept[0]["display"]["text/plain"].startswith("cannot be shown")
+
+
+def test_a_destructor_that_prints_in_the_middle_of_sending_does_not_wait_for_itself() -> None:
+    way, timers = Way(), list[Callable[[], object]]()
+    output = CellOutput(way, lambda seconds, function: timers.append(function))
+    emit = way.emit
+
+    def collect(data: bytes) -> None:
+        emit(data)
+        if len(way.sent) == 1:
+            output.write("stdout", "gone")  # a destructor's, by the garbage collector
+            output.show({"text/plain": "lost"}, {})
+            output.flush()
+
+    way.emit = collect  # type: ignore[method-assign]  # for this test
+    output.write("stdout", "x" * (1 << 16))
+    output.flush()
+    assert [json.loads(one)["text"][-4:] for one in way.sent] == ["xxxx", "gone"]
+    with output._lock:
+        output._send_soon()  # in the loop's thread: it never waits
+    assert len(timers) == 1
 
 
 def test_a_poll_that_waits_takes_output_at_once(board: Board) -> None:
@@ -382,6 +437,13 @@ def test_arrays_are_copied(board: Board) -> None:
     made._set(session, "a", array)
     array[:] = 0
     assert made.namespace(session)["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("value", [(1, 2), {1: "a"}, [(1,)]], ids=repr)
+def test_what_would_come_as_something_else_travels_as_a_pickle_only(value: Any) -> None:
+    with pytest.raises(AccessDenied, match="travel only as a pickle"):
+        dump_variable(value, False)
+    assert load_variable(dump_variable(value, True), True) == value
 
 
 @pytest.mark.parametrize(

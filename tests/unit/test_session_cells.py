@@ -36,7 +36,9 @@ def test_anything_else_is_the_peers_mistake(found: Any) -> None:
         CellResult.decode(found)
 
 
-@pytest.mark.parametrize("piece", [None, 3, {}, {"stream": "stdin", "text": ""}, {"display": 3}])
+@pytest.mark.parametrize(
+    "piece", [None, 3, {}, {"stream": "stdin", "text": ""}, {"display": 3}, {"display": {}, "metadata": 5}]
+)
 def test_output_must_be_of_a_kind(piece: Any) -> None:
     with pytest.raises(RemoteProtocolError, match="expected output of a remote cell"):
         read_output(piece)

@@ -340,6 +340,7 @@ function render({ model, el }) {
   model.send({ op: "hello" });
   return () => {
     clearInterval(timer);
+    try { model.send({ op: "bye" }); } catch (error) { /* the kernel has gone, and with it who would care */ }
     model.off("change:snapshot", changed);
   };
 }
