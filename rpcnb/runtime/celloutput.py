@@ -198,7 +198,10 @@ class _Stand:
 
 
 _lock = threading.Lock()
-_stands: list[_Stand] = []
+# For ever: `print` in another thread holds no reference to the stream that it writes to (before Python 3.14), so one
+# that were taken away and freed meanwhile would crash the process.
+_stands = [_Stand("stdout"), _Stand("stderr")]
+_given_up: list[_Stand] = []
 _uses = 0
 
 
@@ -214,8 +217,8 @@ def output_to(output: CellOutput) -> Iterator[None]:
     with _lock:
         _uses += 1
         if _uses == 1:
-            _stands.extend([_Stand("stdout"), _Stand("stderr")])
             for stand in _stands:
+                stand.real = getattr(sys, stand.name)
                 setattr(sys, stand.name, stand)
     token = _OUTPUT.set(output)
     try:
@@ -225,8 +228,10 @@ def output_to(output: CellOutput) -> Iterator[None]:
         with _lock:
             _uses -= 1
             if not _uses:
-                for stand in _stands:
-                    if getattr(sys, stand.name) is stand:  # else somebody else's, who keeps ours
+                for place, stand in enumerate(_stands):
+                    if getattr(sys, stand.name) is stand:
                         setattr(sys, stand.name, stand.real)
-                _stands.clear()
+                    else:  # somebody else's, who writes to ours: it must not become its own real one
+                        _given_up.append(stand)
+                        _stands[place] = _Stand(stand.name)
         output.flush()

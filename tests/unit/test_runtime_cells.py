@@ -268,8 +268,21 @@ def test_only_the_cell_itself_is_listened_to(capsys: pytest.CaptureFixture[str])
 def test_a_stream_that_somebody_else_has_taken_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     own = io.StringIO()
     with output_to(CellOutput(None, lambda seconds, function: None)):
+        ours = sys.stdout
+        monkeypatch.setattr(own, "write", ours.write)  # it writes to what it has replaced
         monkeypatch.setattr(sys, "stdout", own)
     assert sys.stdout is own
+    with output_to(CellOutput(None, lambda seconds, function: None)) as _:
+        assert sys.stdout is not ours
+        token = celloutput._OUTPUT.set(None)
+        print("no endless circle")  # noqa: T201  # that is what is tested
+        celloutput._OUTPUT.reset(token)
+
+
+def test_a_stand_in_is_never_freed() -> None:
+    with output_to(CellOutput(None, lambda seconds, function: None)):
+        ours = sys.stdout
+    assert any(ours is stand for stand in celloutput._stands), "another thread's print may be writing to it"
 
 
 def test_the_server_keeps_output_only_while_somebody_wants_it(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
