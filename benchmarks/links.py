@@ -17,7 +17,7 @@ import numpy as np
 import rpcnb
 from benchmarks.peers import Server
 from benchmarks.rounds import Ratios, machine, options, save, show
-from rpcnb.net.shaper import Shaper
+from rpcnb.transport.shaper import Shaper
 
 RATE, ROUND_TRIP = 10e6, 0.02
 SIZE = 20_000_000

@@ -15,39 +15,48 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from rpcnb import parts
+
 __version__ = "0.1.0"
 
 # name -> module that has it; imported on first use, so that `import rpcnb` loads neither numpy nor tornado
 _PUBLIC = {
-    "AsyncSession": "rpcnb.session.aio",
+    "AsyncSession": "rpcnb.client.aio",
     "LocalServingSession": "rpcnb.runtime.local",
-    "LocalSession": "rpcnb.session.local",
-    "Module": "rpcnb.runtime.serving",
-    "Proxy": "rpcnb.net.proxy",
-    "Server": "rpcnb.net.server",
+    "LocalSession": "rpcnb.client.local",
+    "Module": "rpcnb.runtime.served",
+    "Proxy": "rpcnb.farm.proxy",
+    "Server": "rpcnb.server.server",
     "ServingSession": "rpcnb.runtime.serving",
-    "Session": "rpcnb.session.session",
-    "Tracker": "rpcnb.net.tracker",
-    "TrackerSession": "rpcnb.session.tracker",
+    "Session": "rpcnb.client.session",
+    "Tracker": "rpcnb.farm.tracker",
+    "TrackerSession": "rpcnb.farm.trackersession",
     "cancelled": "rpcnb.runtime.current",
-    "connect": "rpcnb.session.opening",
-    "connect_async": "rpcnb.session.opening",
-    "connect_tracker": "rpcnb.session.tracker",
-    "connect_tracker_async": "rpcnb.session.tracker",
+    "connect": "rpcnb.client.opening",
+    "connect_async": "rpcnb.client.opening",
+    "connect_tracker": "rpcnb.farm.trackersession",
+    "connect_tracker_async": "rpcnb.farm.trackersession",
     "create_event_driven_server": "rpcnb.runtime.eventdriven",
     "device": "rpcnb.values",
     "dtype": "rpcnb.values",
-    "empty": "rpcnb.session.arrays",
+    "empty": "rpcnb.client.arrays",
     "get_global_func": "rpcnb.runtime.registry",
     "list_global_func_names": "rpcnb.runtime.registry",
     "panel": "rpcnb.jupyter.panels",
     "register_func": "rpcnb.runtime.registry",
     "remove_global_func": "rpcnb.runtime.registry",
     "serve": "rpcnb.jupyter.serving",
-    "serve_blocking": "rpcnb.net.blocking",
-    "tensor": "rpcnb.session.arrays",
-    "workpath": "rpcnb.runtime.serving",
+    "serve_blocking": "rpcnb.server.blocking",
+    "tensor": "rpcnb.client.arrays",
+    "workpath": "rpcnb.runtime.local",
 }
+
+# What earlier rooms find in later ones.
+parts.offer("scheme tracker", "rpcnb.farm.dialer:TrackedDialer")
+parts.offer("registration", "rpcnb.farm.registration:ServerRegistration")
+parts.offer("dial out", "rpcnb.farm.dialout:DialOut")
+parts.offer("load extension", "rpcnb.jupyter.extension:load")
+parts.offer("unload extension", "rpcnb.jupyter.extension:unload")
 
 __all__ = ["__version__", "errors", "load_ipython_extension", *_PUBLIC]  # names of strings
 
@@ -74,13 +83,9 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(shell: Any) -> None:
     """Register the magics: ``%load_ext rpcnb``."""
-    from rpcnb.jupyter.extension import load
-
-    load(shell)
+    parts.find("load extension")(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """Remove the magics: ``%unload_ext rpcnb``."""
-    from rpcnb.jupyter.extension import unload
-
-    unload(shell)
+    parts.find("unload extension")(shell)

@@ -6,7 +6,18 @@ Usage: python scripts/core_coverage.py out/coverage.json
 import json
 import sys
 
-CORE = ("rpcnb/errors.py", "rpcnb/values.py", "rpcnb/events.py", "rpcnb/protocol/", "rpcnb/runtime/")
+CORE = (
+    "rpcnb/errors.py",
+    "rpcnb/values.py",
+    "rpcnb/events.py",
+    "rpcnb/parts.py",
+    "rpcnb/protocol/",
+    "rpcnb/runtime/",
+    "rpcnb/cells/",
+    "rpcnb/farm/messages.py",
+    "rpcnb/farm/pairing.py",
+    "rpcnb/farm/tracking.py",
+)
 
 
 def main() -> int:

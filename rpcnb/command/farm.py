@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.command.until import until_signal
-from rpcnb.net.address import Address, parse_pair, show_address
-from rpcnb.net.runfiles import write_atomically
+from rpcnb.transport.address import Address, parse_pair, show_address
+from rpcnb.transport.runfiles import write_atomically
 
 if TYPE_CHECKING:
     import argparse
 
     from rpcnb.command.until import Stop
-    from rpcnb.net.listen import Service
+    from rpcnb.transport.listen import Service
 
 __all__ = ["devices", "proxy", "tracker"]
 
@@ -27,7 +27,7 @@ _REFRESH = 1.0  # seconds
 
 def tracker(options: argparse.Namespace) -> int:
     """Run a tracker until SIGINT or SIGTERM, or until somebody with its stop key ends it."""
-    from rpcnb.net.tracker import Tracker
+    from rpcnb.farm.tracker import Tracker
 
     with (
         until_signal() as stop,
@@ -58,7 +58,7 @@ def _end_with(service: Service, stop: Stop) -> None:
 
 def proxy(options: argparse.Namespace) -> int:
     """Run a proxy until SIGINT or SIGTERM."""
-    from rpcnb.net.proxy import Proxy
+    from rpcnb.farm.proxy import Proxy
 
     with (
         until_signal() as stop,
@@ -109,8 +109,8 @@ def _announce(options: argparse.Namespace, service: Service, lines: list[str], *
 
 def devices(options: argparse.Namespace) -> int:
     """List the boards of a tracker, once or until Ctrl-C."""
-    from rpcnb.session.devices import show_devices
-    from rpcnb.session.tracker import TrackerSession
+    from rpcnb.farm.devices import show_devices
+    from rpcnb.farm.trackersession import TrackerSession
 
     session = TrackerSession(Address(*parse_pair(options.address, 9190), "", "tracker"))
     while True:

@@ -148,7 +148,7 @@ def _argument(text: str) -> Any:
 
 
 def _connect(options: argparse.Namespace) -> Any:
-    from rpcnb.session.opening import connect
+    from rpcnb.client.opening import connect
 
     return connect(options.address, key=options.key, token=_read_token(options.token_file), timeout=options.timeout)
 
@@ -174,8 +174,8 @@ def _functions(options: argparse.Namespace) -> int:
 
 
 def _servers(options: argparse.Namespace) -> int:
-    from rpcnb.net.address import show_address
-    from rpcnb.net.runfiles import list_servers
+    from rpcnb.transport.address import show_address
+    from rpcnb.transport.runfiles import list_servers
 
     found = [{key: value for key, value in server.items() if key != "token"} for server in list_servers()]
     if options.json:

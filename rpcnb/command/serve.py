@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.command.until import until_signal
-from rpcnb.net.address import is_loopback, outside_address, parse_address, parse_pair, show_address
-from rpcnb.net.loopthread import call_in_loop
-from rpcnb.net.runfiles import publish, write_atomically
-from rpcnb.net.server import Server
 from rpcnb.runtime.libraries import ffi_global_names
 from rpcnb.runtime.registry import REGISTRY
+from rpcnb.server.server import Server
+from rpcnb.transport.address import is_loopback, outside_address, parse_address, parse_pair, show_address
+from rpcnb.transport.loopthread import call_in_loop
+from rpcnb.transport.runfiles import publish, write_atomically
 
 if TYPE_CHECKING:
     import argparse
 
+    from rpcnb.cells.runners import Runner
     from rpcnb.command.until import Stop
-    from rpcnb.runtime.cellrunners import Runner
 
 __all__ = ["serve"]
 
@@ -45,12 +45,12 @@ def _serve_until(stop: Stop, options: argparse.Namespace) -> int:
     # What the operator's modules registered with apache-tvm-ffi may be called; its own globals are there by import.
     loaded = ffi_global_names() - (before or _ffi_own_names())
     if options.demo:
-        from rpcnb.demo import register_demo
+        from rpcnb.command.demo import register_demo
 
         register_demo(REGISTRY)
     runner = None
     if options.allow_exec:
-        from rpcnb.runtime.cellrunners import MainThread
+        from rpcnb.cells.runners import MainThread
 
         runner = MainThread()  # this thread has nothing else to do
     server = _make_server(options, loaded, runner)
@@ -162,7 +162,7 @@ def _shape(server: Server, options: argparse.Namespace) -> tuple[Any, int]:
     """Put a shaped relay in front of the server."""
     import asyncio
 
-    from rpcnb.net.shaper import Shaper, parse_link
+    from rpcnb.transport.shaper import Shaper, parse_link
 
     if not is_loopback(options.host) and options.no_token and not options.insecure:
         raise ValueError(f"a server on {options.host} without a token is open to everybody; --insecure allows it")

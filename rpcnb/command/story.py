@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 
-from rpcnb.board import DemoBoard
+from rpcnb.client.opening import connect
+from rpcnb.command.board import DemoBoard
 from rpcnb.errors import RemoteError
-from rpcnb.session.opening import connect
 
 __all__ = ["tell"]
 

@@ -1,1 +1,9 @@
-"""rpcnb in IPython and Jupyter: magics and displays. Nothing else imports this layer."""
+"""rpcnb in IPython and Jupyter: magics, panels, progress, displays. Nothing else imports this room.
+
+Lives here: the magics, models folded from facts and events, the bridge that applies them, the widget and its view
+(``static/panel.js``), text and HTML for where no widget can be.
+
+Who enters: ``%load_ext rpcnb``; and methods named ``panel`` of earlier rooms, the one import that points upwards.
+
+Begin with ``extension.py`` (what is loaded), then ``magics.py``, then ``bridge.py`` (how a panel stays alive).
+"""

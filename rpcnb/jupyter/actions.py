@@ -6,17 +6,17 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.client.aiooperation import AsyncOperation
+from rpcnb.client.base import all_sessions
+from rpcnb.client.session import Session
 from rpcnb.errors import RpcError
 from rpcnb.jupyter.bridge import BRIDGE
-from rpcnb.net import iothread
-from rpcnb.session.aiooperation import AsyncOperation
-from rpcnb.session.base import all_sessions
-from rpcnb.session.session import Session
+from rpcnb.link import iothread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rpcnb.session.base import SessionBase
+    from rpcnb.client.base import SessionBase
 
 __all__ = ["act"]
 

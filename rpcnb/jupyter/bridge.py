@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rpcnb import events
 from rpcnb.errors import RpcError
+from rpcnb.farm.devices import device_rows
+from rpcnb.farm.dialer import known_trackers, places_in_queues
+from rpcnb.farm.trackersession import TrackerSession
 from rpcnb.jupyter.facts import Scope, collect
 from rpcnb.jupyter.models import PanelModel
-from rpcnb.net.address import show_address
-from rpcnb.session.devices import device_rows
-from rpcnb.session.tracker import TrackerSession, known_trackers, places_in_queues
+from rpcnb.transport.address import show_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,10 +20,10 @@ from rpcnb.jupyter.panels import SECTIONS, panel
 from rpcnb.jupyter.sessions import BOOK
 
 if TYPE_CHECKING:
+    from rpcnb.client.cells import CellOutput, CellResult
+    from rpcnb.client.pending import Pending
+    from rpcnb.client.session import Session
     from rpcnb.jupyter.panels import Panel
-    from rpcnb.session.cells import CellOutput, CellResult
-    from rpcnb.session.pending import Pending
-    from rpcnb.session.session import Session
 
 __all__ = ["CellMagics", "show_output"]
 

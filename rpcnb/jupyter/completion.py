@@ -9,11 +9,11 @@ from typing import Any
 
 from IPython.core.completer import SimpleCompletion, context_matcher
 
+from rpcnb.client.base import SessionBase
+from rpcnb.client.session import Session
 from rpcnb.errors import RpcError
 from rpcnb.jupyter.panels import SECTIONS
 from rpcnb.jupyter.sessions import BOOK
-from rpcnb.session.base import SessionBase
-from rpcnb.session.session import Session
 
 __all__ = ["complete", "matcher"]
 

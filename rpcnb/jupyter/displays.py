@@ -6,12 +6,12 @@ import time
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.client.base import SessionBase
+from rpcnb.client.pending import Pending
+from rpcnb.client.remote import RemoteObject, TimingResult, _Function, _Module, _Tensor
+from rpcnb.client.transfers import Transfer
 from rpcnb.jupyter.statichtml import show_bytes, show_span
-from rpcnb.net.server import Server
-from rpcnb.session.base import SessionBase
-from rpcnb.session.pending import Pending
-from rpcnb.session.remote import RemoteObject, TimingResult, _Function, _Module, _Tensor
-from rpcnb.session.transfers import Transfer
+from rpcnb.server.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable

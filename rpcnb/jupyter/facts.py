@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.client.base import all_sessions
+from rpcnb.client.pending import Pending
+from rpcnb.client.transfers import Measured
 from rpcnb.jupyter.models import Facts, cut
-from rpcnb.net.server import all_servers
-from rpcnb.session.base import all_sessions
-from rpcnb.session.pending import Pending
-from rpcnb.session.transfers import Measured
+from rpcnb.server.server import all_servers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rpcnb.net.connection import ClientState
-    from rpcnb.net.server import Server
-    from rpcnb.session.base import SessionBase
+    from rpcnb.client.base import SessionBase
+    from rpcnb.server.connection import ClientState
+    from rpcnb.server.server import Server
 
 __all__ = ["Scope", "collect"]
 

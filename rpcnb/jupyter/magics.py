@@ -21,13 +21,13 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 from rpcnb.errors import CellError, KeyMismatch, RpcError
 from rpcnb.jupyter.serving import kernel_server, paste_lines, serve, share_lines, stop_serving
 from rpcnb.jupyter.sessions import BOOK
-from rpcnb.net.address import parse_address, show_address
+from rpcnb.transport.address import parse_address, show_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rpcnb.net.server import Server
-    from rpcnb.session.session import Session
+    from rpcnb.client.session import Session
+    from rpcnb.server.server import Server
 
 __all__ = ["RpcMagics", "describe", "plain_errors", "say"]
 
@@ -219,7 +219,7 @@ def _ask_token(address: str) -> str | None:
 
 def _default_address() -> str:
     """Return this kernel's server, else the newest one of this user, else the demo board."""
-    from rpcnb.net.runfiles import list_servers
+    from rpcnb.transport.runfiles import list_servers
 
     own = kernel_server()
     if own is not None:

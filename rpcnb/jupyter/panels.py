@@ -20,8 +20,8 @@ from rpcnb.jupyter.statichtml import Html, show_html, show_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rpcnb.net.server import Server
-    from rpcnb.session.base import SessionBase
+    from rpcnb.client.base import SessionBase
+    from rpcnb.server.server import Server
 
 __all__ = ["SECTIONS", "Panel", "panel"]
 

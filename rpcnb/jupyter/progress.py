@@ -14,11 +14,12 @@ import time
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.client.base import SessionBase, all_sessions
+from rpcnb.client.pending import Pending
+from rpcnb.client.remote import RemoteFunction
+from rpcnb.client.transfers import Measured
 from rpcnb.jupyter.statichtml import Html, show_bytes, show_span
-from rpcnb.session.base import SessionBase, all_sessions
-from rpcnb.session.pending import Pending
-from rpcnb.session.remote import RemoteFunction
-from rpcnb.session.transfers import Measured
+from rpcnb.link import interrupt, link
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -28,7 +29,7 @@ __all__ = ["ProgressLine", "describe_wait"]
 _AFTER = 0.5  # seconds
 _EVERY = 0.2
 _CELLS = 20  # of a bar
-_WAITING = os.path.join("rpcnb", "net", "link.py"), os.path.join("rpcnb", "net", "interrupt.py")
+_WAITING = (link.__file__, interrupt.__file__)
 
 
 def describe_wait(frame: FrameType | None) -> tuple[int, str, float | None] | None:

@@ -13,9 +13,9 @@ import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rpcnb.net.address import is_loopback, outside_address, show_address
-from rpcnb.net.runfiles import publish
-from rpcnb.net.server import Server
+from rpcnb.server.server import Server
+from rpcnb.transport.address import is_loopback, outside_address, show_address
+from rpcnb.transport.runfiles import publish
 
 if TYPE_CHECKING:
     from pathlib import Path

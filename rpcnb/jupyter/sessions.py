@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import rpcnb
-from rpcnb.board import DemoBoard
+from rpcnb.command.board import DemoBoard
 from rpcnb.errors import KeyMismatch
 
 if TYPE_CHECKING:
-    from rpcnb.session.session import Session
+    from rpcnb.client.session import Session
 
 __all__ = ["BOOK", "SessionBook"]
 

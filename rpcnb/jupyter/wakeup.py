@@ -14,7 +14,7 @@ import signal
 import socket
 from typing import Any
 
-from rpcnb.net import interrupt
+from rpcnb.link import interrupt
 
 __all__ = ["WakeUp"]
 

@@ -19,7 +19,7 @@ from rpcnb.jupyter.sessions import BOOK
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rpcnb.session.remote import RemoteModule, TimingResult
+    from rpcnb.client.remote import RemoteModule, TimingResult
 
 __all__ = ["WorkMagics", "histogram", "show_timing"]
 

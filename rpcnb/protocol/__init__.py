@@ -1,5 +1,10 @@
-"""The wire, as bytes and rules: no sockets, no clock, no threads.
+"""The wire, without IO, clock or threads: bytes to messages and back, what may be said when, operations as flows.
 
-Read in this order: :mod:`codes`, :mod:`sequence` (values), :mod:`messages` (packets), :mod:`handshake`,
-:mod:`endpoint` (one side of a conversation), :mod:`flows` (operations).
+Lives here: the codes and limits, packed sequences, messages, the parser, the handshake, the conversation's states, the
+short way of plain calls, records of calls that overlap, and each operation written once as a generator of requests.
+
+Who enters: every later room; both sides are judged by the same tables. A new packet, field or well-known exchange
+begins here, with its bytes in ``tests/vectors``.
+
+Begin with ``messages.py`` (what is said), then ``endpoint.py`` (when), then ``flows.py`` (operations).
 """

@@ -170,6 +170,16 @@ def call_result(values: tuple[Value, ...]) -> Result:
     return FunctionRef(handle) if index == 68 else ModuleRef(handle) if index == 73 else ObjectRef(handle)
 
 
+def release_handle(handle: int) -> Request:
+    """Return the request that releases a function, module, object or tensor result."""
+    return Syscall(Code.FREE_HANDLE, (Pointer(handle),))
+
+
+def release_data(meta: TensorMeta) -> Request:
+    """Return the request that frees a tensor's memory."""
+    return Syscall(Code.DEV_FREE_DATA, (meta.device, Pointer(meta.data)))
+
+
 def undo(request: Request, reply: Reply) -> list[Request]:
     """Return what releases the things a reply brought that nobody waits for any more."""
     if not isinstance(reply, Return) or not reply.values:
@@ -178,13 +188,11 @@ def undo(request: Request, reply: Reply) -> list[Request]:
     if not isinstance(last, Pointer) or not last:
         return []
     if isinstance(request, CallFunc):
-        return (
-            [Syscall(Code.FREE_HANDLE, (last,))] if isinstance(reply.values[0], int) and reply.values[0] >= 64 else []
-        )
+        return [release_handle(last)] if isinstance(reply.values[0], int) and reply.values[0] >= 64 else []
     if not isinstance(request, Syscall):
         return []
     if request.code is Code.GET_GLOBAL_FUNC:
-        return [Syscall(Code.FREE_HANDLE, (last,))]
+        return [release_handle(last)]
     if request.code is Code.DEV_ALLOC_DATA:
         return [Syscall(Code.DEV_FREE_DATA, (request.args[0], last))]
     if request.code is Code.DEV_ALLOC_DATA_WITH_SCOPE:
@@ -254,7 +262,7 @@ def _collect_calls(tickets: list[Any], results: list[Any], wrap: Callable[[Resul
 
 def free_handle(handle: int) -> Flow[None]:
     """Release one reference to a function, module, tensor result or object."""
-    result_of((yield Syscall(Code.FREE_HANDLE, (Pointer(handle),))))
+    result_of((yield release_handle(handle)))
 
 
 def set_device(device: Device) -> Flow[None]:

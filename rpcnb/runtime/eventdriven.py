@@ -15,8 +15,8 @@ from rpcnb.errors import RpcError
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
 from rpcnb.protocol.handshake import Handshake, KeyText
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.servant import Servant
-from rpcnb.runtime.serving import Environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rpcnb.protocol.messages import Reply, Request
-    from rpcnb.runtime.serving import Done
+    from rpcnb.runtime.completion import Done
     from rpcnb.values import Device, TensorMeta, Value
 
 __all__ = ["ForwardingSession", "Onward"]

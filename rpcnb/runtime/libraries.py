@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import LibraryError
-from rpcnb.runtime.serving import Module
+from rpcnb.runtime.served import Module
 from rpcnb.values import Device, DType
 
 if TYPE_CHECKING:

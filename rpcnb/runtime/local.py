@@ -9,22 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ArgumentError, InvalidHandle, ResultError
 from rpcnb.protocol.sequence import encode_call_result
+from rpcnb.runtime.completion import Callback, bind, errors_to_done
 from rpcnb.runtime.current import CALL, SESSION
 from rpcnb.runtime.devices import ATTRIBUTES, DeviceTensor, Memory, find_device
+from rpcnb.runtime.environment import ENVIRONMENT, Environment
 from rpcnb.runtime.files import SessionFiles
 from rpcnb.runtime.handles import HandleKind, HandleTable
+from rpcnb.runtime.overlap import Calls
 from rpcnb.runtime.registry import Registered
-from rpcnb.runtime.serving import (
-    _ENVIRONMENT,
-    Callback,
-    Environment,
-    Module,
-    ServedFunction,
-    ServingSession,
-    Shape,
-    bind,
-    errors_to_done,
-)
+from rpcnb.runtime.served import Module, ServedFunction, Shape
+from rpcnb.runtime.serving import ServingSession
+from rpcnb.runtime.wellknown import UPLOAD, find_well_known
 from rpcnb.values import (
     NULL,
     Device,
@@ -42,10 +37,9 @@ if TYPE_CHECKING:
 
     from rpcnb.protocol.messages import CallFunc
     from rpcnb.protocol.reader import Sink
-    from rpcnb.runtime.overlap import Calls
-    from rpcnb.runtime.serving import Done
+    from rpcnb.runtime.completion import Done
 
-__all__ = ["LocalServingSession"]
+__all__ = ["LocalServingSession", "current_session", "workpath"]
 
 # Type indices of stock TVM's counterparts; any other object is "opaque Python object", 74.
 _OBJECT_INDICES: dict[type, int] = {Shape: 69, list: 71, tuple: 71, dict: 72}
@@ -62,7 +56,7 @@ class LocalServingSession(ServingSession):
     """
 
     def __init__(self, environment: Environment | None = None) -> None:
-        self.environment = environment or _ENVIRONMENT.get() or Environment()
+        self.environment = environment or ENVIRONMENT.get() or Environment()
         limits = self.environment.limits
         self.table = HandleTable(limits.handles, limits.bad_handles)
         self.files = SessionFiles(limits.upload_quota, trusted_paths=self.environment.trusted_paths)
@@ -77,8 +71,6 @@ class LocalServingSession(ServingSession):
     def calls(self) -> Calls:
         """Calls that the client has started and that overlap."""
         if self._calls is None:
-            from rpcnb.runtime.overlap import Calls
-
             with self._lock:
                 self._calls = self._calls or Calls(self)
         return self._calls
@@ -118,8 +110,6 @@ class LocalServingSession(ServingSession):
         return served
 
     def _find_elsewhere(self, name: str) -> ServedFunction | None:
-        from rpcnb.runtime.wellknown import find_well_known
-
         found = self.calls.serve(name) if name.startswith("rpcnb.") else None
         found = found or find_well_known(self, name)
         if found is not None:
@@ -395,8 +385,6 @@ class LocalServingSession(ServingSession):
 
     def sink_for(self, handle: int, args: Sequence[Value], nbytes: int) -> Sink | None:
         """Stream the content of an uploaded file to disk."""
-        from rpcnb.runtime.wellknown import UPLOAD
-
         entry = self.table.entry(handle)
         if entry is None or entry.kind is not HandleKind.FUNCTION or entry.thing.name != UPLOAD or len(args) != 1:
             return None
@@ -531,6 +519,27 @@ class LocalServingSession(ServingSession):
                     self._drop(entry.thing)
         finally:
             self.files.close()
+
+
+def current_session() -> LocalServingSession | None:
+    """Inside a registered function: the session that is calling it. Elsewhere None."""
+    session: LocalServingSession | None = SESSION.get()
+    return session
+
+
+def workpath(name: str = "") -> str:
+    """Inside a registered function: the absolute path of ``name`` in the calling session's directory.
+
+    The process's current directory is never changed, so use this where a stock server's function would open a
+    relative path.
+
+    Raises:
+        LookupError: No session is calling.
+    """
+    session = SESSION.get()
+    if session is None:
+        raise LookupError("workpath() works inside a registered function that a session is calling")
+    return str(session.files.path(name))
 
 
 class _Waiter:

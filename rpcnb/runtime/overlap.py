@@ -12,89 +12,33 @@ carries starts, cancels and the poll.
 
 from __future__ import annotations
 
-import struct
 import threading
 import time
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import ArgumentError, LimitExceeded, RemoteProtocolError
-from rpcnb.protocol.codes import Limits
+from rpcnb.errors import ArgumentError, LimitExceeded
 from rpcnb.protocol.messages import CallFunc, Raised, Return
-from rpcnb.protocol.sequence import Style, decode_values, encode_values
+from rpcnb.protocol.records import CANCEL, CANCEL_AT, NEXT, START, Emitted, write_record
+from rpcnb.runtime.completion import Stoppable
 from rpcnb.runtime.current import CALL
-from rpcnb.runtime.serving import ServedFunction, Stoppable, raised_by
+from rpcnb.runtime.served import ServedFunction
+from rpcnb.runtime.serving import raised_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rpcnb.runtime.local import LocalServingSession
-    from rpcnb.runtime.serving import Done
+    from rpcnb.runtime.completion import Done
+    from rpcnb.runtime.serving import HandleSession
     from rpcnb.values import Value
 
-__all__ = ["CANCEL", "CANCEL_AT", "NEXT", "START", "Calls", "Emitted", "Started", "read_records", "write_record"]
+__all__ = ["Calls", "Started"]
 
-START, NEXT, CANCEL, CANCEL_AT = "rpcnb.start", "rpcnb.next", "rpcnb.cancel", "rpcnb.cancel_at"
-RESULT, ERROR, OUTPUT = 1, 2, 3  # kinds of records
 POLL_SECONDS = 20.0  # a poll is answered within this time, so it tells that the server lives
 _MOST_EARLY = 1024  # cancels that are remembered for calls still to come
 _ROOM = 4 << 20  # bytes of output that wait for the client; then the cell waits
 _LOOK = 0.02  # seconds after which a cell that waits looks again
-_RECORD = struct.Struct("<qiQ")  # call, kind, bytes of the packed sequence
-_COUNT = struct.Struct("<i")
-
-
-class Emitted(NamedTuple):
-    """Part of what a started call puts out while it runs."""
-
-    data: bytes
-
-
-def write_record(call: int, reply: Raised | Return | Emitted) -> bytes:
-    """Return the record that carries the outcome of a started call, or part of its output."""
-    parts: list[Any] = []
-    if isinstance(reply, Raised):
-        kind = ERROR
-        encode_values((reply.text, reply.type_name, reply.traceback), Style.RESULT, parts)
-    else:
-        kind = RESULT if isinstance(reply, Return) else OUTPUT
-        encode_values(reply.values if isinstance(reply, Return) else (reply.data,), Style.RESULT, parts)
-    body = b"".join(parts)
-    return _RECORD.pack(call, kind, len(body)) + body
-
-
-def read_records(data: bytes, limits: Limits | None = None) -> list[tuple[int, Raised | Return | Emitted]]:
-    """Take apart what ``rpcnb.next`` returned.
-
-    Raises:
-        RemoteProtocolError: It is not a list of records.
-    """
-    limits = limits or Limits()
-    view, pos = memoryview(data), 0
-    found: list[tuple[int, Raised | Return | Emitted]] = []
-    while pos < len(view):
-        if len(view) - pos < _RECORD.size + 4:
-            raise RemoteProtocolError(f"expected a record of an outcome, got {len(view) - pos} bytes")
-        call, kind, nbytes = _RECORD.unpack_from(view, pos)
-        pos += _RECORD.size
-        end = pos + nbytes
-        if end > len(view) or nbytes < 4:
-            raise RemoteProtocolError(f"expected an outcome of {nbytes} bytes, got {len(view) - pos}")
-        (count,) = _COUNT.unpack_from(view, pos)
-        values: list[Value] = []
-        if decode_values(view, pos + 4, end, min(count, limits.args), limits, values) != end or len(values) != count:
-            raise RemoteProtocolError(f"expected {count} values of an outcome in {nbytes} bytes")
-        pos = end
-        if kind == RESULT:
-            found.append((call, Return(tuple(values))))
-        elif kind == ERROR and count == 3 and all(isinstance(value, str) for value in values):
-            found.append((call, Raised(*values)))  # type: ignore[arg-type]  # three texts
-        elif kind == OUTPUT and count == 1 and isinstance(values[0], bytes):
-            found.append((call, Emitted(values[0])))
-        else:
-            raise RemoteProtocolError(f"expected a result, an error or output, got an outcome of kind {kind}")
-    return found
 
 
 class Started(Stoppable):
@@ -149,7 +93,7 @@ class Calls:
         most: Calls at once, those included whose outcome has not been collected.
     """
 
-    def __init__(self, session: LocalServingSession, most: int = 65536) -> None:
+    def __init__(self, session: HandleSession, most: int = 65536) -> None:
         self._session = weakref.proxy(session)
         self._most = most
         self._lock = threading.Lock()

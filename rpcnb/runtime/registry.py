@@ -151,7 +151,7 @@ def _notebook_context() -> contextvars.Context | None:
     """Inside IPython return the running cell's context; elsewhere output needs no routing."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
-    # A bare one is there only for what remote cells display (runtime/cellshow.py).
+    # A bare one is there only for what remote cells display (cells/show.py).
     return None if shell is None or getattr(shell, "is_bare", False) else contextvars.copy_context()
 
 

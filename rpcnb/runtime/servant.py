@@ -35,12 +35,13 @@ from rpcnb.protocol.messages import (
     encode_packet,
 )
 from rpcnb.protocol.shortcut import CALL_BYTES, MOST_ARGS, MOST_TEXT, call_length, read_call, write_result
+from rpcnb.runtime.completion import Stoppable, call_cancelled
 from rpcnb.runtime.current import CALL, SESSION
+from rpcnb.runtime.environment import ENVIRONMENT, Environment
 from rpcnb.runtime.handles import HandleKind
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.output import Output, staging
-from rpcnb.runtime.serving import _ENVIRONMENT, Environment, ServingSession, Stoppable, raised_by
-from rpcnb.runtime.tasks import call_cancelled
+from rpcnb.runtime.serving import ServingSession, raised_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -561,11 +562,11 @@ class Servant:
             self._answer(self._initialized(shared))
             return
         constructor, args = self._constructor(message)
-        token = _ENVIRONMENT.set(self.environment)
+        token = ENVIRONMENT.set(self.environment)
         try:
             made = constructor(*args)
         finally:
-            _ENVIRONMENT.reset(token)
+            ENVIRONMENT.reset(token)
         if hasattr(made, "__await__"):
             self._begin("init", self._initialized, lambda done: self._await_session(made, done))
         else:

@@ -8,17 +8,14 @@ import threading
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.runtime.completion import call_cancelled
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from rpcnb.runtime.serving import Done
+    from rpcnb.runtime.completion import Done
 
-__all__ = ["call_cancelled", "later_anywhere", "spawn_anywhere", "spawn_on", "thread_anywhere"]
-
-
-def call_cancelled() -> asyncio.CancelledError:
-    """Return the error of a call that its client gave up."""
-    return asyncio.CancelledError("the call was cancelled")
+__all__ = ["later_anywhere", "spawn_anywhere", "spawn_on", "thread_anywhere"]
 
 
 def spawn_on(loop: asyncio.AbstractEventLoop, awaitable: Awaitable[Any], done: Done) -> Callable[[], object]:

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import FunctionNotFound, InvalidHandle
 from rpcnb.runtime.devices import find_device
 from rpcnb.runtime.handles import HandleKind
-from rpcnb.runtime.serving import Module, ServedFunction
+from rpcnb.runtime.served import Module, ServedFunction
 from rpcnb.values import CPU, Device
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
     from rpcnb.runtime.devices import DeviceAPI
-    from rpcnb.runtime.local import LocalServingSession
+    from rpcnb.runtime.serving import HandleSession
 
 __all__ = ["make_evaluator"]
 
@@ -57,7 +57,7 @@ class _Sync:
 
 
 def make_evaluator(
-    session: LocalServingSession,
+    session: HandleSession,
     module: Module | None,
     name: str,
     device_type: int,
@@ -150,7 +150,7 @@ async def _drive_async(steps: Generator[Any, Any, bytes]) -> bytes:
             await step
 
 
-def _find(session: LocalServingSession, module: Module | None, name: str) -> ServedFunction:
+def _find(session: HandleSession, module: Module | None, name: str) -> ServedFunction:
     if module is not None:
         if not isinstance(module, Module):
             raise InvalidHandle(f"expected a module, got {type(module).__name__}")

@@ -10,13 +10,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import AccessDenied, DeviceError, InvalidHandle
-from rpcnb.runtime.serving import Module, ServedFunction, Shape
+from rpcnb.runtime.served import Module, ServedFunction, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rpcnb.runtime.files import StoredFile
-    from rpcnb.runtime.local import LocalServingSession
+    from rpcnb.runtime.serving import HandleSession
 
 __all__ = ["UPLOAD", "WELL_KNOWN", "find_well_known"]
 
@@ -25,39 +25,39 @@ UPLOAD = "tvm.rpc.server.upload"
 _FFI_ALLOWED = frozenset({"ffi.Shape", "ffi.GetRegisteredTypeKeys", "testing.echo"})
 
 
-def _workpath(session: LocalServingSession, name: str) -> str:
+def _workpath(session: HandleSession, name: str) -> str:
     return str(session.files.path(name))
 
 
-def _upload(session: LocalServingSession, name: str, data: bytes | StoredFile) -> None:
+def _upload(session: HandleSession, name: str, data: bytes | StoredFile) -> None:
     session.files.write(name, data)
 
 
-def _download(session: LocalServingSession, name: str) -> bytes:
+def _download(session: HandleSession, name: str) -> bytes:
     return session.files.read(name)
 
 
-def _remove(session: LocalServingSession, name: str) -> None:
+def _remove(session: HandleSession, name: str) -> None:
     session.files.remove(name)
 
 
-def _listdir(session: LocalServingSession, name: str) -> str:
+def _listdir(session: HandleSession, name: str) -> str:
     return ",".join(session.files.listdir(name))
 
 
-def _put(session: LocalServingSession, name: str, total: int, offset: int, data: bytes) -> None:
+def _put(session: HandleSession, name: str, total: int, offset: int, data: bytes) -> None:
     session.files.put(name, total, offset, data)
 
 
-def _get(session: LocalServingSession, name: str, offset: int, nbytes: int) -> bytes:
+def _get(session: HandleSession, name: str, offset: int, nbytes: int) -> bytes:
     return session.files.get(name, offset, nbytes)
 
 
-def _size(session: LocalServingSession, name: str) -> int:
+def _size(session: HandleSession, name: str) -> int:
     return session.files.size(name)
 
 
-def _digest(session: LocalServingSession, name: str, nbytes: int) -> str:
+def _digest(session: HandleSession, name: str, nbytes: int) -> str:
     return session.files.digest(name, nbytes)
 
 
@@ -70,7 +70,7 @@ IN_PARTS: dict[str, Callable[..., Any]] = {
 }
 
 
-# Remote cells, where the operator lets clients run them (``runtime/cells.py``).
+# Remote cells, where the operator lets clients run them (``cells/cells.py``).
 CELLS = frozenset(
     {"rpcnb.cell", "rpcnb.cells", "rpcnb.variable", "rpcnb.set_variable", "rpcnb.del_variable", "rpcnb.variables"}
 )
@@ -83,20 +83,20 @@ def _no_cells(*_: Any) -> None:
     )
 
 
-def need_native(session: LocalServingSession, what: str) -> None:
+def need_native(session: HandleSession, what: str) -> None:
     """Raise AccessDenied unless native code was trusted to this server's clients."""
     if not session.environment.native:
         raise AccessDenied(f"{what} needs trust: start the server with a token, or with --allow-native")
 
 
-def _load_module(session: LocalServingSession, name: str) -> Module:
+def _load_module(session: HandleSession, name: str) -> Module:
     need_native(session, "load_module")
     from rpcnb.runtime.libraries import load_library
 
     return load_library(session.files.path(name))
 
 
-def _download_linked_module(session: LocalServingSession, name: str) -> bytes:
+def _download_linked_module(session: HandleSession, name: str) -> bytes:
     need_native(session, "download_linked_module")
     from rpcnb.runtime.libraries import link_library
 
@@ -106,12 +106,12 @@ def _download_linked_module(session: LocalServingSession, name: str) -> bytes:
     return link_library(path).read_bytes()
 
 
-def _import_module(session: LocalServingSession, parent: Module, child: Module) -> None:
+def _import_module(session: HandleSession, parent: Module, child: Module) -> None:
     _as_module(parent).import_module(_as_module(child))
 
 
 def _module_get_function(
-    session: LocalServingSession, module: Module, name: str, query_imports: bool = False
+    session: HandleSession, module: Module, name: str, query_imports: bool = False
 ) -> Callable[..., Any] | None:
     return _as_module(module).get_function(name, query_imports)
 
@@ -122,61 +122,61 @@ def _as_module(value: Any) -> Module:
     return value
 
 
-def _system_lib(session: LocalServingSession, *prefix: str) -> Module:
+def _system_lib(session: HandleSession, *prefix: str) -> Module:
     return Module(kind="library")
 
 
-def _shape(session: LocalServingSession, *extents: int) -> Shape:
+def _shape(session: HandleSession, *extents: int) -> Shape:
     return Shape(extents)
 
 
-def _shape_size(session: LocalServingSession, shape: Shape) -> int:
+def _shape_size(session: HandleSession, shape: Shape) -> int:
     return len(shape)
 
 
-def _shape_elem(session: LocalServingSession, shape: Shape, index: int) -> int:
+def _shape_elem(session: HandleSession, shape: Shape, index: int) -> int:
     return shape[index]
 
 
-def _time_evaluator(session: LocalServingSession, *args: Any) -> ServedFunction:
+def _time_evaluator(session: HandleSession, *args: Any) -> ServedFunction:
     from rpcnb.runtime.timing import make_evaluator
 
     return make_evaluator(session, *args)
 
 
-def _names(session: LocalServingSession) -> Callable[[int], int | str]:
+def _names(session: HandleSession) -> Callable[[int], int | str]:
     """Answer TVM's question for names: ``f(-1)`` is their number, ``f(i)`` one of them."""
     names = sorted({*session.environment.registry.names(), *WELL_KNOWN})
     return lambda index: len(names) if index < 0 else names[index]
 
 
-def _addone(session: LocalServingSession, x: Any) -> Any:
+def _addone(session: HandleSession, x: Any) -> Any:
     return x + 1
 
 
-def _strcat(session: LocalServingSession, name: str, x: int) -> str:
+def _strcat(session: HandleSession, name: str, x: int) -> str:
     return f"{name}:{x}"
 
 
-def _except(session: LocalServingSession, name: str) -> None:
+def _except(session: HandleSession, name: str) -> None:
     raise ValueError(name)
 
 
-def _str_concat(session: LocalServingSession, x: str, y: str) -> str:
+def _str_concat(session: HandleSession, x: str, y: str) -> str:
     return x + y
 
 
-def _remote_tensor_func(session: LocalServingSession, tensor: Any) -> None:
+def _remote_tensor_func(session: HandleSession, tensor: Any) -> None:
     import numpy as np
 
     np.testing.assert_equal(tensor, np.ones((3, 4)))
 
 
-def _add_to_lhs(session: LocalServingSession, x: Any) -> Callable[[Any], Any]:
+def _add_to_lhs(session: HandleSession, x: Any) -> Callable[[Any], Any]:
     return lambda y: x + y
 
 
-def _remote_return_nd(session: LocalServingSession, what: str) -> Callable[..., Any]:
+def _remote_return_nd(session: HandleSession, what: str) -> Callable[..., Any]:
     import numpy as np
 
     array = np.zeros(10, np.float32)
@@ -191,7 +191,7 @@ def _remote_return_nd(session: LocalServingSession, what: str) -> Callable[..., 
     return replies[what]
 
 
-def _random_fill(session: LocalServingSession, tensor: Any) -> None:
+def _random_fill(session: HandleSession, tensor: Any) -> None:
     """Fill with numbers from 1 to 10, of which no kernel is slower than of others (no denormals, no zeros)."""
     import numpy as np
 
@@ -204,11 +204,11 @@ def _random_fill(session: LocalServingSession, tensor: Any) -> None:
         tensor[...] = np.asarray(rng.uniform(1.0, 10.0, tensor.shape)).astype(tensor.dtype)
 
 
-def _echo(session: LocalServingSession, *args: Any) -> Any:
+def _echo(session: HandleSession, *args: Any) -> Any:
     return args[0] if args else None
 
 
-def _raise_error(session: LocalServingSession, kind: str, message: str) -> None:
+def _raise_error(session: HandleSession, kind: str, message: str) -> None:
     import builtins
 
     found = getattr(builtins, kind, None)
@@ -247,7 +247,7 @@ WELL_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-def find_well_known(session: LocalServingSession, name: str) -> ServedFunction | None:
+def find_well_known(session: HandleSession, name: str) -> ServedFunction | None:
     """Return a well-known function for this session, or an FFI global it may call, or None."""
     part = IN_PARTS.get(name)
     if part is not None:

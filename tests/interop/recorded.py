@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from rpcnb.runtime.devices import DeviceTensor, Memory
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.registry import Registry
-from rpcnb.runtime.serving import Environment
 from rpcnb.values import CPU, Device, DType, Pointer
 
 FOLDER = Path(__file__).parent.parent / "vectors"

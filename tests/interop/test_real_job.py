@@ -17,7 +17,7 @@ import pytest
 from conftest import eventually
 
 import rpcnb
-from rpcnb.session.session import Session
+from rpcnb.client.session import Session
 
 if TYPE_CHECKING:
     from stock_peer import Peer

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import rpcnb
-from rpcnb.session.session import Session
+from rpcnb.client.session import Session
 from rpcnb.values import NULL
 
 if TYPE_CHECKING:

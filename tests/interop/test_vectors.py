@@ -37,9 +37,10 @@ from rpcnb.protocol.messages import (
     encode_packet,
 )
 from rpcnb.protocol.sequence import Buffer
+from rpcnb.runtime.completion import Done
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.eventdriven import EventHandler, create_event_driven_server
 from rpcnb.runtime.forwarding import ForwardingSession
-from rpcnb.runtime.serving import Done, Environment
 from rpcnb.values import CPU, DType, Pointer, TensorMeta
 
 
@@ -52,11 +53,15 @@ def exception(text: str) -> bytes:
 
 @dataclass
 class Different:
-    """Why ours differs from the recording, and what ours says: exact bytes, or a pattern of an exception's text."""
+    """Why ours differs from the recording, and what ours says: exact bytes, or a pattern of an exception's text.
+
+    By ``chance`` it may be the same.
+    """
 
     why: str
     ours: bytes = b""
     text: str = ""
+    chance: bool = False
 
 
 NEED_INIT = (
@@ -66,7 +71,9 @@ NEED_INIT = (
 
 # (recording, number of the frame, ends of streams not counted): what our server says there.
 DIFFERENT: dict[tuple[str, int], Different] = {
-    ("device_attrs", 29): Different("bytes of RAM of the machine, not marked as volatile in the recording"),
+    ("device_attrs", 29): Different(
+        "bytes of RAM of the machine, not marked as volatile in the recording; ours may be as large", chance=True
+    ),
     ("files", 19): Different(
         "an error's text names the directory and is not stock's failed C++ check",
         text=r"Cannot open .*dat\.bin: no such file in the session's directory",
@@ -226,7 +233,7 @@ def check(name: str, number: int, step: Step, got: bytes) -> None:
     if different is None:
         assert step.masked(got) == step.masked(step.data), step.decoded
         return
-    assert got != step.data, "it is as recorded: take it off the list"
+    assert different.chance or got != step.data, "it is as recorded: take it off the list"
     if different.ours:
         assert got == different.ours
     elif different.text:

@@ -12,11 +12,7 @@ from conftest import eventually
 from recorded import Step, load, steps
 
 import rpcnb
-from rpcnb.net.address import Address
-from rpcnb.net.dial import connect_socket
-from rpcnb.net.interrupt import Guard
-from rpcnb.net.link import Deadline
-from rpcnb.protocol.tracker import (
+from rpcnb.farm.messages import (
     GREETING,
     ask_pending_keys,
     ask_summary,
@@ -25,6 +21,10 @@ from rpcnb.protocol.tracker import (
     request_board,
     tell_info,
 )
+from rpcnb.link.dial import connect_socket
+from rpcnb.link.interrupt import Guard
+from rpcnb.transport.address import Address
+from rpcnb.transport.deadline import Deadline
 
 REFUSED = {
     "tracker_bad_json": "expected JSON",

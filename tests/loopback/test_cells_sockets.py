@@ -16,11 +16,11 @@ import pytest
 from conftest import eventually
 
 import rpcnb
-from rpcnb.board import DemoBoard
+from rpcnb.cells import runners as cellrunners
+from rpcnb.cells.runners import MainThread, Worker
+from rpcnb.client.cells import CellOutput
+from rpcnb.command.board import DemoBoard
 from rpcnb.errors import AccessDenied, CellError, ConnectFailed, DeadlineExceeded, RemoteProtocolError
-from rpcnb.runtime import cellrunners
-from rpcnb.runtime.cellrunners import MainThread, Worker
-from rpcnb.session.cells import CellOutput
 
 Serve = Callable[..., Any]
 
@@ -402,7 +402,7 @@ def test_a_job_that_breaks_leaves_the_others(caplog: pytest.LogCaptureFixture) -
 
 
 def test_output_that_cannot_be_read_ends_that_call_and_no_other(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rpcnb.runtime.celloutput.CellOutput._send", lambda self, piece: self._way.emit(b"{"))
+    monkeypatch.setattr("rpcnb.cells.output.CellOutput._send", lambda self, piece: self._way.emit(b"{"))
     with rpcnb.connect(serve(allow_exec=True, token="t").address, token="t") as session:
         with pytest.raises(RemoteProtocolError, match="expected JSON"):
             session.run_cell("print(1)", on_output=[].append)

@@ -312,7 +312,7 @@ def _lasting_loop() -> None:
 
 @pytest.mark.usefixtures("_lasting_loop")
 def test_serve_blocking_serves_one_session_in_the_callers_thread(registry: Registry) -> None:
-    from rpcnb.runtime.serving import Environment
+    from rpcnb.runtime.environment import Environment
 
     async def later(x: int) -> int:
         await asyncio.sleep(0.001)

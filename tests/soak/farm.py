@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 
 import rpcnb
-from rpcnb.net.loopthread import LoopThread
-from rpcnb.protocol.tracker import GREETING, encode_frame
+from rpcnb.farm.messages import GREETING, encode_frame
 from rpcnb.runtime.registry import Registry
+from rpcnb.transport.loopthread import LoopThread
 
 BOARDS, WAITING = 1000, 500
 SERVERS, KILLS = 50, 20

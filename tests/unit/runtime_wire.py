@@ -22,9 +22,9 @@ from rpcnb.protocol.messages import (
     encode_packet,
 )
 from rpcnb.protocol.sequence import Buffer
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.eventdriven import EventHandler, create_event_driven_server
 from rpcnb.runtime.local import LocalServingSession
-from rpcnb.runtime.serving import Environment
 from rpcnb.runtime.tasks import spawn_on
 from rpcnb.values import CPU, Device, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value, dtype
 

@@ -1,44 +1,51 @@
-"""The import rules of style.md 1, and what no module may contain (no pickle, no eval)."""
+"""The rooms (docs/architecture.md): who imports whom, and what no module may contain (no pickle, no eval)."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import rpcnb
+from rpcnb import parts
 
 ROOT = Path(rpcnb.__file__).parent
-ORDER = ("errors", "values", "events", "protocol", "runtime", "net", "session", "jupyter")
-LEAVES = frozenset({"", "__main__", "board", "command", "demo"})  # may import anything; "" is rpcnb/__init__
-MAY_IMPORT = {layer: frozenset(ORDER[: ORDER.index(layer)]) for layer in ORDER} | {
-    "errors": frozenset[str](),
-    "values": frozenset[str](),
-    "events": frozenset({"errors", "values"}),
-    "protocol": frozenset({"errors", "values"}),
-    "jupyter": frozenset({*ORDER[:-1], *LEAVES}),
-}
+TESTS = Path(__file__).parent.parent
 PURE = ("errors", "values", "events", "protocol")
 NOT_PURE = frozenset({"asyncio", "numpy", "socket", "threading", "time", "tornado"})
 UNSAFE_MODULES = frozenset({"marshal", "pickle", "shelve", "dill", "cloudpickle"})
 UNSAFE_CALLS = frozenset({"eval", "exec", "__import__"})
+# Run source and read pickles; imported only where the operator, or the user, has consented.
+CONSENTED = {ROOT / "cells" / "cells.py", ROOT / "cells" / "pickles.py"}
 
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 
+def _script() -> Any:
+    spec = importlib.util.spec_from_file_location("rooms", TESTS.parent / "scripts" / "rooms.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+rooms = _script()
+ARROWS: dict[str, set[str]] = rooms.graph()
+HOUSE = [room for room in rooms.ORDER if (ROOT / room).is_dir()]
+
+
 def layer_of(module: str) -> str:
-    """Return the layer of ``rpcnb.protocol.codes``: ``protocol``."""
-    return ([*module.split("."), ""])[1]
-
-
-def own_module(path: Path) -> str:
-    parts = ["rpcnb", *path.relative_to(ROOT).with_suffix("").parts]
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    layer: str = rooms.room_of(module)
+    return layer
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
@@ -50,34 +57,101 @@ def imports(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "a relative import"
             assert node.module is not None
-            if node.module == "rpcnb":
-                for alias in node.names:
-                    yield f"rpcnb.{alias.name}" if (ROOT / alias.name).exists() else _submodule(alias.name)
-            else:
-                yield node.module
+            yield node.module
 
 
-def _submodule(name: str) -> str:
-    return f"rpcnb.{name}" if (ROOT / f"{name}.py").exists() else "rpcnb"
+@pytest.mark.parametrize("module", sorted(ARROWS))
+def test_a_room_imports_only_what_stands_before_it(module: str) -> None:
+    room = layer_of(module)
+    if room in ("", "__main__"):
+        return  # the package's face, which names everything and imports nothing (below); `python -m rpcnb`
+    earlier = {*rooms.ORDER[: rooms.ORDER.index(room)], room}
+    if room in ("command", "jupyter"):
+        earlier.add("")  # the last rooms use the public names
+    if room in PURE:
+        earlier -= {"events", "parts"} - {room}
+    assert {other for other in ARROWS[module] if layer_of(other) not in earlier} == set()
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_a_layer_imports_only_what_lies_to_its_left(path: Path) -> None:
-    layer = layer_of(own_module(path))
-    if layer in LEAVES:
-        return
-    allowed = MAY_IMPORT[layer] | {layer}
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):  # the one exception: methods named `panel` import it when they are called
-        if isinstance(node, ast.FunctionDef) and node.name == "panel":
-            node.body = [one for one in node.body if getattr(one, "module", "") != "rpcnb.jupyter.panels"]
-    found = {module for module in imports(tree) if module.split(".")[0] == "rpcnb"}
-    assert {module for module in found if layer_of(module) not in allowed} == set()
+def test_the_packages_face_imports_no_room() -> None:
+    assert ARROWS["rpcnb"] <= {"rpcnb.parts", "rpcnb.errors"}
+
+
+def test_no_files_import_each_other() -> None:
+    assert rooms.circles(ARROWS) == []
+
+
+def test_circles_are_found_where_there_are_some() -> None:
+    made = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d2"}, "d2": {"a", "d"}}
+    assert rooms.circles(made) == [["b", "c"], ["d", "d2"]]
+
+
+def test_what_is_offered_by_name_is_there() -> None:
+    for name in list(parts._PARTS):
+        assert callable(parts.find(name)), name
+    assert parts.find("scheme nothing") is None
+
+
+def test_the_picture_of_the_rooms_is_current() -> None:
+    page = rooms.PAGE.read_text()
+    assert rooms.BEGIN + rooms.picture() + rooms.END in page, "run: python scripts/rooms.py --write"
+
+
+def _defined(path: Path) -> set[str]:
+    """Return the names that a file defines: functions, classes, their members, constants."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{one.name}" for one in node.body if hasattr(one, "name")}
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            found |= {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+    return found
+
+
+def test_the_walks_name_what_is_there() -> None:
+    page = rooms.PAGE.read_text()
+    files = {name: ROOT / name for name in re.findall(r"`([a-z]+/[a-z]+\.py)`", page)}
+    assert len(files) > 30
+    assert {name for name, path in files.items() if not path.exists()} == set()
+    for name, thing in re.findall(r"`([a-z]+/[a-z]+\.py)`\s+`([\w.]+)`", page):
+        assert thing in _defined(files[name]), f"{thing} in {name}"
+    everything = set().union(*map(_defined, FILES))
+    assert {thing for thing in re.findall(r"`([A-Z]\w+\.\w+)`", page) if thing not in everything} == set()
+
+
+@pytest.mark.parametrize("room", HOUSE)
+def test_a_room_says_what_lives_there_who_may_enter_and_where_to_begin(room: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text())) or ""
+    assert 3 <= len(text.splitlines()) <= 12
+    assert "Who enters:" in text
+    begin = text.partition("Begin with ")[2]
+    named = re.findall(r"``([a-z]+)\.py``", begin)
+    assert named, "Begin with ``file.py``"
+    assert all((ROOT / room / f"{name}.py").exists() for name in named)
+
+
+@pytest.mark.parametrize("folder", ["unit", "loopback"])
+def test_tests_are_named_after_rooms(folder: str) -> None:
+    of_the_whole = {"test_first", "test_layers", "test_benchmarks", "test_readme"}
+    found = {path.stem for path in (TESTS / folder).glob("test_*.py")} - of_the_whole
+    assert {name for name in found if name.split("_")[1] not in rooms.ORDER} == set()
+
+
+def test_a_server_without_consent_imports_nothing_that_runs_source() -> None:
+    code = (
+        "import sys, rpcnb; server = rpcnb.Server(port=0); session = rpcnb.connect(server.address)\n"
+        "session.status(); session.close(); server.close()\n"
+        "print(*[name for name in ('rpcnb.cells.cells', 'cloudpickle') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_the_layers_without_io_import_nothing_that_waits_or_computes(path: Path) -> None:
-    if layer_of(own_module(path)) in PURE:
+    if layer_of(rooms.module_of(path)) in PURE:
         assert not {module.split(".")[0] for module in imports(ast.parse(path.read_text()))} & NOT_PURE
 
 
@@ -98,8 +172,8 @@ def test_a_module_lists_its_public_names(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_no_module_runs_text_or_unpickles(path: Path) -> None:
-    if path == ROOT / "runtime" / "cells.py":
-        return  # the one module of remote cells, imported only where the operator gave consent
+    if path in CONSENTED:
+        return
     tree = ast.parse(path.read_text())
     assert not {module.split(".")[0] for module in imports(tree)} & UNSAFE_MODULES
     for node in ast.walk(tree):

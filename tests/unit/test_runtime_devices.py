@@ -17,8 +17,8 @@ from rpcnb.protocol.codes import Code, Limits
 from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Return, Shutdown, Syscall
 from rpcnb.runtime import devices
 from rpcnb.runtime.devices import ATTRIBUTES, DeviceAPI, DeviceTensor, Memory, find_device
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.registry import Registry
-from rpcnb.runtime.serving import Environment
 from rpcnb.values import CPU, NULL, Device, DType, Pointer, TensorMeta, dtype
 
 CUDA, FPGA = Device(2), Device(12)

@@ -26,10 +26,10 @@ from rpcnb.protocol.messages import (
 )
 from rpcnb.runtime import devices
 from rpcnb.runtime.devices import DeviceAPI, Memory
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.eventdriven import create_event_driven_server
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import Registry
-from rpcnb.runtime.serving import Environment
 from rpcnb.values import CPU, NULL, Device, TensorMeta
 
 BOARD = Device(12)

@@ -14,8 +14,8 @@ from runtime_wire import Client
 from rpcnb.errors import AccessDenied, LimitExceeded, SessionClosed
 from rpcnb.protocol.codes import Limits
 from rpcnb.protocol.messages import CallFunc, Raised, Return, Shutdown
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.files import SessionFiles, StoredFile, Upload, file_digest
-from rpcnb.runtime.serving import Environment
 
 REFUSED = [
     "../x",

@@ -21,8 +21,8 @@ from rpcnb.protocol.messages import (
     Shutdown,
     Syscall,
 )
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.forwarding import ForwardingSession
-from rpcnb.runtime.serving import Environment
 from rpcnb.values import CPU, NULL, Pointer, TensorMeta, dtype
 
 META = TensorMeta(77, CPU, (4,), dtype("uint8"))

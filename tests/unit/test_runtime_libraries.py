@@ -27,7 +27,7 @@ from rpcnb.runtime.libraries import (
     link_library,
     load_library,
 )
-from rpcnb.runtime.serving import Module
+from rpcnb.runtime.served import Module
 from rpcnb.values import Device, DType, Pointer
 
 # One exported function, and slots as TVM's code generator leaves them: null until somebody fills them.

@@ -19,9 +19,10 @@ from rpcnb.errors import DeviceError
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.messages import CallFunc, Raised, Return, Shutdown, Syscall
 from rpcnb.runtime.devices import DeviceTensor
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import Registry
-from rpcnb.runtime.serving import Environment, Module, ServedFunction, Shape
+from rpcnb.runtime.served import Module, ServedFunction, Shape
 from rpcnb.values import CPU, NULL, Device, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, dtype
 
 VOID = Return((None,))

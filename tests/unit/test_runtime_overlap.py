@@ -14,12 +14,13 @@ import rpcnb
 from rpcnb.errors import RemoteProtocolError
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.messages import CallFunc, Raised, Return, Syscall
+from rpcnb.protocol.records import read_records, write_record
 from rpcnb.runtime import tasks
 from rpcnb.runtime.current import CALL
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.local import LocalServingSession
-from rpcnb.runtime.overlap import POLL_SECONDS, Calls, read_records, write_record
+from rpcnb.runtime.overlap import POLL_SECONDS, Calls
 from rpcnb.runtime.registry import Registered, Registry
-from rpcnb.runtime.serving import Environment
 from rpcnb.values import CPU, TensorMeta, dtype
 
 START, NEXT, CANCEL, CANCEL_AT = "rpcnb.start", "rpcnb.next", "rpcnb.cancel", "rpcnb.cancel_at"

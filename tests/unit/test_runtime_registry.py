@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rpcnb.errors import FunctionNotFound
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import (
     REGISTRY,
@@ -21,7 +22,6 @@ from rpcnb.runtime.registry import (
     register_func,
     remove_global_func,
 )
-from rpcnb.runtime.serving import Environment
 
 CELL: contextvars.ContextVar[str] = contextvars.ContextVar("cell", default="none")
 

@@ -24,10 +24,11 @@ from rpcnb.protocol.messages import (
     Shutdown,
     Syscall,
 )
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import Registry
 from rpcnb.runtime.servant import Servant
-from rpcnb.runtime.serving import Environment, ServingSession
+from rpcnb.runtime.serving import ServingSession
 from rpcnb.values import CPU, NULL, Device, Pointer, TensorMeta, dtype
 
 EXISTS = Syscall(Code.DEV_GET_ATTR, (CPU, 0))

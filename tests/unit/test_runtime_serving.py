@@ -21,8 +21,12 @@ from rpcnb.protocol.messages import (
     Shutdown,
     Syscall,
 )
+from rpcnb.runtime.completion import Callback
+from rpcnb.runtime.environment import Environment
+from rpcnb.runtime.local import current_session, workpath
 from rpcnb.runtime.registry import Registry
-from rpcnb.runtime.serving import Callback, Environment, Module, ServingSession, current_session, workpath
+from rpcnb.runtime.served import Module
+from rpcnb.runtime.serving import ServingSession
 from rpcnb.values import CPU, NULL, DType, Pointer, TensorMeta, Value, dtype
 
 VOID, NULL_RESULT = Return((None,)), Return((NULL,))

@@ -15,9 +15,10 @@ from runtime_wire import Client, Loop, handle_of, module_of
 from rpcnb.protocol.messages import CallFunc, Raised, Return, Shutdown
 from rpcnb.runtime import devices, timing
 from rpcnb.runtime.devices import DeviceAPI
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import Registry
-from rpcnb.runtime.serving import Environment, Module
+from rpcnb.runtime.served import Module
 from rpcnb.runtime.timing import make_evaluator
 from rpcnb.values import Device
 

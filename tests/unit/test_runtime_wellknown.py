@@ -13,8 +13,9 @@ from runtime_wire import Client, function_of, handle_of, module_of, object_of
 from rpcnb.errors import DeviceError
 from rpcnb.protocol.messages import Shutdown
 from rpcnb.runtime import libraries
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.registry import Registry
-from rpcnb.runtime.serving import Environment, Module
+from rpcnb.runtime.served import Module
 from rpcnb.runtime.wellknown import WELL_KNOWN
 from rpcnb.values import ModuleRef, TensorMeta
 

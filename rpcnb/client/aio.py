@@ -1,0 +1,226 @@
+"""The awaited session: the same names as :class:`~rpcnb.client.session.Session`, all coroutines.
+
+::
+
+    async with await rpcnb.connect_async("board:9090") as session:
+        add = await session.get_function("demo.add")
+        await add(1, 2)
+        x = await session.array(np.ones(8, "float32"))
+        await x.numpy()
+
+A session belongs to the event loop in which it was opened. Cancelling a call gives up its reply, not the session.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.client.aiooperation import AsyncOperation, AsyncTransfer, AwaitedCall
+from rpcnb.client.base import SessionBase
+from rpcnb.client.cellmethods import AsyncCellMethods
+from rpcnb.client.moving import Moving, Progress, describe_upload, moving_array
+from rpcnb.client.remote import (
+    AsyncRemoteDevice,
+    AsyncRemoteFunction,
+    AsyncRemoteModule,
+    AsyncRemoteTensor,
+    RemoteObject,
+    TimingResult,
+    _timing_options,
+)
+from rpcnb.client.session import _named_call
+from rpcnb.link.aiolanes import AsyncLanes
+from rpcnb.link.order import names_of
+from rpcnb.transport.deadline import Deadline
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from types import TracebackType
+
+    from rpcnb.protocol.flows import Flow
+
+__all__ = ["AsyncSession"]
+
+
+class AsyncSession(AsyncCellMethods, SessionBase):
+    """A session whose operations are awaited; made by :func:`rpcnb.connect_async`."""
+
+    _types = (AsyncRemoteFunction, AsyncRemoteModule, AsyncRemoteTensor, RemoteObject, AsyncRemoteDevice)
+    _lanes: AsyncLanes | None
+    _awaited_call = AwaitedCall
+
+    def _make_lanes(self, ticket: str) -> AsyncLanes:
+        assert self._dialer is not None
+        return AsyncLanes(self._dialer, ticket, self.name)
+
+    async def _run(
+        self,
+        flow: Flow[Any],
+        timeout: float | None,
+        what: str,
+        uses: Iterable[Any] = (),
+        *,
+        moving: Moving | None = None,
+        progress: Any = None,
+        queued: bool = False,
+        on_output: Callable[[bytes], object] | None = None,
+    ) -> Any:
+        limit = self.timeout if timeout is None else timeout
+        if moving is None:
+            operation = AsyncOperation(self, flow, what, limit, names_of(uses), on_output)
+        else:
+            operation = AsyncTransfer(self, flow, what, limit, names_of(uses), moving, progress)
+        return await operation.run(queued)
+
+    @property
+    def pending(self) -> list[AsyncOperation]:
+        """Operations that are awaited and have not finished, oldest first."""
+        return list(self._pending.values())
+
+    async def get_function(self, name: str, *, timeout: float | None = None) -> AsyncRemoteFunction:
+        """Return the remote function registered as ``name``; as :meth:`Session.get_function`."""
+        found: AsyncRemoteFunction = await self._run(self._ops.get_function(name), timeout, f"get_function {name}")
+        return found
+
+    async def call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
+        """Call the remote function registered as ``name``; it is looked up once per session."""
+        return await self._run(_named_call(self, name, args), timeout, name)
+
+    async def list_functions(self, *, timeout: float | None = None) -> list[str]:
+        """Return the names of the server's functions; asked once per session."""
+        names: list[str] = await self._run(self._ops.list_functions(), timeout, "list_functions")
+        return names
+
+    async def status(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Ask an rpcnb server how it is: ``state`` is ``READY``, or ``BUSY`` while a cell keeps its kernel busy."""
+        found: dict[str, Any] = await self._run(self._ops.status(), timeout, "status")
+        return found
+
+    async def time_evaluator(
+        self, func_name: str, dev: AsyncRemoteDevice, *, module: AsyncRemoteModule | None = None, **options: Any
+    ) -> Callable[..., Awaitable[TimingResult]]:
+        """Return a function that measures ``func_name`` at the server; as :meth:`Session.time_evaluator`."""
+        timeout = options.pop("timeout", None)
+        flow = self._ops.time_evaluator(module, func_name, dev, _timing_options(options))
+        evaluator: AsyncRemoteFunction = await self._run(flow, timeout, "time_evaluator")
+
+        async def evaluate(*args: Any, timeout: float | None = None) -> TimingResult:
+            return TimingResult.decode(await evaluator(*args, timeout=timeout))
+
+        return evaluate
+
+    async def array(
+        self,
+        source: Any,
+        device: AsyncRemoteDevice | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> AsyncRemoteTensor:
+        """Copy a local array to a device, the server's CPU by default."""
+        made: AsyncRemoteTensor = await self._run(
+            self._ops.tensor(source, device), timeout, "copy_to", moving=moving_array(source), progress=progress
+        )
+        return made
+
+    async def empty(
+        self,
+        shape: Sequence[int] | int,
+        dtype: Any = "float32",
+        device: AsyncRemoteDevice | None = None,
+        mem_scope: str | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> AsyncRemoteTensor:
+        """Allocate an uninitialised tensor on a device, the server's CPU by default."""
+        made: AsyncRemoteTensor = await self._run(self._ops.empty(shape, dtype, device, mem_scope), timeout, "empty")
+        return made
+
+    async def upload(
+        self,
+        data: str | os.PathLike[str] | bytes,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Put a local file, or bytes as ``target``, into the session's directory."""
+        await self._run(
+            self._ops.upload(data, target), timeout, "upload", moving=describe_upload(data, target), progress=progress
+        )
+
+    async def download(
+        self,
+        path: str,
+        to: str | os.PathLike[str] | None = None,
+        *,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> bytearray:
+        """Return the content of a file of the session's directory; or write it to the local file ``to`` as it comes.
+
+        With ``to`` nothing is returned but an empty bytearray, and the file is there whole or not at all.
+        """
+        moving = Moving("down", path, 0)
+        data: bytearray = await self._run(
+            self._ops.download(path, to, moving), timeout, f"download {path}", moving=moving, progress=progress
+        )
+        return data
+
+    async def remove(self, path: str, *, timeout: float | None = None) -> None:
+        """Delete a file of the session's directory."""
+        await self._run(self._ops.remove(path), timeout, f"remove {path}")
+
+    async def listdir(self, path: str = ".", *, timeout: float | None = None) -> list[str]:
+        """Return the names in a directory of the session (stock servers do not offer it)."""
+        names: list[str] = await self._run(self._ops.listdir(path), timeout, f"listdir {path}")
+        return names
+
+    async def load_module(self, path: str, *, timeout: float | None = None) -> AsyncRemoteModule:
+        """Load an uploaded library; the server must trust native code to us."""
+        module: AsyncRemoteModule = await self._run(self._ops.load_module(path), timeout, f"load_module {path}")
+        return module
+
+    async def download_linked_module(self, path: str, *, timeout: float | None = None) -> bytearray:
+        """Have an uploaded object file or archive linked at the server; returns the shared library."""
+        data: bytearray = await self._run(self._ops.download_linked_module(path), timeout, f"link {path}")
+        return data
+
+    async def system_lib(self, *, timeout: float | None = None) -> AsyncRemoteModule:
+        """Return the module of the server's statically linked functions."""
+        module: AsyncRemoteModule = await self._run(self._ops.system_lib(), timeout, "system_lib")
+        return module
+
+    async def reconnect(self, *, timeout: float | None = 10.0) -> None:
+        """Open the session again, under the same name; as :meth:`Session.reconnect`."""
+        self._detach()
+        assert self._dialer is not None
+        self._dialer.renew()
+        link, answer = await self._dialer.open_awaiting(Deadline(timeout, f"connect to {self.peer}"))
+        self._attach(link, answer)
+        self._opened()
+
+    async def close(self) -> None:
+        """End the session; the server releases everything it held. Idempotent; never waits."""
+        self._close_now()
+
+    def _close_soon(self) -> None:
+        """Close it, from any thread."""
+        loop = self._link.loop
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._close_now)
+
+    def _close_now(self) -> None:
+        self._closing()
+        if self._lanes is not None:
+            self._lanes.close()
+        self._link.close()
+
+    async def __aenter__(self) -> AsyncSession:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

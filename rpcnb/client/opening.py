@@ -1,0 +1,161 @@
+"""Opening sessions: :func:`connect`, :func:`connect_async` and :class:`LocalSession`."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rpcnb.client.base import SessionBase
+from rpcnb.client.session import Session
+from rpcnb.link.dial import ClientKey
+from rpcnb.link.dialer import Dialer
+from rpcnb.link.interrupt import Guard
+from rpcnb.parts import find
+from rpcnb.transport.address import DEFAULT_PORT, parse_address
+from rpcnb.transport.deadline import Deadline
+from rpcnb.transport.runfiles import token_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from rpcnb.client.aio import AsyncSession
+
+__all__ = ["connect", "connect_async", "open_session", "open_session_async"]
+
+S = TypeVar("S", bound=SessionBase)
+
+log = logging.getLogger(__name__)
+
+
+def _make_dialer(
+    url: str,
+    port: int,
+    key: str,
+    session_timeout: float,
+    session_constructor_args: Sequence[Any] | None,
+    token: str | None,
+    extensions: bool,
+    lanes: int,
+    depth: int | None,
+    headers: Mapping[str, str] | None,
+) -> Dialer:
+    address = parse_address(url, port if port != DEFAULT_PORT or "://" not in url else None, key, headers)
+    constructor = tuple(session_constructor_args or ())
+    make: Callable[..., Dialer] | None = find(f"scheme {address.scheme}")
+    if make is not None:
+        return make(address, 1, session_timeout, 5, constructor, token, extensions, lanes=lanes, depth=depth)
+
+    def find_key() -> ClientKey:
+        found = token_for(address.host, address.port, address.key, token)
+        return ClientKey(address.key, session_timeout, found, extensions)
+
+    return Dialer(address, find_key(), constructor, lanes, depth, find_key)
+
+
+def _opened(session: S) -> S:
+    """Tell the observers that a session was opened."""
+    session._opened()
+    return session
+
+
+def connect(
+    url: str,
+    port: int = 9090,
+    key: str = "",
+    session_timeout: float = 0,
+    session_constructor_args: Sequence[Any] | None = None,
+    enable_logging: bool = False,
+    *,
+    token: str | None = None,
+    timeout: float | None = 10.0,
+    extensions: bool = True,
+    lanes: int = 3,
+    lost_after: float | None = None,
+    depth: int | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Session:
+    """Open a session with an RPC server, rpcnb's or stock TVM's.
+
+    Args:
+        url: Host, ``host:port``, ``rpc://host:port/key``; ``tracker://host:port/key`` for a board that a tracker
+            hands out; ``ws://host:port/ws`` or ``wss://...`` for a server behind the web.
+        port: Port, if the URL names none.
+        key: Key that the server must serve, if the URL names none.
+        session_timeout: Seconds after which the server ends the session; 0 for never.
+        session_constructor_args: Name and arguments of a session constructor of the server, for example
+            ``["rpc.Connect", "inner-host", 9090, "key"]`` to go on to another server through this one.
+        enable_logging: Log every operation at level DEBUG.
+        token: The server's token; one of a server of this user on this machine is found without it.
+        timeout: Seconds for resolving, connecting, handshake and init together; None for no limit. Waiting for a
+            tracker's board takes as long as it takes (:meth:`TrackerSession.request` has a limit for that too).
+        extensions: Offer rpcnb's extensions; False makes us stock to the byte.
+        lanes: Further connections that the session may open to an rpcnb server when it needs them: one for calls that
+            overlap and for cancelling, two for bulk copies beside calls. 0: everything on one connection.
+        lost_after: Seconds of silence, while the server owes something, after which the session is lost; by default
+            it is ``unresponsive`` after 40 s and calls go on waiting.
+        depth: Requests on the way on one connection at most. Pass 1 for event-driven stock servers (a browser behind
+            a stock proxy): they stall when a request arrives behind one that answers later.
+        headers: Further HTTP headers for ``ws://`` and ``wss://``, such as ``{"Authorization": "token ..."}`` of a
+            hub.
+
+    Raises:
+        ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are
+            NotAnRpcServer, KeyMismatch (wrong key or token), DuplicateKey and VersionMismatch.
+        RemoteError: The session constructor failed.
+        ValueError: ``url`` is not an address.
+    """
+    dialer = _make_dialer(
+        url, port, key, session_timeout, session_constructor_args, token, extensions, lanes, depth, headers
+    )
+    session = open_session(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
+    if enable_logging:
+        log.debug("session with %s opened, key %r", session.peer, session.key)
+    return session
+
+
+def _limit(dialer: Dialer, timeout: float | None) -> Deadline:
+    """Return the limit for connecting; waiting for a tracker's board takes as long as it takes."""
+    return Deadline(None if dialer.patient else timeout, f"connect to {dialer.address}")
+
+
+def open_session(dialer: Dialer, key: str, deadline: Deadline, lost_after: float | None = None) -> Session:
+    """Open a blocking session where ``dialer`` leads."""
+    with Guard() as guard:
+        link, answer = dialer.open(deadline, guard)
+    return _opened(Session(link, key, answer, dialer=dialer, lost_after=lost_after))
+
+
+async def open_session_async(
+    dialer: Dialer, key: str, deadline: Deadline, lost_after: float | None = None
+) -> AsyncSession:
+    """Open an awaited session where ``dialer`` leads."""
+    from rpcnb.client.aio import AsyncSession
+
+    link, answer = await dialer.open_awaiting(deadline)
+    return _opened(AsyncSession(link, key, answer, dialer=dialer, lost_after=lost_after))
+
+
+async def connect_async(
+    url: str,
+    port: int = 9090,
+    key: str = "",
+    session_timeout: float = 0,
+    session_constructor_args: Sequence[Any] | None = None,
+    enable_logging: bool = False,
+    *,
+    token: str | None = None,
+    timeout: float | None = 10.0,
+    extensions: bool = True,
+    lanes: int = 3,
+    lost_after: float | None = None,
+    depth: int | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> AsyncSession:
+    """Open an awaited session in the running event loop; arguments and errors as :func:`connect`."""
+    dialer = _make_dialer(
+        url, port, key, session_timeout, session_constructor_args, token, extensions, lanes, depth, headers
+    )
+    session = await open_session_async(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
+    if enable_logging:
+        log.debug("session with %s opened, key %r", session.peer, session.key)
+    return session

@@ -1,0 +1,39 @@
+"""A session as its operations see it; both kinds are one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rpcnb.events import Observers
+    from rpcnb.link.order import Order
+
+__all__ = ["Owner"]
+
+
+class Owner(Protocol):
+    """Whose operation it is.
+
+    Attributes:
+        name: In messages and panels.
+        peer: Address of the server.
+        observers: Who is told of the session's events.
+    """
+
+    name: str
+    peer: str
+    observers: Observers
+    _epoch: int
+    _lanes: Any
+    _link: Any
+    _ops: Any
+    _order: Order
+    _pending: dict[int, Any]
+    _told_end: bool
+
+    @property
+    def state(self) -> str:
+        """``ready``, ``busy``, ``draining``, ``unresponsive``, ``lost`` or ``closed``."""
+
+    def _tell(self, kind: type[Any], **facts: Any) -> None:
+        """Tell the observers, if there are any."""

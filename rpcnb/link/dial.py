@@ -1,0 +1,331 @@
+"""Dialling: from an address to a connection on which kInitServer may be sent.
+
+One time limit covers resolving, connecting, the handshake and init; errors name the phase and what was seen. The
+handshake is a generator over bytes, so that the blocking and the awaiting dialler share it.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import queue
+import select
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import (
+    ConnectFailed,
+    DeadlineExceeded,
+    DuplicateKey,
+    KeyMismatch,
+    NotAnRpcServer,
+    RemoteError,
+    RemoteProtocolError,
+    RpcError,
+    VersionMismatch,
+)
+from rpcnb.protocol.codes import MAGIC_DUPLICATE, VERSION, Role
+from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text
+from rpcnb.transport.sockets import tune
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from rpcnb.link.interrupt import Guard
+    from rpcnb.transport.address import Address
+    from rpcnb.transport.deadline import Deadline
+
+__all__ = ["ClientKey", "connect_socket", "explain_errno", "explain_init", "greet", "resolve"]
+
+log = logging.getLogger(__name__)
+
+WRONG_TOKEN = "wrong key or token"  # what a server behind a proxy says, which cannot refuse at the handshake
+_HEAD = 16384  # bytes of an HTTP answer's head
+_BUSY_HINT = (
+    "it accepted the connection but does not answer; a stock TVM server does so while it serves another session"
+)
+
+
+class ClientKey:
+    """What a client presents: key, session time limit, token, and the offer of extensions."""
+
+    def __init__(self, key: str, session_timeout: float = 0, token: str | None = None, extensions: bool = True) -> None:
+        options: dict[str, str] = {}
+        if session_timeout:
+            options["-timeout"] = str(session_timeout)
+        if token:
+            options["-token"] = token
+        if extensions:
+            options["-rpcnb"] = EXTENSION
+        self.key = key
+        self.session_timeout = session_timeout  # seconds; 0 for no limit
+        self.text = key_text(Role.CLIENT, key, options)
+
+    @classmethod
+    def for_lane(cls, ticket: str, number: int) -> ClientKey:
+        """Return what a further connection of a session presents."""
+        made = cls("")
+        made.text = key_text(Role.CLIENT, "", {"-rpcnb": EXTENSION, "-session": ticket, "-lane": str(number)})
+        return made
+
+    def __repr__(self) -> str:
+        return f"ClientKey({self.key!r})"  # the text may hold a token
+
+
+def greet(key: ClientKey, address: str) -> Generator[bytes | None, bytes, KeyText]:
+    """Perform the client's handshake.
+
+    Yields bytes to send, then None for each read; is sent what arrived (empty: end of stream).
+
+    Raises:
+        KeyMismatch: Wrong key or token.
+        NotAnRpcServer: The peer is something else, or closed at once.
+    """
+    handshake = Handshake()
+    yield hello(key.text)
+    while True:
+        data = yield None
+        if not data:
+            raise NotAnRpcServer(address, "handshake", "it closed the connection without an RPC answer")
+        try:
+            found = handshake.receive_data(data)
+        except RemoteProtocolError as error:
+            raise NotAnRpcServer(address, "handshake", str(error)) from None
+        if isinstance(found, str):
+            if handshake.rest:
+                raise NotAnRpcServer(address, "handshake", "it sent more than its key before being asked")
+            return KeyText.parse(found)
+        if found == MAGIC_DUPLICATE:
+            raise DuplicateKey(address, "handshake", f"a peer with key {key.key!r} is already waiting there")
+        if found is not None:
+            raise KeyMismatch(
+                address,
+                "handshake",
+                f"wrong key or token: it does not serve key {key.key!r}, or the token is missing or wrong; "
+                "pass key= and token= (--key K --token-file F), as the server printed them when it started",
+            )
+
+
+def explain_init(address: str, error: RpcError) -> RpcError:
+    """Turn a failed kInitServer into an error that says what to do."""
+    if isinstance(error, RemoteError) and error.message.startswith(WRONG_TOKEN):
+        return KeyMismatch(address, "init", f"{error.message}; pass token= (--token-file F)")
+    if isinstance(error, RemoteError) and "protocol version mismatch" in error.message:
+        return VersionMismatch(
+            address, "init", f"it speaks another protocol version than our {VERSION}: {error.message.splitlines()[0]}"
+        )
+    return error
+
+
+def expired(address: str, phase: str, error: DeadlineExceeded) -> ConnectFailed:
+    """Return the error of a time limit that ended in ``phase``."""
+    seen = f"{_BUSY_HINT} ({error})" if phase in ("handshake", "init") else f"no answer ({error})"
+    return ConnectFailed(address, phase, seen)
+
+
+def look_up(address: Address, report: Callable[[list[tuple[Any, ...]] | OSError], object]) -> None:
+    """Resolve a host name in a daemon thread, which may be abandoned: getaddrinfo has no time limit.
+
+    Args:
+        address: Host and port.
+        report: Gets what ``socket.getaddrinfo`` returned or raised, in that thread; for numbers at once.
+    """
+
+    def ask() -> None:
+        try:
+            report(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            report(error)
+        except UnicodeError as error:  # a label of more than 63 letters, say
+            report(OSError(0, f"not a host name: {error}"))
+
+    if _is_numeric(address.host):
+        ask()
+    else:
+        threading.Thread(target=ask, name="rpcnb-resolve", daemon=True).start()
+
+
+def found_hosts(address: Address, found: list[tuple[Any, ...]] | OSError) -> list[tuple[Any, ...]]:
+    """Return what a look-up found, or raise ConnectFailed."""
+    if isinstance(found, OSError):
+        raise ConnectFailed(str(address), "resolve", f"no such host ({found.strerror})") from None
+    return found
+
+
+def resolve(address: Address, deadline: Deadline, guard: Guard) -> list[tuple[Any, ...]]:
+    """Resolve a host name, interruptibly; returns what ``socket.getaddrinfo`` returns."""
+    answers: queue.SimpleQueue[list[tuple[Any, ...]] | OSError] = queue.SimpleQueue()
+    look_up(address, answers.put)
+    while True:
+        try:
+            left = deadline.left()
+            return found_hosts(address, guard.wait(lambda limit: answers.get(timeout=limit), left))
+        except queue.Empty:  # noqa: PERF203  # a tick went by
+            continue
+        except DeadlineExceeded as error:
+            raise expired(str(address), "resolve", error) from None
+
+
+def _is_numeric(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False  # also "1.2.3": the resolver would ask the network, and a server's loop must not wait for that
+    return True
+
+
+def connect_socket(address: Address, deadline: Deadline, guard: Guard) -> Any:
+    """Connect to the first of the host's addresses that answers, and to its WebSocket if it is one; interruptible.
+
+    Returns:
+        A socket, or what is used like one.
+
+    Raises:
+        ConnectFailed: None did; the text has the last reason.
+    """
+    sock = _connect(address, deadline, guard)
+    return _upgrade(sock, address, deadline, guard) if address.is_web else sock
+
+
+def _connect(address: Address, deadline: Deadline, guard: Guard) -> socket.socket:
+    last: str = "no address"
+    for family, kind, protocol, _, where in resolve(address, deadline, guard):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            tune(sock)
+            code = sock.connect_ex(where)
+            if code == errno.EINPROGRESS:
+                code = _await_connected(sock, deadline, guard)
+            if code == 0:
+                return sock
+            last = explain_errno(code, address)
+        except DeadlineExceeded as error:
+            sock.close()
+            raise expired(str(address), "connect", error) from None
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+    raise ConnectFailed(str(address), "connect", last)
+
+
+def _upgrade(sock: socket.socket, address: Address, deadline: Deadline, guard: Guard) -> Any:
+    """Speak TLS where the address wants it, and ask for a WebSocket."""
+    from rpcnb.transport.websocket import WebSocket, check_answer, upgrade_request
+
+    poll = select.poll()
+    try:
+        request, expected = upgrade_request(address)
+        if address.scheme == "wss":
+            sock = _secure(sock, address, deadline, guard)
+        _send_all(sock, request, poll, deadline, guard)
+        head = bytearray()
+        while not ends_head(sock, head, address):
+            poll.register(sock, select.POLLIN)
+            while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
+                pass
+        check_answer(address, bytes(head), expected)
+        return WebSocket(sock, client=True)
+    except DeadlineExceeded as error:
+        sock.close()
+        raise expired(str(address), "handshake", error) from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _secure(sock: socket.socket, address: Address, deadline: Deadline, guard: Guard) -> socket.socket:
+    from rpcnb.transport.tls import secure
+
+    answers: queue.SimpleQueue[socket.socket | OSError] = queue.SimpleQueue()
+    secure(sock, address.host, deadline.left(), answers.put)
+    while True:
+        try:
+            return secured(address, guard.wait(lambda limit: answers.get(timeout=limit), deadline.left()))
+        except queue.Empty:  # noqa: PERF203  # a tick went by
+            continue
+
+
+def secured(address: Address, found: socket.socket | OSError) -> socket.socket:
+    """Return the plain end of a TLS connection, or raise ConnectFailed."""
+    if isinstance(found, OSError):
+        reason = getattr(found, "verify_message", "") or found.strerror or str(found)
+        raise ConnectFailed(str(address), "connect", f"TLS failed: {reason}") from None
+    found.setblocking(False)
+    return found
+
+
+def ends_head(sock: socket.socket, head: bytearray, address: Address) -> bool:
+    """Receive more of an HTTP answer's head, and nothing behind it; True when it is whole."""
+    from rpcnb.transport.websocket import HEAD_END
+
+    try:
+        seen = sock.recv(_HEAD, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise NotAnRpcServer(str(address), "handshake", f"{error.strerror}") from None
+    if not seen:
+        raise NotAnRpcServer(str(address), "handshake", "it closed the connection without an HTTP answer")
+    end = (bytes(head) + seen).find(HEAD_END)
+    head += sock.recv(len(seen) if end < 0 else end + len(HEAD_END) - len(head))
+    if len(head) > _HEAD:
+        raise NotAnRpcServer(str(address), "handshake", "its HTTP answer does not end")
+    return end >= 0
+
+
+def _await_connected(sock: socket.socket, deadline: Deadline, guard: Guard) -> int:
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
+        pass
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+def explain_errno(code: int, address: Address) -> str:
+    """Say why a connect failed, and what to try."""
+    if code == errno.ECONNREFUSED and address.scheme == "tracker":
+        return "connection refused; is a tracker running there? (`rpcnb tracker`)"
+    if code == errno.ECONNREFUSED:
+        return "connection refused; is a server running there? (`rpcnb serve`, `rpcnb servers`)"
+    return os.strerror(code)
+
+
+def shake_hands(sock: socket.socket, key: ClientKey, address: str, deadline: Deadline, guard: Guard) -> KeyText:
+    """Drive :func:`greet` over a connected socket."""
+    poll = select.poll()
+    steps = greet(key, address)
+    data = b""
+    try:
+        while True:
+            out = steps.send(data) if data else next(steps)
+            if out is not None:
+                _send_all(sock, out, poll, deadline, guard)
+                data = b""
+                continue
+            poll.register(sock, select.POLLIN)
+            while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
+                pass
+            data = sock.recv(4096)
+            if not data:
+                steps.send(b"")
+    except StopIteration as end:
+        found: KeyText = end.value
+        return found
+    except DeadlineExceeded as error:
+        raise expired(address, "handshake", error) from None
+    except RpcError:
+        raise
+    except OSError as error:  # reset, perhaps before our key was sent
+        raise NotAnRpcServer(address, "handshake", f"{error.strerror}") from None
+
+
+def _send_all(sock: socket.socket, data: bytes, poll: select.poll, deadline: Deadline, guard: Guard) -> None:
+    poll.register(sock, select.POLLOUT)
+    while data:
+        while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
+            pass
+        data = data[sock.send(data) :]

@@ -1,0 +1,121 @@
+"""Opening a session's connections: the first one and its lanes, by blocking or by awaiting."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import DeadlineExceeded, RpcError
+from rpcnb.link.aiorunning import open_link
+from rpcnb.link.dial import ClientKey, connect_socket, expired, explain_init, shake_hands
+from rpcnb.link.interrupt import Guard
+from rpcnb.link.link import Link
+from rpcnb.link.running import run_flow
+from rpcnb.link.wire import make_wire
+from rpcnb.protocol import flows
+from rpcnb.transport.deadline import Deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rpcnb.protocol.flows import Flow
+    from rpcnb.protocol.handshake import KeyText
+    from rpcnb.transport.address import Address
+
+__all__ = ["OPEN_SECONDS", "Dialer"]
+
+OPEN_SECONDS = 10.0
+
+
+class Dialer:
+    """What is needed to open a session's connections, and to open it again.
+
+    Args:
+        address: The server.
+        key: What the client presents.
+        constructor: Name and arguments of the session constructor.
+        lanes: Further connections at most.
+        depth: Requests on the way on one connection at most; None for any number.
+        find_key: Returns what the client presents, when the session is opened again: a server of this user that was
+            started again has another token.
+    """
+
+    patient = False  # opening may have to wait for somebody else's board, for as long as that takes
+
+    def __init__(
+        self,
+        address: Address,
+        key: ClientKey,
+        constructor: tuple[Any, ...],
+        lanes: int,
+        depth: int | None = None,
+        find_key: Callable[[], ClientKey] | None = None,
+    ) -> None:
+        self.address = address
+        self.key = key
+        self.constructor = constructor
+        self.lanes = lanes
+        self.depth = depth
+        self._find_key = find_key
+
+    def renew(self) -> None:
+        """Prepare to open the session again."""
+        if self._find_key is not None:
+            self.key = self._find_key()
+
+    @property
+    def hops(self) -> bool:
+        """Tell whether the session goes on to another server."""
+        return bool(self.constructor) and self.constructor[0] == "rpc.Connect"
+
+    def ticket(self, answer: KeyText) -> str:
+        """Return what lanes present, or nothing where there can be none."""
+        if not self.lanes or self.hops or "lanes" not in (answer.features or ()):
+            return ""
+        return answer.options.get("-session", "")
+
+    def open(self, deadline: Deadline, guard: Guard) -> tuple[Link, KeyText]:
+        """Open the connection that opens the session."""
+        link, answer, _ = self._open(self.key, flows.initialize(self.constructor), deadline, guard)
+        return link, answer
+
+    async def open_awaiting(self, deadline: Deadline) -> tuple[Any, KeyText]:
+        """Open the connection that opens an awaited session."""
+        link, answer, _ = await open_link(
+            self.address, self.key, self.depth, flows.initialize(self.constructor), deadline
+        )
+        return link, answer
+
+    async def open_lane_awaiting(self, ticket: str, number: int, flow: Flow[Any]) -> tuple[Any, Any]:
+        """Do as :meth:`open_lane`, awaited."""
+        deadline = Deadline(OPEN_SECONDS, f"lane {number} to {self.address}")
+        link, _, result = await open_link(self.address, ClientKey.for_lane(ticket, number), self.depth, flow, deadline)
+        link.lane = number
+        return link, result
+
+    def open_lane(self, ticket: str, number: int, flow: Flow[Any], seconds: float) -> tuple[Link, Any]:
+        """Open a further connection within ``seconds``, initialized by ``flow``; returns the flow's result too."""
+        deadline = Deadline(seconds, f"lane {number} to {self.address}")
+        with Guard() as guard:
+            link, _, result = self._open(ClientKey.for_lane(ticket, number), flow, deadline, guard)
+        link.lane = number
+        return link, result
+
+    def _open(self, key: ClientKey, flow: Flow[Any], deadline: Deadline, guard: Guard) -> tuple[Link, KeyText, Any]:
+        where = str(self.address)
+        sock = connect_socket(self.address, deadline, guard)
+        try:
+            answer = shake_hands(sock, key, where, deadline, guard)
+            link = Link(make_wire(sock, answer, self.address, self.depth))
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            return link, answer, run_flow(link, flow, deadline, guard)
+        except DeadlineExceeded as error:
+            link.close()
+            raise expired(where, "init", error) from None
+        except BaseException as error:
+            link.close()
+            if isinstance(error, RpcError):
+                raise explain_init(where, error) from None
+            raise

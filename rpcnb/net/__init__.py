@@ -1,1 +1,0 @@
-"""Sockets and loops: links of clients, the server, hops, interruptible waiting."""

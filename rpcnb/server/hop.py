@@ -1,0 +1,96 @@
+"""Going on to another server: the session constructor ``rpc.Connect``.
+
+Every request of the outer client is performed on the onward session; handles pass through unchanged, exceptions gain
+one prefix per hop, and nothing blocks the loop: each request parks until the onward reply has come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import RpcError
+from rpcnb.link.aiolink import AsyncLink, dial
+from rpcnb.link.dial import ClientKey
+from rpcnb.link.wire import Wire
+from rpcnb.protocol import flows
+from rpcnb.protocol.codes import Role
+from rpcnb.protocol.endpoint import Endpoint
+from rpcnb.runtime.forwarding import ForwardingSession
+from rpcnb.transport.address import Address
+from rpcnb.transport.deadline import Deadline
+
+if TYPE_CHECKING:
+    from rpcnb.protocol.messages import Reply, Request
+    from rpcnb.runtime.completion import Done
+
+__all__ = ["connect_constructor"]
+
+_CONNECT_TIMEOUT = 10.0
+
+
+class _Onward:
+    """The onward connection, as :class:`ForwardingSession` needs it."""
+
+    def __init__(self, link: AsyncLink) -> None:
+        self._link = link
+
+    def exchange(self, request: Request, done: Done) -> None:
+        """Send ``request`` onward; ``done`` gets the reply."""
+        try:
+            ticket = self._link.send(request)
+        except RpcError as error:
+            done.error(error)
+            return
+
+        def settled() -> None:
+            reply: Reply | None = ticket.reply
+            if reply is not None:
+                self._link.loop.call_soon(done, reply)
+            else:
+                assert ticket.error is not None
+                self._link.loop.call_soon(done.error, ticket.error)
+
+        if ticket.done:
+            settled()
+        else:
+            ticket.waker = settled
+
+    def close(self) -> None:
+        """End the onward session; from any thread."""
+        loop = self._link.loop
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._link.close)
+
+
+async def connect_constructor(url: str, port: int, key: str = "", enable_logging: bool = False, *args: Any) -> Any:
+    """Open an onward session: TVM's ``rpc.Connect``.
+
+    Args:
+        url: Host of the next server.
+        port: Its port.
+        key: Its bare key, options allowed.
+        enable_logging: TVM's; unused here.
+        args: A further session constructor with its arguments, for the next server.
+    """
+    address = Address(url, int(port), key)
+    deadline = Deadline(_CONNECT_TIMEOUT, f"connect to {address}")
+    sock, _ = await dial(address, ClientKey(key, extensions=False), deadline)
+    link = AsyncLink(Wire(sock, Endpoint(Role.CLIENT), str(address)))
+    link.wire.quick_ack = True
+    try:
+        await asyncio.wait_for(_initialize(link, args), deadline.left())
+    except BaseException:
+        link.close()
+        raise
+    return ForwardingSession(_Onward(link))
+
+
+async def _initialize(link: AsyncLink, args: tuple[Any, ...]) -> None:
+    flow = flows.initialize(args)
+    request = next(flow)
+    ticket = link.send(request)  # type: ignore[arg-type]  # its only step is a request
+    await link.wait(ticket)
+    with contextlib.suppress(StopIteration):
+        flow.send(ticket.result())

@@ -1,0 +1,554 @@
+"""The event-driven server on a tornado loop.
+
+::
+
+    @rpcnb.register_func("demo.add")
+    def add(a, b):
+        return a + b
+
+    with rpcnb.Server(port=0) as server:
+        rpcnb.connect(server.address).get_function("demo.add")(1, 2)
+
+Any number of clients at once; silent, slow, broken or hostile ones leave the others untouched. ``async def`` and
+callback functions run on the server's loop and may answer later; plain functions run in workers. A long C call that
+holds the GIL stalls every server in its process; only a helper process would not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rpcnb import events
+from rpcnb.errors import AccessDenied
+from rpcnb.parts import find
+from rpcnb.protocol.codes import Limits
+from rpcnb.runtime.access import Gate, check_token, new_token
+from rpcnb.runtime.environment import Environment
+from rpcnb.runtime.tasks import spawn_on
+from rpcnb.server.connection import ClientState, Connection
+from rpcnb.server.lanes import Lanes
+from rpcnb.server.workers import WorkerPool
+from rpcnb.transport import interval
+from rpcnb.transport.address import is_loopback, parse_address, show_address
+from rpcnb.transport.kernel import BUSY_AFTER, KernelLoop
+from rpcnb.transport.listen import Acceptor, listen
+from rpcnb.transport.loopthread import LoopThread, call_in_loop
+from rpcnb.transport.watcher import make_watcher
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from tornado.ioloop import IOLoop
+
+    from rpcnb.cells.runners import Runner
+    from rpcnb.runtime.registry import Registry
+
+__all__ = ["Server", "all_servers"]
+
+log = logging.getLogger(__name__)
+
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+def all_servers() -> list[Server]:
+    """Return the servers of this process that are open, in no order."""
+    return [server for server in _servers.copy() if not server.closed]
+
+
+class Server:
+    """An RPC server; it listens when the constructor returns.
+
+    Args:
+        host: Address to listen on. Beyond loopback a token is always needed; one is made if none is given.
+        port: First port to try; 0 for any free one.
+        port_end: Ports up to this one, exclusive, are tried when ``port`` is taken.
+        is_proxy: ``host`` and ``port`` are those of a proxy: nothing listens here, the server dials out and keeps a
+            connection waiting there.
+        tracker_addr: Host and port of a tracker that hands this server out, one session at a time (``max_sessions``
+            may say more). Clients then come with the match keys it gives them, not with ``key``.
+        key: Key that clients must name.
+        load_library: Libraries to load at start: paths, or TVM's text with ``:`` between them. What they register
+            with apache-tvm-ffi may be called.
+        custom_addr: Address that others should use to reach this server; shown in what is to be pasted.
+        silent: Log at level DEBUG instead of INFO.
+        no_fork: TVM's keyword; there is never a fork.
+        server_init_callback: Called once before the server listens.
+        reuse_addr: TVM's keyword; the address is always reusable after an earlier server's end.
+        token: Text that clients must present; None: none on loopback, a fresh one beyond; False: none at all.
+        session: Makes the session that serves a client, instead of ``LocalServingSession``.
+        max_sessions: Sessions at once; None for any number.
+        limits: What clients may ask for.
+        allow_native: Let clients load and link compiled libraries although there is no token.
+        expose_ffi: Let clients call every global function of apache-tvm-ffi.
+        trusted_paths: Let file names leave a session's directory, as in stock TVM.
+        insecure: Allow to listen beyond loopback without a token.
+        run: Where plain functions run unless their registration says otherwise: ``thread``, ``loop``, or ``kernel``
+            (the event loop in which the server was made; ``thread`` if there was none).
+        registry: Functions to serve; the global registry by default.
+        ffi_names: Globals of apache-tvm-ffi that clients may call besides the harmless ones.
+        loop: A running tornado IOLoop to live on; by default one in a daemon thread of its own.
+        web_port: Listen for WebSockets too, at path ``/ws`` of this port; 0 for any free one.
+        allow_origin: Host names under which browsers and hubs may reach the WebSocket, besides numbers and our own.
+        trust_tracker: A match key that the tracker (or proxy) hands out is enough; else a client needs the token too.
+        allow_exec: Let clients run Python source here: full trust. True runs it in a thread; or a
+            :class:`~rpcnb.cells.runners.Runner`.
+        switch_interval: Seconds after which a thread that computes in Python lets the server go on, for the process and
+            as long as the server is open; None leaves Python's 5 ms. With 0.0003 calls take less than 0.5 ms beside a
+            busy main thread, which pays for each of them with a hand-over.
+
+    Attributes:
+        host: Where it listens (or the proxy is).
+        port: Likewise; the real one.
+        web_port: Likewise, of WebSockets; None if there is none.
+        token: What clients must present, or None.
+        observers: Who is told of its events.
+
+    Raises:
+        OSError: No port of the range is free.
+        AccessDenied: Beyond loopback without a token, or source of clients who have none, without ``insecure``.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 9090,
+        port_end: int = 9199,
+        is_proxy: bool = False,
+        tracker_addr: tuple[str, int] | None = None,
+        key: str = "",
+        load_library: str | Sequence[str] | None = None,
+        custom_addr: str | None = None,
+        silent: bool = False,
+        no_fork: bool = True,
+        server_init_callback: Callable[[], object] | None = None,
+        reuse_addr: bool = True,
+        *,
+        token: str | bool | None = None,
+        session: Callable[..., Any] | None = None,
+        max_sessions: int | None = None,
+        limits: Limits | None = None,
+        allow_native: bool = False,
+        expose_ffi: bool = False,
+        trusted_paths: bool = False,
+        insecure: bool = False,
+        run: str = "thread",
+        registry: Registry | None = None,
+        ffi_names: frozenset[str] = frozenset(),
+        loop: IOLoop | None = None,
+        web_port: int | None = None,
+        allow_origin: Sequence[str] = (),
+        trust_tracker: bool = False,
+        allow_exec: bool | Runner = False,
+        switch_interval: float | None = None,
+    ) -> None:
+        if switch_interval is not None and switch_interval <= 0:
+            raise ValueError(f"expected a switch interval of more than 0 s, got {switch_interval}")
+        if not key.isprintable() or any(letter.isspace() for letter in key):
+            raise ValueError(f"expected a key without white space, got {key!r}")
+        self.name = f"server:{key}" if key else "server"
+        self.key = key
+        self.custom_addr = custom_addr
+        self._proxy = parse_address(host, port) if is_proxy else None
+        self.token = self._choose_token(host if self._proxy is None else self._proxy.host, token, insecure)
+        if allow_exec and (self.token is None or trust_tracker) and not insecure:
+            raise AccessDenied(
+                "without a token anybody here could run code as this user; insecure=True (--insecure) allows that"
+            )
+        self.limits = limits or Limits()
+        # With a tracker or a proxy one session at a time, as in TVM: whoever got the board has it alone.
+        self.max_sessions = 1 if max_sessions is None and (tracker_addr or is_proxy) else max_sessions
+        self.kernel = KernelLoop.running(self._waits_for_kernel)
+        self.log_level = logging.DEBUG if silent else logging.INFO
+        self.workers = WorkerPool("rpcnb")
+        self.lanes: Lanes[Connection] = Lanes()
+        if trust_tracker and not (tracker_addr or is_proxy):
+            raise ValueError("trust_tracker=True needs a tracker (tracker_addr=) or a proxy (is_proxy=True)")
+        if is_proxy and tracker_addr:
+            raise ValueError("a server behind a proxy is registered by the proxy; leave tracker_addr out")
+        self.gate = Gate(
+            key,
+            self.token,
+            time.monotonic,
+            self.limits.auth_failures,
+            tracked=bool(tracker_addr),
+            trusts_tracker=trust_tracker,
+        )
+        self._own_loop = LoopThread("rpcnb-server") if loop is None else None
+        self.io_loop: IOLoop = loop if loop is not None else self._own_loop.io_loop  # type: ignore[union-attr]  # one is set
+        asyncio_loop = self.io_loop.asyncio_loop
+        self.environment = Environment(
+            limits=self.limits,
+            native=bool(self.token) or allow_native,
+            expose_ffi=expose_ffi,
+            trusted_paths=trusted_paths,
+            default_run=run,
+            spawn=lambda awaitable, done: spawn_on(asyncio_loop, awaitable, done),
+            run_in_thread=self.workers.submit,
+            run_in_kernel=self.kernel,
+            later=self._later,
+            local_session=session,
+            status=self._status,
+        )
+        if registry is not None:
+            self.environment.registry = registry
+        if allow_exec:
+            from rpcnb.cells.cells import Cells
+            from rpcnb.cells.runners import Worker
+
+            self.environment.cells = Cells(Worker() if allow_exec is True else allow_exec)
+        self._install_constructors()
+        self.observers = events.Observers(events.observers)
+        self._connections: dict[Connection, None] = {}  # in order of arrival
+        self._half_open: Counter[str] = Counter()
+        self._sessions = 0
+        self._closed = False
+        self._listeners: list[socket.socket] = []
+        self._acceptor: Acceptor | None = None
+        self._web: Any = None
+        self._registration: Any = None
+        self._dial_out: Any = None
+        try:
+            self.environment.ffi_names = ffi_names
+            if load_library:
+                from rpcnb.runtime.libraries import load_libraries
+
+                paths = load_library.split(":") if isinstance(load_library, str) else load_library
+                self.environment.ffi_names |= load_libraries(paths)
+            if server_init_callback is not None:
+                server_init_callback()
+            if not is_proxy:
+                self._listeners = listen(host, port, port_end)
+            self.host, self.port = (
+                (self._proxy.host, self._proxy.port)
+                if self._proxy is not None
+                else (host, int(self._listeners[0].getsockname()[1]))
+            )
+            tracker = None if tracker_addr is None else (tracker_addr[0], int(tracker_addr[1]))
+            call_in_loop(self.io_loop, lambda: self._start(web_port, allow_origin, tracker))
+        except BaseException:
+            for listener in self._listeners:
+                listener.close()
+            if self._own_loop is not None:
+                self._own_loop.stop()
+            raise
+        _servers.add(self)
+        self._switch_interval = switch_interval
+        if switch_interval is not None:
+            interval.hold(switch_interval)
+        log.log(self.log_level, "%s %s %s", self.name, "dials" if is_proxy else "listens on", self.address)
+
+    @staticmethod
+    def _choose_token(host: str, token: str | bool | None, insecure: bool) -> str | None:
+        if isinstance(token, str):
+            return check_token(token)
+        if is_loopback(host):
+            return new_token() if token else None
+        if token is False:
+            if not insecure:
+                raise AccessDenied(
+                    f"a server on {host} without a token is open to everybody; insecure=True (--insecure) allows it"
+                )
+            return None
+        return new_token()
+
+    def _install_constructors(self) -> None:
+        from rpcnb.server.hop import connect_constructor
+
+        self.environment.constructors["rpc.Connect"] = connect_constructor
+
+    # -- on the loop ---------------------------------------------------------------------------------------------
+
+    def _start(
+        self,
+        web_port: int | None,
+        allow_origin: Sequence[str],
+        tracker: tuple[str, int] | None,
+    ) -> None:
+        self.watcher = make_watcher(self.io_loop)
+        if web_port is not None:
+            self._open_web(web_port, allow_origin)
+        self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._drop_oldest_half_open)
+        if tracker is not None:
+            self._registration = find("registration")(self, tracker, self.port, self.max_sessions or 1)
+        if self._proxy is not None:
+            self._dial_out = find("dial out")(self, self._proxy)
+
+    def _admit(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        try:
+            connection = Connection(self, sock, address)
+        except OSError:
+            sock.close()
+            return
+        host = str(address[0])
+        exempt = self.limits.exempt_loopback and is_loopback(host)
+        if not exempt and self._half_open[host] >= self.limits.half_open_per_address:
+            log.warning("%s: refused %s: too many unfinished handshakes", self.name, connection.peer)
+            connection.closed = True
+            sock.close()
+            return
+        if self._half_open.total() >= self.limits.half_open:
+            self._drop_oldest_half_open()
+        self._half_open[host] += 1
+        self._connections[connection] = None
+        self.watcher.add(connection.fd, connection.ready)
+        connection.deadline = self.io_loop.call_later(self.limits.handshake_timeout, self._handshake_over, connection)
+
+    def _open_web(self, port: int, allow_origin: Sequence[str]) -> None:
+        from rpcnb.server.web import WebPort
+
+        names = [*allow_origin, *([self.custom_addr] if self.custom_addr else [])]
+        host = self.host if self._proxy is None else "127.0.0.1"
+        self._web = WebPort(host, port, self._admit, names, name=self.name)
+
+    def adopt(self, connection: Connection) -> None:
+        """Take a connection that the server has dialled."""
+        self._connections[connection] = None
+        self.watcher.add(connection.fd, connection.ready)
+
+    def _handshake_over(self, connection: Connection) -> None:
+        if connection.servant is None:
+            log.debug("%s: %s did not finish its handshake in time", self.name, connection.peer)
+            connection.close()
+
+    def _drop_oldest_half_open(self) -> None:
+        for connection in self._connections:
+            if connection.servant is None and not connection.dialled:
+                connection.close()
+                return
+
+    def admits(self, text: str, address: tuple[Any, ...]) -> bool:
+        """Tell whether a client with this key text may enter."""
+        return self.gate.admits(text, self._counted(address, self.token is not None))
+
+    def _counted(self, address: tuple[Any, ...], guarded: bool = True) -> str | None:
+        """Return the host under which wrong attempts are counted, if they are."""
+        host = str(address[0]) if address else ""
+        return host if guarded and not (self.limits.exempt_loopback and is_loopback(host)) else None
+
+    def throttles(self, address: tuple[Any, ...]) -> bool:
+        """Tell whether this address has guessed too often."""
+        host = self._counted(address)
+        return host is not None and self.gate.throttles(host)
+
+    def note_failure(self, address: tuple[Any, ...]) -> None:
+        """Count a wrong guess."""
+        host = self._counted(address)
+        if host is not None:
+            self.gate.note_failure(host)
+
+    @property
+    def full(self) -> bool:
+        """Tell whether ``max_sessions`` are open."""
+        return self.max_sessions is not None and self._sessions >= self.max_sessions
+
+    def opened(self, connection: Connection) -> None:
+        """Note that a handshake has succeeded."""
+        self._forget_half_open(connection)
+        if connection.deadline is not None:
+            self.io_loop.remove_timeout(connection.deadline)
+            connection.deadline = None
+        if connection.lane:
+            return
+        if self._registration is not None:
+            self._registration.opened(connection.key.key, connection.peer, connection.key.timeout)
+        self._sessions += 1
+        log.log(self.log_level, "%s: session of %s opened", self.name, connection.peer)
+        self.tell(events.ConnectionAccepted, peer=connection.peer)
+        self._hook("tvm.rpc.server.start")
+
+    def _forget_half_open(self, connection: Connection) -> None:
+        if connection.dialled:
+            return
+        host = str(connection.address[0])
+        self._half_open[host] -= 1
+        if not self._half_open[host]:
+            del self._half_open[host]
+
+    def closed_connection(self, connection: Connection) -> None:
+        """Note that a connection is gone."""
+        if self._connections.pop(connection, connection) is connection:
+            return
+        if connection.servant is None:
+            self._forget_half_open(connection)
+            return
+        for lane in self.lanes.leave(connection):
+            lane.close()
+        if not connection.lane:
+            self._sessions -= 1
+            if self._registration is not None:
+                self._registration.ended(connection.key.key)
+            if self._dial_out is not None:
+                self._dial_out.ended()
+            log.log(self.log_level, "%s: session of %s ended", self.name, connection.peer)
+            self._hook("tvm.rpc.server.shutdown")
+
+    def tell(self, kind: type[Any], **facts: Any) -> None:
+        """Tell the observers, if there are any."""
+        if self.observers:
+            self.observers.tell(kind(source=self.name, time=time.monotonic(), **facts))
+
+    def _later(self, seconds: float, function: Callable[[], object]) -> Callable[[], object]:
+        """Call ``function`` on the loop after some seconds; from any thread. Returns what cancels that."""
+        loop = self.io_loop.asyncio_loop
+        timers: list[asyncio.TimerHandle] = []
+        cancelled = False
+
+        def arm() -> None:
+            if not cancelled:
+                timers.append(loop.call_later(seconds, lambda: None if cancelled else function()))
+
+        def cancel() -> None:
+            nonlocal cancelled
+            cancelled = True
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                for timer in timers:
+                    loop.call_soon_threadsafe(timer.cancel)
+
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(arm)
+        return cancel
+
+    def _hook(self, name: str) -> None:
+        entry = self.environment.registry.get(name)
+        if entry is not None:
+            try:
+                entry.call()
+            except Exception:
+                log.exception("%s: hook %s failed", self.name, name)
+
+    # -- for users -----------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """``host:port`` to connect to."""
+        return show_address(self.host, self.port)
+
+    @property
+    def web_port(self) -> int | None:
+        """Port of the WebSocket; None if there is none."""
+        port: int | None = None if self._web is None else self._web.port
+        return port
+
+    def open_web_port(self, port: int = 0, allow_origin: Sequence[str] = ()) -> None:
+        """Listen for WebSockets too, from now on; arguments as ``web_port`` and ``allow_origin`` of the class."""
+        if self._web is None:
+            call_in_loop(self.io_loop, lambda: self._open_web(port, allow_origin))
+        else:
+            self._web.allow(allow_origin)
+
+    @property
+    def whereabouts(self) -> dict[str, Any]:
+        """Where it is, as a run file says it; without the token."""
+        found: dict[str, Any] = {"host": self.host, "port": self.port, "pid": os.getpid(), "key": self.key}
+        if self.web_port is not None:
+            found["web_port"] = self.web_port
+        return found
+
+    @property
+    def registered(self) -> bool:
+        """Tell whether a tracker has it in its list, or it waits at its proxy."""
+        registration, dial_out = self._registration, self._dial_out
+        return (registration is not None and registration.connected) or (dial_out is not None and dial_out.waiting)
+
+    @property
+    def pending(self) -> list[ClientState]:
+        """What each client's session is doing: its state, the function in progress and its age, requests behind it."""
+        return [
+            connection.describe()
+            for connection in list(self._connections)
+            if connection.servant is not None and not connection.lane
+        ]
+
+    @property
+    def kernel_busy(self) -> float | None:
+        """Seconds for which a blocking cell has kept a function with ``run="kernel"`` waiting; None if none does."""
+        since = None if self.kernel is None else self.kernel.busy_since
+        return None if since is None else time.monotonic() - since
+
+    def _waits_for_kernel(self, address: object, number: int | None) -> bool:
+        """Tell whether the client at ``address`` waits for a function on the kernel's loop."""
+        return any(
+            connection.waits_for_kernel(number)
+            for connection in list(self._connections)
+            if connection.address == address
+        )
+
+    def _status(self, say: Callable[[dict[str, Any]], object]) -> None:
+        """Say how the server is; where functions run on the kernel's loop, once it is known whether that is busy."""
+        said = False
+
+        def tell() -> None:
+            nonlocal said
+            if not said:
+                said = True
+                busy = self.kernel_busy
+                say({"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, "sessions": self._sessions})
+
+        if self.kernel is None or self.environment.default_run != "kernel":
+            tell()
+        else:
+            self.kernel(lambda: self.io_loop.add_callback(tell))
+            self.io_loop.call_later(BUSY_AFTER + 0.05, tell)
+
+    def panel(self) -> Any:
+        """Return a live view of this server and its clients, for a notebook."""
+        from rpcnb.jupyter.panels import panel
+
+        return panel("servers", server=self)
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that are open."""
+        return self._sessions
+
+    @property
+    def closed(self) -> bool:
+        """Tell whether it has been closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """Stop listening, end all sessions, and return when everything is released. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._switch_interval is not None:
+            interval.release(self._switch_interval)
+        call_in_loop(self.io_loop, self._stop)
+        if self.environment.cells is not None:
+            self.environment.cells.runner.close()
+        self.workers.close(1.0)
+        if self._own_loop is not None:
+            self._own_loop.stop()
+        log.log(self.log_level, "%s on %s closed", self.name, self.address)
+
+    terminate = close  # TVM's word
+
+    def _stop(self) -> None:
+        for part in (self._registration, self._dial_out, self._web, self._acceptor):
+            if part is not None:
+                part.close()
+        for connection in list(self._connections):
+            connection.close()
+        self.watcher.close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self._sessions} sessions"
+        key = f", key {self.key!r}" if self.key else ""
+        return f"<Server {self.address}{key}, token {'set' if self.token else 'none'}, {state}>"

@@ -1,1 +1,0 @@
-"""The public client API: sessions, and the remote functions, tensors, modules and objects they give."""
