@@ -55,6 +55,7 @@ _PUBLIC = {
 parts.offer("scheme tracker", "rpcnb.farm.dialer:TrackedDialer")
 parts.offer("registration", "rpcnb.farm.registration:ServerRegistration")
 parts.offer("dial out", "rpcnb.farm.dialout:DialOut")
+parts.offer("panel", "rpcnb.jupyter.panels:panel")
 parts.offer("load extension", "rpcnb.jupyter.extension:load")
 parts.offer("unload extension", "rpcnb.jupyter.extension:unload")
 

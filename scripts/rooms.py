@@ -52,13 +52,9 @@ def room_of(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yield the package's modules that a file imports anywhere; a method named ``panel`` may import the panels."""
+    """Yield the package's modules that a file imports anywhere."""
     known = modules()
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == "panel":
-            node.body = [one for one in node.body if getattr(one, "module", "") != "rpcnb.jupyter.panels"]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "rpcnb")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rpcnb":

@@ -9,7 +9,7 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rpcnb import events
+from rpcnb import events, parts
 from rpcnb.client.life import Life
 from rpcnb.client.names import FunctionNames
 from rpcnb.client.operations import Operations
@@ -220,9 +220,7 @@ class SessionBase:
 
     def panel(self) -> Any:
         """Return a live view of this session and its operations, for a notebook."""
-        from rpcnb.jupyter.panels import panel
-
-        return panel("transfers", "pending", "sessions", session=self)
+        return parts.find("panel")("transfers", "pending", "sessions", session=self)
 
     def _user_of(self, thing: Any) -> Any:
         """Return a submitted operation that still needs a remote function, or None."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rpcnb import parts
 from rpcnb.client.base import SessionBase
 from rpcnb.client.session import Session
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import Dialer
 from rpcnb.link.interrupt import Guard
-from rpcnb.parts import find
 from rpcnb.transport.address import DEFAULT_PORT, parse_address
 from rpcnb.transport.deadline import Deadline
 from rpcnb.transport.runfiles import token_for
@@ -41,7 +41,7 @@ def _make_dialer(
 ) -> Dialer:
     address = parse_address(url, port if port != DEFAULT_PORT or "://" not in url else None, key, headers)
     constructor = tuple(session_constructor_args or ())
-    make: Callable[..., Dialer] | None = find(f"scheme {address.scheme}")
+    make: Callable[..., Dialer] | None = parts.find(f"scheme {address.scheme}")
     if make is not None:
         return make(address, 1, session_timeout, 5, constructor, token, extensions, lanes=lanes, depth=depth)
 

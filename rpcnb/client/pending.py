@@ -22,6 +22,7 @@ from collections import deque
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rpcnb import parts
 from rpcnb.client.watch import Watch, new_number
 from rpcnb.errors import DeadlineExceeded, DeadlockError
 from rpcnb.link import iothread
@@ -349,9 +350,7 @@ class Pending(Future[Any]):
 
     def panel(self) -> Any:
         """Return a live view of this operation, for a notebook."""
-        from rpcnb.jupyter.panels import panel
-
-        return panel("pending", pending=self)
+        return parts.find("panel")("pending", pending=self)
 
     @property
     def moved(self) -> int:

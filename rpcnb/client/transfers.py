@@ -15,7 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from rpcnb import events
+from rpcnb import events, parts
 from rpcnb.client.pending import Pending, Work
 from rpcnb.link import iothread
 
@@ -167,9 +167,7 @@ class Transfer(Measured, Pending):
 
     def panel(self) -> Any:
         """Return a live view of this transfer, for a notebook."""
-        from rpcnb.jupyter.panels import panel
-
-        return panel("transfers", pending=self)
+        return parts.find("panel")("transfers", pending=self)
 
     def _report_end(self) -> None:
         try:

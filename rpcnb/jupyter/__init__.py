@@ -3,7 +3,7 @@
 Lives here: the magics, models folded from facts and events, the bridge that applies them, the widget and its view
 (``static/panel.js``), text and HTML for where no widget can be.
 
-Who enters: ``%load_ext rpcnb``; and methods named ``panel`` of earlier rooms, the one import that points upwards.
+Who enters: ``%load_ext rpcnb``, and ``rpcnb.panel``; earlier rooms find the panels by name (``rpcnb.parts``).
 
 Begin with ``extension.py`` (what is loaded), then ``magics.py``, then ``bridge.py`` (how a panel stays alive).
 """

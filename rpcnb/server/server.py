@@ -25,9 +25,8 @@ import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from rpcnb import events
+from rpcnb import events, parts
 from rpcnb.errors import AccessDenied
-from rpcnb.parts import find
 from rpcnb.protocol.codes import Limits
 from rpcnb.runtime.access import Gate, check_token, new_token
 from rpcnb.runtime.environment import Environment
@@ -278,9 +277,9 @@ class Server:
             self._open_web(web_port, allow_origin)
         self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._drop_oldest_half_open)
         if tracker is not None:
-            self._registration = find("registration")(self, tracker, self.port, self.max_sessions or 1)
+            self._registration = parts.find("registration")(self, tracker, self.port, self.max_sessions or 1)
         if self._proxy is not None:
-            self._dial_out = find("dial out")(self, self._proxy)
+            self._dial_out = parts.find("dial out")(self, self._proxy)
 
     def _admit(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         try:
@@ -501,9 +500,7 @@ class Server:
 
     def panel(self) -> Any:
         """Return a live view of this server and its clients, for a notebook."""
-        from rpcnb.jupyter.panels import panel
-
-        return panel("servers", server=self)
+        return parts.find("panel")("servers", server=self)
 
     @property
     def sessions(self) -> int:
