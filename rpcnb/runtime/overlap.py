@@ -211,12 +211,13 @@ class Calls:
         return data
 
     def give_way(self) -> None:
-        """Answer the poll with what there is."""
+        """Answer the poll with what there is; without one nothing is taken, as nobody would get it."""
         with self._lock:
             poll, self._poll = self._poll, None
+            if poll is None:
+                return
             data = self._take()
-        if poll is not None:
-            poll((66, data))
+        poll((66, data))
 
     def _answer_in_time(self) -> None:
         with self._lock:
