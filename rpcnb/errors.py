@@ -32,6 +32,12 @@ Each has the builtin base a caller would catch anyway. Facts are attributes; the
 
 from __future__ import annotations
 
+import copy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = [
     "AccessDenied",
     "ArgumentError",
@@ -68,7 +74,26 @@ TRAVELLERS = (
 
 
 class RpcError(Exception):
-    """Anything rpcnb raises on purpose."""
+    """Anything rpcnb raises on purpose; it can be pickled and copied, with its facts."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not the base's: that would call the class with the text, where its own constructor takes the facts.
+        return _made_again, (type(self), self.args, self.__dict__)
+
+    def again(self) -> Self:
+        """Return a fresh exception like this one.
+
+        What is kept and raised more than once (why a session was lost) is raised anew each time: an exception that is
+        raised again and again gathers the frames of all its raisers, and keeps their variables.
+        """
+        return copy.copy(self)
+
+
+def _made_again(kind: type[RpcError], args: tuple[Any, ...], facts: dict[str, Any]) -> RpcError:
+    made = kind.__new__(kind)
+    made.args = args
+    made.__dict__.update(facts)
+    return made
 
 
 class ConnectFailed(RpcError, ConnectionError):

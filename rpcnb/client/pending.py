@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb import parts
 from rpcnb.client.watch import Watch, new_number
-from rpcnb.errors import DeadlineExceeded, DeadlockError
+from rpcnb.errors import DeadlineExceeded, DeadlockError, RpcError
 from rpcnb.link import iothread
 from rpcnb.link.control import Route, StartedTicket
 from rpcnb.link.interrupt import Guard
@@ -309,6 +309,8 @@ class Pending(Future[Any]):
             CancelledError: It was cancelled.
         """
         self._block(timeout)
+        if self._exception is not None:
+            raise fresh(self._exception)
         return super().result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -377,6 +379,11 @@ class _End(Ticket):
     def owed_at(self, sock: socket.socket) -> tuple[socket.socket | None, int | None]:
         """Return what the operation waits for."""
         return self._operation.owed_at()
+
+
+def fresh(error: BaseException) -> BaseException:
+    """Return what to raise for an exception that is kept: ours anew each time, so that no frames gather on it."""
+    return error.again() if isinstance(error, RpcError) else error.with_traceback(None)
 
 
 class Work(NamedTuple):

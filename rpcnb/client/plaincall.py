@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError
 from concurrent.futures._base import FINISHED, RUNNING
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.client.pending import Pending
+from rpcnb.client.pending import Pending, fresh
 from rpcnb.client.watch import new_number
 from rpcnb.protocol import flows
 from rpcnb.protocol.shortcut import NOT_PLAIN
@@ -86,7 +86,7 @@ class PlainCall(Pending):
         if self._state != FINISHED:
             raise CancelledError
         if self._exception is not None:
-            raise self._exception
+            raise fresh(self._exception)
         return self._result
 
     def owed_at(self) -> tuple[socket.socket | None, int | None]:

@@ -252,7 +252,7 @@ class Control:
         self._ended = True
         self._on_end(error)
         for ticket in list(self._calls.values()):
-            self.settle(ticket, None, error)
+            self.settle(ticket, None, error.again())
 
     def owed(self) -> list[StartedTicket]:
         """Return the tickets of calls that somebody waits for."""

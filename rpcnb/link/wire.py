@@ -144,7 +144,7 @@ class Wire:
             SessionLost: The connection has ended; or SessionClosed, SessionTimeout.
         """
         if self.ended is not None:
-            raise self.ended
+            raise self.ended.again()
         ticket = Ticket(request)
         buffers = self.endpoint.send(request)
         self.requests += 1
@@ -194,7 +194,7 @@ class Wire:
             SessionLost: The connection has ended; or SessionClosed, SessionTimeout.
         """
         if self.ended is not None:
-            raise self.ended
+            raise self.ended.again()
         ticket = self._note_call()
         self._post([(packet, None)])
         return ticket
@@ -206,7 +206,7 @@ class Wire:
             ArgumentError: A value cannot travel; nothing is queued.
         """
         if self.ended is not None:
-            raise self.ended
+            raise self.ended.again()
         packets = [write_call(handle, args) or b"".join(encode_packet(CallFunc(handle, args))) for args in calls]
         if self.depth is not None:
             return [self.queue_call(packet) for packet in packets]
@@ -382,12 +382,12 @@ class Wire:
     def fail(self, error: RpcError) -> None:
         """End the connection; everything owed is settled with ``error``."""
         if self.ended is None:
-            self.ended = error
+            self.ended = error.again()  # without the frames that it came through
         self.out.clear()
         self.held.clear()
         tickets, self.tickets = self.tickets, deque()
         for ticket in tickets:
-            ticket.error = self.ended
+            ticket.error = self.ended.again()
             ticket.done = True
             if ticket.waker is not None:
                 ticket.waker()

@@ -123,7 +123,7 @@ class Endpoint(PacketReader):
             RemoteProtocolError: The peer broke the rules; the endpoint is closed and raises it ever after.
         """
         if self._error is not None:
-            raise self._error
+            raise self._error.again()
         if self._start == self._end and self._payload_message is None and not self._eof:
             return None  # nothing has arrived since the last one
         if self.role is Role.SERVER and self.state is not State.IDLE and self._payload_message is None:
@@ -186,7 +186,7 @@ class Endpoint(PacketReader):
         return after
 
     def _close(self, error: RpcError) -> None:
-        self._error = error
+        self._error = error.again()
         self.state = State.CLOSED
         self._parser = None
         self._payload = None

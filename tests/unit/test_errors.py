@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+import traceback
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -82,3 +87,38 @@ def test_an_argument_error_tells_the_position_and_what_can_travel() -> None:
     assert error.index == 2
     assert str(error) == f"argument 2 is of type list; expected {errors.TRAVELLERS}"
     assert str(errors.ArgumentError(0, "the int 7", "text")) == "argument 0 is the int 7; expected text"
+
+
+MADE = {
+    "ArgumentError": errors.ArgumentError(3, "a list"),
+    "CellError": errors.CellError("bad", "ValueError", "cell #1, line 2"),
+    "DeadlineExceeded": errors.DeadlineExceeded("call", 1.5, 1.0),
+    "RemoteError": errors.RemoteError("bad", "ValueError", "line 2"),
+    **{
+        name: getattr(errors, name)("10.0.0.5:9090", "connect", "no answer")
+        for name in ("ConnectFailed", "DuplicateKey", "KeyMismatch", "NotAnRpcServer", "VersionMismatch")
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(BASES))
+@pytest.mark.parametrize(
+    "way", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["c", "d", "p"]
+)
+def test_an_exception_keeps_its_facts_when_it_is_copied_or_pickled(name: str, way: Callable[[Any], Any]) -> None:
+    error = MADE.get(name) or getattr(errors, name)("what was seen")
+    error.__dict__["__notes__"] = ["on board 3"]
+    made = way(error)
+    assert type(made) is type(error)
+    assert (str(made), made.args, made.__dict__) == (str(error), error.args, error.__dict__)
+
+
+def test_what_is_raised_again_is_fresh_each_time() -> None:
+    kept = errors.SessionLost("session lost: gone")
+    sizes = []
+    for _ in range(5):
+        with pytest.raises(errors.SessionLost, match="gone") as caught:
+            raise kept.again()
+        sizes.append(len(traceback.extract_tb(caught.value.__traceback__)))
+    assert kept.__traceback__ is None
+    assert len(set(sizes)) == 1
