@@ -33,9 +33,11 @@ Each has the builtin base a caller would catch anyway. Facts are attributes; the
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from typing_extensions import Self
 
 __all__ = [
