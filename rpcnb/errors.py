@@ -12,6 +12,7 @@ Each has the builtin base a caller would catch anyway. Facts are attributes; the
     │   ├── LocalProtocolError               our side asked for something illegal
     │   └── RemoteProtocolError              the peer sent something illegal
     ├── SessionLost (ConnectionError)        the connection ended under a session
+    │   └── ForkedSession                    opened before a fork, used in the child
     ├── SessionClosed (ConnectionError)      used after close()
     ├── SessionTimeout (TimeoutError)        the server's session time limit is over
     ├── DeadlineExceeded (TimeoutError)      our own ``timeout=`` is over
@@ -27,6 +28,7 @@ Each has the builtin base a caller would catch anyway. Facts are attributes; the
     ├── AccessDenied (PermissionError)       no trust was given for this
     ├── DeviceError (RuntimeError)           no such device, scope or attribute
     ├── LibraryError (RuntimeError)          a compiled library cannot be loaded
+    ├── WrongLoop (RuntimeError)             an awaited session is used in another event loop
     └── DeadlockError (RuntimeError)         a wait that only the waiting thread could end
 """
 
@@ -50,6 +52,7 @@ __all__ = [
     "DeadlockError",
     "DeviceError",
     "DuplicateKey",
+    "ForkedSession",
     "FunctionNotFound",
     "InvalidHandle",
     "KeyMismatch",
@@ -67,6 +70,7 @@ __all__ = [
     "SessionTimeout",
     "StaleHandle",
     "VersionMismatch",
+    "WrongLoop",
 ]
 
 TRAVELLERS = (
@@ -144,6 +148,10 @@ class RemoteProtocolError(ProtocolError):
 
 class SessionLost(RpcError, ConnectionError):
     """The connection ended under a session; what was pending will not be answered."""
+
+
+class ForkedSession(SessionLost):
+    """Something of a session that was opened before a fork is used in the child; the connection stays the parent's."""
 
 
 class SessionClosed(RpcError, ConnectionError):
@@ -244,6 +252,10 @@ class DeviceError(RpcError, RuntimeError):
 
 class LibraryError(RpcError, RuntimeError):
     """A compiled library cannot be loaded or linked."""
+
+
+class WrongLoop(RpcError, RuntimeError):
+    """An awaited session belongs to the event loop in which it was opened."""
 
 
 class DeadlockError(RpcError, RuntimeError):

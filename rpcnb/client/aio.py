@@ -13,6 +13,7 @@ A session belongs to the event loop in which it was opened. Cancelling a call gi
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.client.aiooperation import AsyncOperation, AsyncTransfer, AwaitedCall
@@ -28,7 +29,7 @@ from rpcnb.client.remote import (
     TimingResult,
     _timing_options,
 )
-from rpcnb.client.session import _named_call
+from rpcnb.errors import SessionClosed
 from rpcnb.link.aiolanes import AsyncLanes
 from rpcnb.link.order import names_of
 from rpcnb.transport.deadline import Deadline
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from types import TracebackType
 
+    from rpcnb.client.operations import Operations
+    from rpcnb.link.aiolink import AsyncLink
     from rpcnb.protocol.flows import Flow
+    from rpcnb.protocol.handshake import KeyText
 
 __all__ = ["AsyncSession"]
 
@@ -47,8 +51,12 @@ class AsyncSession(AsyncCellMethods, SessionBase):
     """A session whose operations are awaited; made by :func:`rpcnb.connect_async`."""
 
     _types = (AsyncRemoteFunction, AsyncRemoteModule, AsyncRemoteTensor, RemoteObject, AsyncRemoteDevice)
-    _lanes: AsyncLanes | None
     _awaited_call = AwaitedCall
+
+    def _attach(self, link: AsyncLink, answer: KeyText) -> None:
+        """Begin to use a connection that has just been opened."""
+        self._one_reopens = asyncio.Lock()
+        super()._attach(link, answer)
 
     def _make_lanes(self, ticket: str) -> AsyncLanes:
         assert self._dialer is not None
@@ -56,7 +64,7 @@ class AsyncSession(AsyncCellMethods, SessionBase):
 
     async def _run(
         self,
-        flow: Flow[Any],
+        make: Callable[[Operations], Flow[Any]],
         timeout: float | None,
         what: str,
         uses: Iterable[Any] = (),
@@ -67,10 +75,13 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         on_output: Callable[[bytes], object] | None = None,
     ) -> Any:
         limit = self.timeout if timeout is None else timeout
+        ops = self._ops
+        ops.link.check_loop(self.name)
+        flow = make(ops)
         if moving is None:
-            operation = AsyncOperation(self, flow, what, limit, names_of(uses), on_output)
+            operation = AsyncOperation(self, ops, flow, what, limit, names_of(uses), on_output)
         else:
-            operation = AsyncTransfer(self, flow, what, limit, names_of(uses), moving, progress)
+            operation = AsyncTransfer(self, ops, flow, what, limit, names_of(uses), moving, progress)
         return await operation.run(queued)
 
     @property
@@ -80,21 +91,23 @@ class AsyncSession(AsyncCellMethods, SessionBase):
 
     async def get_function(self, name: str, *, timeout: float | None = None) -> AsyncRemoteFunction:
         """Return the remote function registered as ``name``; as :meth:`Session.get_function`."""
-        found: AsyncRemoteFunction = await self._run(self._ops.get_function(name), timeout, f"get_function {name}")
+        found: AsyncRemoteFunction = await self._run(
+            lambda ops: ops.get_function(name), timeout, f"get_function {name}"
+        )
         return found
 
     async def call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
         """Call the remote function registered as ``name``; it is looked up once per session."""
-        return await self._run(_named_call(self, name, args), timeout, name)
+        return await self._run(lambda ops: ops.call_named(name, args), timeout, name)
 
     async def list_functions(self, *, timeout: float | None = None) -> list[str]:
         """Return the names of the server's functions; asked once per session."""
-        names: list[str] = await self._run(self._ops.list_functions(), timeout, "list_functions")
+        names: list[str] = await self._run(lambda ops: ops.list_functions(), timeout, "list_functions")
         return names
 
     async def status(self, *, timeout: float | None = None) -> dict[str, Any]:
         """Ask an rpcnb server how it is: ``state`` is ``READY``, or ``BUSY`` while a cell keeps its kernel busy."""
-        found: dict[str, Any] = await self._run(self._ops.status(), timeout, "status")
+        found: dict[str, Any] = await self._run(lambda ops: ops.status(), timeout, "status")
         return found
 
     async def time_evaluator(
@@ -102,8 +115,10 @@ class AsyncSession(AsyncCellMethods, SessionBase):
     ) -> Callable[..., Awaitable[TimingResult]]:
         """Return a function that measures ``func_name`` at the server; as :meth:`Session.time_evaluator`."""
         timeout = options.pop("timeout", None)
-        flow = self._ops.time_evaluator(module, func_name, dev, _timing_options(options))
-        evaluator: AsyncRemoteFunction = await self._run(flow, timeout, "time_evaluator")
+        chosen = _timing_options(options)
+        evaluator: AsyncRemoteFunction = await self._run(
+            lambda ops: ops.time_evaluator(module, func_name, dev, chosen), timeout, "time_evaluator"
+        )
 
         async def evaluate(*args: Any, timeout: float | None = None) -> TimingResult:
             return TimingResult.decode(await evaluator(*args, timeout=timeout))
@@ -120,7 +135,7 @@ class AsyncSession(AsyncCellMethods, SessionBase):
     ) -> AsyncRemoteTensor:
         """Copy a local array to a device, the server's CPU by default."""
         made: AsyncRemoteTensor = await self._run(
-            self._ops.tensor(source, device), timeout, "copy_to", moving=moving_array(source), progress=progress
+            lambda ops: ops.tensor(source, device), timeout, "copy_to", moving=moving_array(source), progress=progress
         )
         return made
 
@@ -134,7 +149,9 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         timeout: float | None = None,
     ) -> AsyncRemoteTensor:
         """Allocate an uninitialised tensor on a device, the server's CPU by default."""
-        made: AsyncRemoteTensor = await self._run(self._ops.empty(shape, dtype, device, mem_scope), timeout, "empty")
+        made: AsyncRemoteTensor = await self._run(
+            lambda ops: ops.empty(shape, dtype, device, mem_scope), timeout, "empty"
+        )
         return made
 
     async def upload(
@@ -147,7 +164,11 @@ class AsyncSession(AsyncCellMethods, SessionBase):
     ) -> None:
         """Put a local file, or bytes as ``target``, into the session's directory."""
         await self._run(
-            self._ops.upload(data, target), timeout, "upload", moving=describe_upload(data, target), progress=progress
+            lambda ops: ops.upload(data, target),
+            timeout,
+            "upload",
+            moving=describe_upload(data, target),
+            progress=progress,
         )
 
     async def download(
@@ -164,58 +185,65 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         """
         moving = Moving("down", path, 0)
         data: bytearray = await self._run(
-            self._ops.download(path, to, moving), timeout, f"download {path}", moving=moving, progress=progress
+            lambda ops: ops.download(path, to, moving), timeout, f"download {path}", moving=moving, progress=progress
         )
         return data
 
     async def remove(self, path: str, *, timeout: float | None = None) -> None:
         """Delete a file of the session's directory."""
-        await self._run(self._ops.remove(path), timeout, f"remove {path}")
+        await self._run(lambda ops: ops.remove(path), timeout, f"remove {path}")
 
     async def listdir(self, path: str = ".", *, timeout: float | None = None) -> list[str]:
         """Return the names in a directory of the session (stock servers do not offer it)."""
-        names: list[str] = await self._run(self._ops.listdir(path), timeout, f"listdir {path}")
+        names: list[str] = await self._run(lambda ops: ops.listdir(path), timeout, f"listdir {path}")
         return names
 
     async def load_module(self, path: str, *, timeout: float | None = None) -> AsyncRemoteModule:
         """Load an uploaded library; the server must trust native code to us."""
-        module: AsyncRemoteModule = await self._run(self._ops.load_module(path), timeout, f"load_module {path}")
+        module: AsyncRemoteModule = await self._run(lambda ops: ops.load_module(path), timeout, f"load_module {path}")
         return module
 
     async def download_linked_module(self, path: str, *, timeout: float | None = None) -> bytearray:
         """Have an uploaded object file or archive linked at the server; returns the shared library."""
-        data: bytearray = await self._run(self._ops.download_linked_module(path), timeout, f"link {path}")
+        data: bytearray = await self._run(lambda ops: ops.download_linked_module(path), timeout, f"link {path}")
         return data
 
     async def system_lib(self, *, timeout: float | None = None) -> AsyncRemoteModule:
         """Return the module of the server's statically linked functions."""
-        module: AsyncRemoteModule = await self._run(self._ops.system_lib(), timeout, "system_lib")
+        module: AsyncRemoteModule = await self._run(lambda ops: ops.system_lib(), timeout, "system_lib")
         return module
 
     async def reconnect(self, *, timeout: float | None = 10.0) -> None:
         """Open the session again, under the same name; as :meth:`Session.reconnect`."""
-        self._detach()
-        assert self._dialer is not None
-        self._dialer.renew()
-        link, answer = await self._dialer.open_awaiting(Deadline(timeout, f"connect to {self.peer}"))
-        self._attach(link, answer)
-        self._opened()
+        deadline, before = Deadline(timeout, f"connect to {self.peer}"), self._ops
+        async with self._one_reopens:
+            if self._ops is not before:
+                return  # another task has done it meanwhile
+            self._detach()
+            assert self._dialer is not None
+            closes = self._closes
+            self._dialer.renew()
+            link, answer = await self._dialer.open_awaiting(deadline)
+            if closes != self._closes:
+                link.close()
+                raise SessionClosed(f"{self.name} was closed while it was being opened again")
+            self._attach(link, answer)
+            self._opened()
 
     async def close(self) -> None:
         """End the session; the server releases everything it held. Idempotent; never waits."""
         self._close_now()
 
-    def _close_soon(self) -> None:
-        """Close it, from any thread."""
-        loop = self._link.loop
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(self._close_now)
-
     def _close_now(self) -> None:
+        """Close it, from any thread."""
+        ops = self._ops
+        if ops.link.runs_elsewhere:
+            ops.link.loop.call_soon_threadsafe(self._close_now)
+            return
         self._closing()
-        if self._lanes is not None:
-            self._lanes.close()
-        self._link.close()
+        if ops.lanes is not None:
+            ops.lanes.close()
+        ops.link.close()
 
     async def __aenter__(self) -> AsyncSession:
         return self

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rpcnb.client.moving import Moving
+    from rpcnb.client.operations import Operations
     from rpcnb.client.owner import Owner
     from rpcnb.link.aiolanes import AsyncLanes
+    from rpcnb.link.aiolink import AsyncLink
     from rpcnb.link.order import Hold
     from rpcnb.protocol.flows import Flow
 
@@ -40,6 +42,7 @@ class AsyncOperation:
     def __init__(
         self,
         session: Owner,
+        ops: Operations,
         flow: Flow[Any],
         function: str,
         timeout: float | None,
@@ -52,6 +55,7 @@ class AsyncOperation:
         self.submitted = time.monotonic()
         self.finished: float | None = None
         self.deadline = None if timeout is None else self.submitted + timeout
+        self._ops = ops
         self._flow = flow
         self._timeout = timeout
         self._names = names
@@ -94,6 +98,9 @@ class AsyncOperation:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.cancel)
 
+    def forked(self) -> None:
+        """In a forked child, where its loop does not run: nothing."""
+
     async def run(self, queued: bool = False) -> Any:
         """Perform it; called once, by the session.
 
@@ -106,7 +113,7 @@ class AsyncOperation:
         self._loop = asyncio.get_running_loop()
         self._queued = queued
         session._pending[self.id] = self
-        hold, before = session._order.enter(self._names, queued)
+        hold, before = self._ops.order.enter(self._names, queued)
         try:
             if self._timeout is None:
                 result = await self._perform(before)
@@ -132,14 +139,13 @@ class AsyncOperation:
             self._waits = True
             await _released(earlier)
         self._waits = False
-        session = self.session
-        lanes = session._lanes
+        lanes = self._ops.lanes
         control = None if lanes is None else lanes.opened
         route = Route(await self._choose_link(), control, self._seconds_left, self._on_output)
         return await await_flow(route, self._flow, None if lanes is None else lanes.control, self._tickets)
 
     async def _choose_link(self) -> Any:
-        return self.session._link
+        return self._ops.link
 
     def _seconds_left(self) -> float:
         return 0.0 if self.deadline is None else max(0.001, self.deadline - time.monotonic())
@@ -149,7 +155,7 @@ class AsyncOperation:
         self._error = error
         self.session._pending.pop(self.id, None)
         owed = [] if error is None else [ticket for ticket in self._tickets if moves_data(ticket)]
-        release_when_drained(hold, self.session._link, owed)
+        release_when_drained(hold, self._ops.link, owed)
 
     def __repr__(self) -> str:
         age = (self.finished or time.monotonic()) - self.submitted
@@ -167,13 +173,13 @@ class AwaitedCall(AsyncOperation):
     _tickets = ()  # type: ignore[assignment]  # its one ticket moves no bulk data
     _on_output = None
 
-    def __init__(self, session: Owner, function: str) -> None:
+    def __init__(self, session: Owner, link: AsyncLink, function: str) -> None:
         self.id = new_number()
         self.session = session
         self.function = function
         self.submitted = time.monotonic()
         self._task = asyncio.current_task()
-        self._loop = session._link.loop
+        self._loop = link.loop
         session._pending[self.id] = self
 
     def end(self, error: BaseException | None = None) -> None:
@@ -189,6 +195,7 @@ class AsyncTransfer(Measured, AsyncOperation):
     def __init__(
         self,
         session: Owner,
+        ops: Operations,
         flow: Flow[Any],
         function: str,
         timeout: float | None,
@@ -196,7 +203,7 @@ class AsyncTransfer(Measured, AsyncOperation):
         moving: Moving,
         progress: Callable[[Any], object] | None,
     ) -> None:
-        AsyncOperation.__init__(self, session, flow, function, timeout, names)
+        AsyncOperation.__init__(self, session, ops, flow, function, timeout, names)
         self._measure(moving, progress)
         self._timer: asyncio.TimerHandle | None = None
 
@@ -212,9 +219,9 @@ class AsyncTransfer(Measured, AsyncOperation):
             self._report()
 
     async def _choose_link(self) -> Any:
-        lanes: AsyncLanes | None = self.session._lanes
+        lanes: AsyncLanes | None = self._ops.lanes
         found = await lanes.bulk() if lanes is not None and self.total >= BULK else None
-        return found or self.session._link
+        return found or self._ops.link
 
     def _tick(self) -> None:
         if self.moved:

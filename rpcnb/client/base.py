@@ -14,15 +14,14 @@ from rpcnb.client.life import Life
 from rpcnb.client.names import FunctionNames
 from rpcnb.client.operations import Operations
 from rpcnb.errors import LocalProtocolError, SessionClosed, SessionLost, SessionTimeout
-from rpcnb.link.order import Order
 from rpcnb.protocol.endpoint import State
+from rpcnb.transport import forks
+from rpcnb.transport.turn import Turn
 from rpcnb.values import device as as_device
 
 if TYPE_CHECKING:
-    from rpcnb.link.control import LanesBase
     from rpcnb.link.dialer import Dialer
     from rpcnb.protocol.handshake import KeyText
-    from rpcnb.protocol.messages import Request
 
 __all__ = ["SessionBase", "all_sessions"]
 
@@ -65,7 +64,7 @@ class SessionBase:
     """
 
     _types: tuple[Any, Any, Any, Any, Any]
-    _lanes: LanesBase | None = None
+    _ops: Operations  # of the connection in use: taken once by each operation, as the session may be opened again
 
     def __init__(
         self,
@@ -83,18 +82,18 @@ class SessionBase:
         self._key = key
         self._dialer = dialer
         self._lost_after = lost_after
-        self._epoch = 0  # how often it has been opened again: older handles are stale
         self.observers = events.Observers(events.observers)
-        self._order = Order()
         self.peak_bytes = 0
         self._pending: dict[int, Any] = {}  # operations that have not finished, by number
         self._before = Traffic(0, 0, 0)  # of connections before the session was opened again
+        self._reopening = Turn()
+        self._closes = 0  # how often it has been closed: not to be attached to what was dialled before that
         self._attach(link, answer)
         _sessions.add(self)
+        forks.tell(self)
 
     def _attach(self, link: Any, answer: KeyText) -> None:
         """Begin to use a connection that has just been opened."""
-        self._link = link
         self.peer = link.peer  # another board, perhaps, when a tracker is asked again
         self._told_end = False
         limit = 0.0 if self._dialer is None else self._dialer.key.session_timeout
@@ -102,14 +101,31 @@ class SessionBase:
         self._held = 0  # bytes of tensors allocated and not freed
         self._tensors = 0  # how many those are
         self._life = Life(self._lost_after)
-        self._ops = Operations(self, self._types, link.peer, answer, link.garbage)
-        self._ops.through_stock = not self.is_rpcnb and self._dialer is not None and self._dialer.hops
-        self._lanes = None
         ticket = "" if self._dialer is None else self._dialer.ticket(answer)
-        if ticket:
-            self._lanes = self._make_lanes(ticket)
-            link.on_abandoned = self._lanes.cancel_at
+        lanes = self._make_lanes(ticket) if ticket else None
+        if lanes is not None:
+            link.on_abandoned = lanes.cancel_at
+        ops = Operations(self, self._types, link, lanes, answer)
+        ops.through_stock = not ops.is_rpcnb and self._dialer is not None and self._dialer.hops
+        self._ops = ops
         link.on_tick = partial(_look, weakref.ref(self))
+
+    @property
+    def _link(self) -> Any:
+        """The connection in use."""
+        return self._ops.link
+
+    @property
+    def _lanes(self) -> Any:
+        """Its further connections, or None."""
+        return self._ops.lanes
+
+    def forked(self) -> None:
+        """In a forked child: what was pending is the parent's, and locks may be held by threads that are not here."""
+        self._reopening = Turn()
+        for pending in list(self._pending.values()):
+            pending.forked()
+        self._pending.clear()
 
     def _make_lanes(self, ticket: str) -> Any:
         """Return what opens the session's lanes."""
@@ -119,7 +135,6 @@ class SessionBase:
         """Give up the connections before the session is opened again; what is pending learns of it."""
         if self._dialer is None:
             raise LocalProtocolError("this session has no address to connect to")
-        self._epoch += 1
         self._before = self.traffic
         error = SessionLost(f"{self.name} was opened again; nothing is repeated by itself")
         if self._lanes is not None:
@@ -226,16 +241,6 @@ class SessionBase:
         """Return a submitted operation that still needs a remote function, or None."""
         return None
 
-    def _free(self, handle: int, request: Request) -> None:
-        """Release memory now, or once the operation that uses it has ended."""
-        hold = self._order.holder(handle)
-        if hold is None or not hold.then(lambda: self._note(request)):
-            self._note(request)
-
-    def _note(self, request: Request) -> None:
-        """Note a release; no lock, no I/O, so that a finalizer may call it anywhere."""
-        self._link.garbage.append(request)
-
     # -- devices -------------------------------------------------------------------------------------------------
 
     def device(self, kind: str | int, index: int = 0) -> Any:
@@ -290,6 +295,7 @@ class SessionBase:
         """Tell of the end, and of what was still allocated."""
         if self._link.wire.ended is None and self._held:
             log.debug("%s closes with %d tensors, %d bytes, allocated", self.name, self._tensors, self._held)
+        self._closes += 1
         if not self._told_end:
             self._told_end = True
             reason = self._link.wire.ended

@@ -15,7 +15,6 @@ from rpcnb.link import iothread
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rpcnb.client.operations import Operations
 
 __all__ = ["AsyncCellMethods", "CellMethods", "Namespace"]
 
@@ -24,7 +23,6 @@ class CellMethods:
     """What a blocking session does with remote cells."""
 
     name: str
-    _ops: Operations
     _run: Any
 
     def run_cell(
@@ -51,13 +49,14 @@ class CellMethods:
             AccessDenied: The server does not allow it; the text (a RemoteError's, too) says how it can.
         """
         take = _in_io_thread(on_output)
-        flow = cells.run(self._ops, source, name, take)
-        result: CellResult = self._run(flow, timeout, name, on_output=_reading(take))
+        result: CellResult = self._run(
+            lambda ops: cells.run(ops, source, name, take), timeout, name, on_output=_reading(take)
+        )
         return result
 
     def list_cells(self, *, timeout: float | None = None) -> list[QueuedCell]:
         """Return the cells that the server has not finished, of all its clients."""
-        found: list[QueuedCell] = self._run(cells.queue(self._ops), timeout, "list_cells")
+        found: list[QueuedCell] = self._run(cells.queue, timeout, "list_cells")
         return found
 
     @property
@@ -73,19 +72,19 @@ class CellMethods:
             pickle: The server is trusted to send pickled objects, which may run any code here.
             timeout: Seconds for it all.
         """
-        return self._run(cells.get_variable(self._ops, name, pickle), timeout, f"variable {name}")
+        return self._run(lambda ops: cells.get_variable(ops, name, pickle), timeout, f"variable {name}")
 
     def set_variable(self, name: str, value: Any, *, pickle: bool = False, timeout: float | None = None) -> None:
         """Set a variable for the session's remote cells; ``pickle=True`` for any object."""
-        self._run(cells.set_variable(self._ops, name, value, pickle), timeout, f"variable {name}")
+        self._run(lambda ops: cells.set_variable(ops, name, value, pickle), timeout, f"variable {name}")
 
     def delete_variable(self, name: str, *, timeout: float | None = None) -> None:
         """Remove a variable of the session's remote cells."""
-        self._run(cells.delete_variable(self._ops, name), timeout, f"variable {name}")
+        self._run(lambda ops: cells.delete_variable(ops, name), timeout, f"variable {name}")
 
     def list_variables(self, *, timeout: float | None = None) -> dict[str, str]:
         """Return the names of the variables of the session's remote cells, and their types."""
-        found: dict[str, str] = self._run(cells.variables(self._ops), timeout, "list_variables")
+        found: dict[str, str] = self._run(cells.variables, timeout, "list_variables")
         return found
 
 
@@ -127,7 +126,6 @@ class Namespace(MutableMapping[str, Any]):
 class AsyncCellMethods:
     """What an awaited session does with remote cells."""
 
-    _ops: Operations
     _run: Any
 
     async def run_cell(
@@ -140,30 +138,31 @@ class AsyncCellMethods:
     ) -> CellResult:
         """Run Python source at the server; as :meth:`Session.run_cell`. ``on_output`` is called in the loop."""
         take = _in_loop(on_output)
-        flow = cells.run(self._ops, source, name, take)
-        result: CellResult = await self._run(flow, timeout, name, on_output=_reading(take))
+        result: CellResult = await self._run(
+            lambda ops: cells.run(ops, source, name, take), timeout, name, on_output=_reading(take)
+        )
         return result
 
     async def list_cells(self, *, timeout: float | None = None) -> list[QueuedCell]:
         """Return the cells that the server has not finished, of all its clients."""
-        found: list[QueuedCell] = await self._run(cells.queue(self._ops), timeout, "list_cells")
+        found: list[QueuedCell] = await self._run(cells.queue, timeout, "list_cells")
         return found
 
     async def get_variable(self, name: str, *, pickle: bool = False, timeout: float | None = None) -> Any:
         """Return a variable of the session's remote cells; as :meth:`Session.get_variable`."""
-        return await self._run(cells.get_variable(self._ops, name, pickle), timeout, f"variable {name}")
+        return await self._run(lambda ops: cells.get_variable(ops, name, pickle), timeout, f"variable {name}")
 
     async def set_variable(self, name: str, value: Any, *, pickle: bool = False, timeout: float | None = None) -> None:
         """Set a variable for the session's remote cells; ``pickle=True`` for any object."""
-        await self._run(cells.set_variable(self._ops, name, value, pickle), timeout, f"variable {name}")
+        await self._run(lambda ops: cells.set_variable(ops, name, value, pickle), timeout, f"variable {name}")
 
     async def delete_variable(self, name: str, *, timeout: float | None = None) -> None:
         """Remove a variable of the session's remote cells."""
-        await self._run(cells.delete_variable(self._ops, name), timeout, f"variable {name}")
+        await self._run(lambda ops: cells.delete_variable(ops, name), timeout, f"variable {name}")
 
     async def list_variables(self, *, timeout: float | None = None) -> dict[str, str]:
         """Return the names of the variables of the session's remote cells, and their types."""
-        found: dict[str, str] = await self._run(cells.variables(self._ops), timeout, "list_variables")
+        found: dict[str, str] = await self._run(cells.variables, timeout, "list_variables")
         return found
 
 

@@ -59,7 +59,8 @@ class Life:
 
     def look(self, session: Owner) -> None:
         """See what has happened since the last look."""
-        wire, lanes = session._link.wire, session._lanes
+        ops = session._ops
+        wire, lanes = ops.link.wire, ops.lanes
         if wire.ended is not None:
             if lanes is not None and not lanes.closed:
                 lanes.fail(wire.ended)

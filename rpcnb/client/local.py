@@ -19,6 +19,7 @@ from rpcnb.protocol.messages import CallFunc
 from rpcnb.protocol.shortcut import NOT_PLAIN
 from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.eventdriven import create_event_driven_server
+from rpcnb.transport import forks
 
 if TYPE_CHECKING:
     from rpcnb.link.interrupt import Guard
@@ -45,6 +46,9 @@ class _Pipe:
     def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
         raise BlockingIOError
 
+    def detach(self) -> int:
+        return -1
+
     def close(self) -> None:
         self._inbox.put(None)
 
@@ -64,6 +68,12 @@ class _LocalLink:
         self._handler.servant.extended = True
         self._thread = threading.Thread(target=self._serve, name="rpcnb-local", daemon=True)
         self._thread.start()
+        forks.tell(self)
+
+    def forked(self) -> None:
+        """In a forked child, where the handler's thread is not: let it learn that."""
+        self._inbox = queue.SimpleQueue()
+        self.wire.forked()
 
     def _serve(self) -> None:
         while (data := self._inbox.get()) is not None:
@@ -156,7 +166,7 @@ class LocalSession(Session):
         link = _LocalLink(Environment(native=native))
         super().__init__(link, "", KeyText("server", "", {"-rpcnb": EXTENSION}))
         try:
-            self._run(flows.initialize(), None, "init")
+            self._run(lambda _: flows.initialize(), None, "init")
         except RpcError:
             self.close()
             raise

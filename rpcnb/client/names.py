@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rpcnb.protocol.flows import Flow
+from typing import Any
 
 __all__ = ["FunctionNames"]
 
@@ -26,12 +23,8 @@ class FunctionNames:
 
     def __call__(self, *args: Any, timeout: float | None = None) -> Any:
         """Look the function up (once per session) and call it."""
-        return self._session._run(self._call(args), timeout, self._prefix[:-1], args)
-
-    def _call(self, args: tuple[Any, ...]) -> Flow[Any]:
-        ops = self._session._ops
-        function = yield from ops.named(self._prefix[:-1])
-        return (yield from ops.call(function, args))
+        name = self._prefix[:-1]
+        return self._session._run(lambda ops: ops.call_named(name, args), timeout, name, args)
 
     def __dir__(self) -> list[str]:
         names = self._session._ops.known_names()

@@ -13,6 +13,7 @@ import inspect
 import json
 import mmap
 import os
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -26,6 +27,7 @@ from rpcnb.errors import (
     RemoteProtocolError,
     StaleHandle,
 )
+from rpcnb.link.order import Order
 from rpcnb.link.pace import WHOLE, Pace
 from rpcnb.protocol import flows
 from rpcnb.runtime.files import file_digest
@@ -45,12 +47,12 @@ from rpcnb.values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
 
     from rpcnb.client.moving import Moving
-    from rpcnb.client.remote import RemoteHandle, RemoteTensor
+    from rpcnb.link.control import LanesBase
     from rpcnb.protocol.flows import Flow, Result
     from rpcnb.protocol.handshake import KeyText
     from rpcnb.protocol.messages import Request
@@ -83,29 +85,44 @@ _MOST_NAMES = 1 << 16
 
 
 class Operations:
-    """A session's knowledge and its operations.
+    """A session's knowledge of one connection, and its operations over it.
+
+    A session that is opened again gets new ones. What came over a connection remembers its operations, so nothing of
+    before ever reaches the server of after.
 
     Args:
-        session: Whose operations these are; proxies refer to it.
+        session: Whose operations these are; held weakly, so that a dropped session ends at once.
         types: The proxies' classes: function, module, tensor, object, device.
-        peer: Address of the server.
-        key: What it answered in the handshake.
+        link: The connection.
+        lanes: Its further ones, or None.
+        key: What the server answered in the handshake.
+
+    Attributes:
+        order: Who holds what there.
         garbage: Where finalizers note what is to be released.
     """
 
     def __init__(
-        self, session: Any, types: tuple[Any, Any, Any, Any, Any], peer: str, key: KeyText, garbage: deque[Request]
+        self, session: Any, types: tuple[Any, Any, Any, Any, Any], link: Any, lanes: LanesBase | None, key: KeyText
     ) -> None:
-        self.session = session
+        self._session = weakref.ref(session)
         self.function_type, self.module_type, self.tensor_type, self.object_type, self.device_type = types
-        self.peer = peer
+        self.link = link
+        self.lanes: Any = lanes
+        self.order = Order()
+        self.peer: str = link.peer
         self.key = key
-        self.garbage = garbage
+        self.garbage: deque[Request] = link.garbage
         self.is_rpcnb = key.features is not None
         self.through_stock = False  # the session goes on to another server through a stock one
         self._limit: int | None = 0 if self.is_rpcnb else None  # an rpcnb server has no packet limit
         self._helpers: dict[str, Any] = {}
         self._names: list[str] | None = None
+
+    @property
+    def session(self) -> Any:
+        """The session; it lives as long as somebody runs an operation of it."""
+        return self._session()
 
     # -- functions -----------------------------------------------------------------------------------------------
 
@@ -116,7 +133,7 @@ class Operations:
         handle = yield from flows.get_function(name)
         if not handle:
             raise FunctionNotFound((yield from self._not_found(name)))
-        return self.function_type(self.session, handle, name)
+        return self.function_type(self, handle, name, True)
 
     def _not_found(self, name: str) -> Flow[str]:
         text = f"{self.peer} has no function {name!r}"
@@ -133,7 +150,7 @@ class Operations:
             handle = yield from flows.get_function(name)
             if not handle:
                 raise FunctionNotFound(f"{self.peer} has no function {name!r}; it does not support this")
-            found = self._helpers[name] = self.function_type(self.session, handle, name)
+            found = self._helpers[name] = self.function_type(self, handle, name)
         return found
 
     def named(self, name: str) -> Flow[Any]:
@@ -142,6 +159,11 @@ class Operations:
         if found is None:
             found = self._helpers[name] = yield from self.get_function(name)
         return found
+
+    def call_named(self, name: str, args: tuple[Any, ...]) -> Flow[Any]:
+        """Call a function by name, looked up once per session."""
+        function = yield from self.named(name)
+        return (yield from self.call(function, args))
 
     def known_names(self) -> list[str]:
         """Return the names listed so far; never asks the server."""
@@ -175,8 +197,10 @@ class Operations:
         found: dict[str, Any] = expect(load_json((yield from self.ask("rpcnb.status"))), dict, "a status")
         return found
 
-    def call(self, function: RemoteHandle, args: tuple[Any, ...]) -> Flow[Any]:
+    def call(self, function: Any, args: tuple[Any, ...]) -> Flow[Any]:
         """Call a remote function; arrays among the arguments are uploaded for the call."""
+        if function.ops is not self and function.found and function.ops.link.wire.is_parents:
+            return self.call_named(function.name, args)  # in a forked child, which has a connection of its own
         handle = function.handle
         self.own(function)
         for value in args:
@@ -185,7 +209,7 @@ class Operations:
         return flows.call_function(handle, args, self.wrap)
 
     def _call_with_objects(self, handle: int, args: tuple[Any, ...]) -> Flow[Any]:
-        uploads: list[RemoteTensor] = []
+        uploads: list[Any] = []
         values = []
         for index, value in enumerate(args):
             values.append(self.argument(index, value) if not _is_array(value) else value)
@@ -201,6 +225,11 @@ class Operations:
         for tensor in uploads:
             tensor.free()
         return result
+
+    def map_calls(self, function: Any, calls: Iterable[tuple[Any, ...]], window: int) -> Flow[list[Any]]:
+        """Call a function for each of many arguments, ``window`` calls in one go."""
+        self.own(function)
+        return flows.map_calls(function.handle, map(self.arguments, calls), window, self.wrap)
 
     def arguments(self, args: tuple[Any, ...]) -> tuple[Value, ...]:
         """Turn the arguments of one call into wire values; arrays are refused here."""
@@ -260,21 +289,23 @@ class Operations:
 
     def own(self, thing: Any) -> None:
         """Raise StaleHandle for something of before a reconnect; nothing has been sent."""
-        if thing.epoch != self.session._epoch:
-            raise StaleHandle(f"{thing!r} is of before {self.session.name} was opened again; get it anew")
+        if thing.ops is not self:
+            name = thing.session.name
+            ended = "this process was forked" if thing.ops.link.wire.is_parents else f"{name} was opened again"
+            raise StaleHandle(f"{thing!r} is of before {ended}; get it anew")
 
     def wrap(self, result: Result) -> Any:
         """Turn a call's result into what the user holds."""
         if type(result) in _PLAIN:
             return result
         if isinstance(result, flows.TensorResult):
-            return self.tensor_type(self.session, result.meta, result.handle)
+            return self.tensor_type(self, result.meta, result.handle)
         if isinstance(result, FunctionRef):
-            return self.function_type(self.session, result.handle, "")
+            return self.function_type(self, result.handle, "")
         if isinstance(result, ModuleRef):
-            return self.module_type(self.session, result.handle)
+            return self.module_type(self, result.handle)
         if isinstance(result, ObjectRef):
-            return self.object_type(self.session, result.handle)
+            return self.object_type(self, result.handle)
         if isinstance(result, Device):
             return self.device_type(self.session, result.type, result.index)
         return result
@@ -291,7 +322,7 @@ class Operations:
             raise CopyMismatch(f"cannot allocate shape {extents}")
         handle = yield from flows.allocate(meta, mem_scope)
         self.session._count_memory(meta.nbytes)
-        return self.tensor_type(self.session, meta._replace(data=handle), 0)
+        return self.tensor_type(self, meta._replace(data=handle), 0)
 
     def wire_device(self, device: Any) -> Device:
         """Return the wire's device; None is the server's CPU."""
@@ -319,7 +350,7 @@ class Operations:
         """Say in which parts much data moves to an rpcnb server; None: whole."""
         return Pace() if self.is_rpcnb and nbytes > WHOLE else None
 
-    def copy_to(self, tensor: RemoteTensor, source: Any) -> Flow[None]:
+    def copy_to(self, tensor: Any, source: Any) -> Flow[None]:
         """Copy a local array into a remote tensor of the same shape and type."""
         from rpcnb.runtime.arrays import dtype_of, lane_shape, wire_bytes
 
@@ -343,7 +374,7 @@ class Operations:
             yield from flows.copy_to_remote(meta, data, limit=limit, sync=sync, pace=self._pace(meta.nbytes))
         tensor.defined = True
 
-    def copy_from(self, tensor: RemoteTensor, out: np.ndarray[Any, Any] | None = None) -> Flow[np.ndarray[Any, Any]]:
+    def copy_from(self, tensor: Any, out: np.ndarray[Any, Any] | None = None) -> Flow[np.ndarray[Any, Any]]:
         """Copy a remote tensor into ``out``, or into a new array."""
         import numpy as np
 
@@ -387,7 +418,7 @@ class Operations:
         """Ask stock peers to sync after a copy on an accelerator, as their own client does."""
         return meta.device.type != 1 and not self.is_rpcnb
 
-    def copy_tensor(self, source: RemoteTensor, target: RemoteTensor) -> Flow[None]:
+    def copy_tensor(self, source: Any, target: Any) -> Flow[None]:
         """Copy between two tensors of this session, within the server."""
         one, other = self._live(source), self._live(target)
         if one.nbytes != other.nbytes:
@@ -398,11 +429,18 @@ class Operations:
         if one.nbytes:
             yield from flows.copy_among_remote(one, other)
 
-    def _live(self, tensor: RemoteTensor) -> TensorMeta:
+    def free(self, handle: int, request: Request) -> None:
+        """Release memory now, or once the operation that uses it has ended."""
+        hold = self.order.holder(handle)
+        if hold is None or not hold.then(lambda: self.garbage.append(request)):
+            self.garbage.append(request)
+
+    def _live(self, tensor: Any) -> TensorMeta:
         self.own(tensor)
         if tensor.freed:
             raise StaleHandle("this tensor was freed before")
-        return tensor.meta
+        meta: TensorMeta = tensor.meta
+        return meta
 
     def attribute(self, device: Any, name: str) -> Flow[Any]:
         """Ask for a device attribute by name."""
@@ -583,7 +621,7 @@ def _arrived(part: tuple[Any, int], pace: Pace) -> Flow[Any]:
     return result
 
 
-def _call(function: RemoteHandle, *args: Value) -> Any:
+def _call(function: Any, *args: Value) -> Any:
     from rpcnb.protocol.messages import CallFunc
 
     return CallFunc(function.handle, args)

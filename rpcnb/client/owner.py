@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rpcnb.events import Observers
-    from rpcnb.link.order import Order
 
 __all__ = ["Owner"]
 
@@ -23,13 +22,17 @@ class Owner(Protocol):
     name: str
     peer: str
     observers: Observers
-    _epoch: int
-    _lanes: Any
-    _link: Any
     _ops: Any
-    _order: Order
     _pending: dict[int, Any]
     _told_end: bool
+
+    @property
+    def _link(self) -> Any:
+        """The connection in use."""
+
+    @property
+    def _lanes(self) -> Any:
+        """Its further connections, or None."""
 
     @property
     def state(self) -> str:

@@ -20,11 +20,12 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import CancelledError, Future
+from concurrent.futures._base import FINISHED
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb import parts
 from rpcnb.client.watch import Watch, new_number
-from rpcnb.errors import DeadlineExceeded, DeadlockError, RpcError
+from rpcnb.errors import DeadlineExceeded, DeadlockError, ForkedSession, RpcError
 from rpcnb.link import iothread
 from rpcnb.link.control import Route, StartedTicket
 from rpcnb.link.interrupt import Guard
@@ -70,7 +71,8 @@ class Pending(Future[Any]):
         self._flow = work.flow
         self.keeps = work.keeps
         self._work = work._replace(keeps=None)
-        self._link: Any = session._link
+        self._ops = work.ops
+        self._link: Any = work.ops.link
         self._route: Route | None = None
         self._hold: Hold | None = None
         self._before = 0  # operations that must end first
@@ -80,7 +82,7 @@ class Pending(Future[Any]):
         self._waits_for: Ticket | None = None
         self._settled = False
         self._waiting: list[Ticket] = []  # what blocked callers wait for, each its own: a ticket wakes one
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._timer: iothread.Timer | None = None
         self._watch: Watch | None = None
 
@@ -128,7 +130,7 @@ class Pending(Future[Any]):
         if self._settled:
             return  # its time was over before anything was sent
         with Guard():  # an interrupt between sending and counting would tear the stream
-            self._hold, before = self.session._order.enter(self._work.names, self._work.queued)
+            self._hold, before = self._ops.order.enter(self._work.names, self._work.queued)
             with self._lock:
                 self._before = sum(hold.then(self._one_ended) for hold in before)
                 waits = self._before > 0
@@ -144,7 +146,7 @@ class Pending(Future[Any]):
         if self.deadline is not None:
             self._timer = iothread.IO_THREAD.call_at(self.deadline, self._expire)
         self._route = Route(link, None, self._seconds_left)
-        self._hold, _ = self.session._order.enter(self._work.names, False)
+        self._hold, _ = self._ops.order.enter(self._work.names, False)
         self._tickets = begun.tickets
         with self._lock:
             self._waits_for = begun.ticket
@@ -155,7 +157,7 @@ class Pending(Future[Any]):
             link.settle_in_background()
 
     def _choose_way(self) -> None:
-        lanes = self.session._lanes
+        lanes = self._ops.lanes
         control = None
         if lanes is not None:
             if self._work.bulk:
@@ -291,6 +293,26 @@ class Pending(Future[Any]):
     def _expire(self) -> None:
         self._give_up(self._limit.exceeded())
 
+    def forked(self) -> None:
+        """In a forked child: the operation is the parent's; locks may be held by threads that are not here."""
+        self._lock = threading.RLock()
+        self._new_condition()
+        self._settled = True
+        self._timer = None
+        self._waiting, self._done_callbacks, self._waiters = [], [], []  # type: ignore[var-annotated]  # as the base's
+        self._exception = ForkedSession(
+            f"{self.function} was submitted before a fork; it goes on in the parent process"
+        )
+        self._state = FINISHED
+
+    def _new_condition(self) -> None:
+        self._condition = threading.Condition()
+
+    def _refuse_nesting(self) -> None:
+        """Refuse what a signal's handler or a finalizer asks in the middle of a step of its own thread."""
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # not in the stub
+            raise DeadlockError(f"{self.function}: this thread is in the middle of a step of it")
+
     # -- for users -----------------------------------------------------------------------------------------------
 
     def cancel(self) -> bool:
@@ -299,6 +321,7 @@ class Pending(Future[Any]):
         Returns:
             False if it had finished.
         """
+        self._refuse_nesting()
         return self._give_up(CancelledError())
 
     def result(self, timeout: float | None = None) -> Any:
@@ -390,6 +413,7 @@ class Work(NamedTuple):
     """What an operation does.
 
     Attributes:
+        ops: The connection's operations, which made the flow.
         flow: How.
         what: For people.
         names: Handles that it names, for the order of operations.
@@ -401,6 +425,7 @@ class Work(NamedTuple):
         on_output: Called with each part of what the call puts out while it runs.
     """
 
+    ops: Any
     flow: Flow[Any]
     what: str
     names: frozenset[int] = frozenset()

@@ -60,8 +60,9 @@ class PlainCall(Pending):
         self.submitted = time.monotonic()
         self._settled = False
         self._waiting = []
-        self._lock = threading.Lock()
-        self._link = session._link
+        self._lock = threading.RLock()
+        self._ops = function.ops
+        self._link = function.ops.link
         session._pending[self.id] = self
         try:
             self._link.submit_call(packet, self)
@@ -75,6 +76,9 @@ class PlainCall(Pending):
             if self._made is None:
                 self._made = threading.Condition()
             return self._made
+
+    def _new_condition(self) -> None:
+        self._made = None
 
     def done(self) -> bool:
         """Tell whether it has ended."""
@@ -103,7 +107,7 @@ class PlainCall(Pending):
             ticket.taken = True
             if result is NOT_PLAIN:
                 try:
-                    result = self.session._ops.wrap(flows.call_result(flows.result_of(ticket.result())))
+                    result = self._ops.wrap(flows.call_result(flows.result_of(ticket.result())))
                 except Exception as failure:
                     result, error = None, failure
             self._finish(result, error)

@@ -43,7 +43,7 @@ from rpcnb.client.remote import (
 from rpcnb.client.submitting import record
 from rpcnb.client.transfers import Transfer
 from rpcnb.client.watch import Watch
-from rpcnb.errors import DeadlockError
+from rpcnb.errors import DeadlockError, SessionClosed
 from rpcnb.link import iothread
 from rpcnb.link.interrupt import TICK, Guard
 from rpcnb.link.lanes import Lanes
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
+    from rpcnb.client.operations import Operations
     from rpcnb.protocol.flows import Flow
     from rpcnb.protocol.handshake import KeyText
 
@@ -66,6 +67,7 @@ __all__ = ["Session"]
 _LAST_WORD = 1.0  # seconds that a report may take, which runs users' code
 _BLOCKING_BULK = 4 << 20  # at the speed of a memory copy it makes no difference; below, a Transfer costs too much
 _COPY_PATIENCE = 0.5  # seconds after which a small one becomes a Transfer after all
+_REOPEN = 10.0  # seconds in which a forked child opens a connection of its own
 _PATIENCE = 0.05  # seconds after which any operation is listed in ``pending``, while somebody observes
 
 
@@ -73,13 +75,33 @@ class Session(CellMethods, SessionBase):
     """A session that blocks its caller; made by :func:`rpcnb.connect`. Safe to use from many threads."""
 
     _types = (RemoteFunction, RemoteModule, RemoteTensor, RemoteObject, RemoteDevice)
-    _lanes: Lanes | None
 
     def _attach(self, link: Any, answer: KeyText) -> None:
         """Begin to use a connection that has just been opened."""
         super()._attach(link, answer)
         iothread.IO_THREAD.watch(link)
         self._finalizer = weakref.finalize(self, _drop, link, self._lanes)
+        self._finalizer.atexit = False  # the sockets end with the process; a forked child's end is not the session's
+
+    def _operations(self) -> Operations:
+        """Return the operations of the connection in use; in a forked child, of one of its own, opened now."""
+        ops = self._ops
+        if ops.link.wire.is_parents:
+            self._open_in_child(ops)
+            ops = self._ops
+        return ops
+
+    def _open_in_child(self, parents: Operations) -> None:
+        """Open a connection of this process's own; what the parent's session held stays there.
+
+        Raises:
+            ForkedSession: It is not to be had twice: a board that a tracker handed out, or a session without address.
+        """
+        if self._dialer is None or self._dialer.patient:
+            raise parents.link.wire.ended.again()
+        with self._reopening.held(Deadline(_REOPEN, f"connect to {self.peer}"), self.name):
+            if self._ops is parents:
+                self._reopen(Deadline(_REOPEN, f"connect to {self.peer}"))
 
     def _make_lanes(self, ticket: str) -> Lanes:
         assert self._dialer is not None
@@ -87,7 +109,7 @@ class Session(CellMethods, SessionBase):
 
     def _run(
         self,
-        flow: Flow[Any],
+        make: Callable[[Operations], Flow[Any]],
         timeout: float | None,
         what: str,
         uses: Iterable[Any] = (),
@@ -97,30 +119,38 @@ class Session(CellMethods, SessionBase):
     ) -> Any:
         if timeout is None:
             timeout = self.timeout
+        ops = self._operations()
+        flow = make(ops)
         if on_output is not None:
-            pending = Pending(self, Work(flow, what, may_overlap=True, on_output=on_output), timeout)
+            pending = Pending(self, Work(ops, flow, what, may_overlap=True, on_output=on_output), timeout)
             return self._wait_with_output(pending)
         if moving is not None and (progress is not None or moving.total >= _BLOCKING_BULK):
-            work = Work(flow, what, names_of(uses), bulk=moving.total >= BULK)
+            work = Work(ops, flow, what, names_of(uses), bulk=moving.total >= BULK)
             transfer = Transfer(self, work, timeout, moving, progress)
             transfer.start()
             return self._wait_for(transfer, progress is not None)
         deadline = NO_DEADLINE if timeout is None else Deadline(timeout, what)
         if self._pending and uses:
-            self._await_earlier(names_of(uses), deadline)
+            self._await_earlier(ops, names_of(uses), deadline)
         if moving is not None or self.observers:
-            return self._run_patiently(flow, deadline, what, uses, moving)
+            return self._run_patiently(ops, flow, deadline, what, uses, moving)
         with Guard() as guard:
-            return run_flow(self._link, flow, deadline, guard)
+            return run_flow(ops.link, flow, deadline, guard)
 
     def _run_patiently(
-        self, flow: Flow[Any], deadline: Deadline, what: str, uses: Iterable[Any], moving: Moving | None
+        self,
+        ops: Operations,
+        flow: Flow[Any],
+        deadline: Deadline,
+        what: str,
+        uses: Iterable[Any],
+        moving: Moving | None,
     ) -> Any:
         """Run an operation here; one that takes long becomes a submitted one, for all to see and to cancel.
 
         That is a copy, or anything while somebody observes.
         """
-        link, patience = self._link, Deadline(_COPY_PATIENCE if moving is not None else _PATIENCE, what)
+        link, patience = ops.link, Deadline(_COPY_PATIENCE if moving is not None else _PATIENCE, what)
         watch = Watch(self, what) if self.observers else None
         try:
             with Guard() as guard:
@@ -136,7 +166,7 @@ class Session(CellMethods, SessionBase):
                 watch.ended(None)
             return result
         try:
-            work = Work(flow, what, names_of(uses))
+            work = Work(ops, flow, what, names_of(uses))
             if moving is not None:
                 pending: Pending = Transfer(self, work, deadline.timeout, moving, None)
             else:
@@ -170,9 +200,9 @@ class Session(CellMethods, SessionBase):
                 iothread.IO_THREAD.call(told.set)
                 told.wait(_LAST_WORD)
 
-    def _await_earlier(self, names: frozenset[int], deadline: Deadline) -> None:
+    def _await_earlier(self, ops: Operations, names: frozenset[int], deadline: Deadline) -> None:
         """Wait for submitted operations that name one of these things: the order of submission is kept."""
-        for hold in self._order.earlier(names):
+        for hold in ops.order.earlier(names):
             gate = threading.Lock()
             gate.acquire()
             if not hold.then(gate.release):
@@ -187,11 +217,14 @@ class Session(CellMethods, SessionBase):
 
     def _submit_plainly(self, function: RemoteFunction, args: tuple[Any, ...]) -> Pending | None:
         """Submit a call of a plain function with plain arguments the short way, unless something speaks against it."""
-        overlaps = function.handle & 1 and self._lanes is not None
-        if overlaps or self.timeout is not None or function.epoch != self._epoch or self.observers:
+        ops = function.ops
+        overlaps = function.handle & 1 and ops.lanes is not None
+        if overlaps or self.timeout is not None or ops is not self._ops or self.observers or not ops.link.quick:
+            return None
+        if ops.link.wire.is_parents:
             return None
         packet = write_call(function.handle, args)
-        return None if packet is None or not self._link.quick else PlainCall(self, function, packet)
+        return None if packet is None else PlainCall(self, function, packet)
 
     def _user_of(self, thing: Any) -> Pending | None:
         return next((pending for pending in list(self._pending.values()) if pending.keeps is thing), None)
@@ -224,6 +257,7 @@ class Session(CellMethods, SessionBase):
             TypeError: ``operation`` is not one of this session's.
         """
         progress = options.pop("progress", None)
+        self._operations()
         work = record(self, operation, args, options)
         limit = self.timeout if timeout is None else timeout
         if work.moving is None:
@@ -241,22 +275,22 @@ class Session(CellMethods, SessionBase):
         Raises:
             FunctionNotFound: There is none (an ``AttributeError``, as in TVM); close matches are named.
         """
-        found: RemoteFunction = self._run(self._ops.get_function(name), timeout, f"get_function {name}")
+        found: RemoteFunction = self._run(lambda ops: ops.get_function(name), timeout, f"get_function {name}")
         return found
 
     def call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
         """Call the remote function registered as ``name``; it is looked up once per session."""
-        return self._run(_named_call(self, name, args), timeout, name)
+        return self._run(lambda ops: ops.call_named(name, args), timeout, name)
 
     def list_functions(self, *, timeout: float | None = None) -> list[str]:
         """Return the names of the server's functions; asked once per session."""
-        names: list[str] = self._run(self._ops.list_functions(), timeout, "list_functions")
+        names: list[str] = self._run(lambda ops: ops.list_functions(), timeout, "list_functions")
         return names
 
     def status(self, *, timeout: float | None = None) -> dict[str, Any]:
         """Ask an rpcnb server how it is: ``state`` is ``READY``, or ``BUSY`` while a cell keeps its kernel busy."""
-        flow = self._ops.status()
-        found: dict[str, Any] = self._run(flow, timeout, "status", on_output=_nothing)  # beside what is in progress
+        # Beside what is in progress.
+        found: dict[str, Any] = self._run(lambda ops: ops.status(), timeout, "status", on_output=_nothing)
         return found
 
     def time_evaluator(
@@ -276,8 +310,10 @@ class Session(CellMethods, SessionBase):
             ``evaluate(*args, timeout=None)`` → :class:`TimingResult`.
         """
         timeout = options.pop("timeout", None)
-        flow = self._ops.time_evaluator(module, func_name, dev, _timing_options(options))
-        evaluator: RemoteFunction = self._run(flow, timeout, "time_evaluator")
+        chosen = _timing_options(options)
+        evaluator: RemoteFunction = self._run(
+            lambda ops: ops.time_evaluator(module, func_name, dev, chosen), timeout, "time_evaluator"
+        )
 
         def evaluate(*args: Any, timeout: float | None = None) -> TimingResult:
             return TimingResult.decode(evaluator(*args, timeout=timeout))
@@ -296,7 +332,7 @@ class Session(CellMethods, SessionBase):
     ) -> RemoteTensor:
         """Copy a local array (numpy, anything with DLPack, a sequence) to a device, the server's CPU by default."""
         made: RemoteTensor = self._run(
-            self._ops.tensor(source, device), timeout, "copy_to", moving=moving_array(source), progress=progress
+            lambda ops: ops.tensor(source, device), timeout, "copy_to", moving=moving_array(source), progress=progress
         )
         return made
 
@@ -310,7 +346,7 @@ class Session(CellMethods, SessionBase):
         timeout: float | None = None,
     ) -> RemoteTensor:
         """Allocate an uninitialised tensor on a device, the server's CPU by default."""
-        made: RemoteTensor = self._run(self._ops.empty(shape, dtype, device, mem_scope), timeout, "empty")
+        made: RemoteTensor = self._run(lambda ops: ops.empty(shape, dtype, device, mem_scope), timeout, "empty")
         return made
 
     # -- files and modules ---------------------------------------------------------------------------------------
@@ -332,7 +368,11 @@ class Session(CellMethods, SessionBase):
             progress: Called with the transfer, at most ten times a second and once at the end, in the I/O thread.
         """
         self._run(
-            self._ops.upload(data, target), timeout, "upload", moving=describe_upload(data, target), progress=progress
+            lambda ops: ops.upload(data, target),
+            timeout,
+            "upload",
+            moving=describe_upload(data, target),
+            progress=progress,
         )
 
     def download(
@@ -349,32 +389,32 @@ class Session(CellMethods, SessionBase):
         """
         moving = Moving("down", path, 0)
         data: bytearray = self._run(
-            self._ops.download(path, to, moving), timeout, f"download {path}", moving=moving, progress=progress
+            lambda ops: ops.download(path, to, moving), timeout, f"download {path}", moving=moving, progress=progress
         )
         return data
 
     def remove(self, path: str, *, timeout: float | None = None) -> None:
         """Delete a file of the session's directory."""
-        self._run(self._ops.remove(path), timeout, f"remove {path}")
+        self._run(lambda ops: ops.remove(path), timeout, f"remove {path}")
 
     def listdir(self, path: str = ".", *, timeout: float | None = None) -> list[str]:
         """Return the names in a directory of the session (stock servers do not offer it)."""
-        names: list[str] = self._run(self._ops.listdir(path), timeout, f"listdir {path}")
+        names: list[str] = self._run(lambda ops: ops.listdir(path), timeout, f"listdir {path}")
         return names
 
     def load_module(self, path: str, *, timeout: float | None = None) -> RemoteModule:
         """Load an uploaded library; the server must trust native code to us."""
-        module: RemoteModule = self._run(self._ops.load_module(path), timeout, f"load_module {path}")
+        module: RemoteModule = self._run(lambda ops: ops.load_module(path), timeout, f"load_module {path}")
         return module
 
     def download_linked_module(self, path: str, *, timeout: float | None = None) -> bytearray:
         """Have an uploaded object file or archive linked at the server; returns the shared library."""
-        data: bytearray = self._run(self._ops.download_linked_module(path), timeout, f"link {path}")
+        data: bytearray = self._run(lambda ops: ops.download_linked_module(path), timeout, f"link {path}")
         return data
 
     def system_lib(self, *, timeout: float | None = None) -> RemoteModule:
         """Return the module of the server's statically linked functions."""
-        module: RemoteModule = self._run(self._ops.system_lib(), timeout, "system_lib")
+        module: RemoteModule = self._run(lambda ops: ops.system_lib(), timeout, "system_lib")
         return module
 
     def reconnect(self, *, timeout: float | None = 10.0) -> None:
@@ -386,12 +426,23 @@ class Session(CellMethods, SessionBase):
         Raises:
             ConnectFailed: The server is not to be had; the session stays lost, and this may be tried again.
         """
-        self._detach()
-        self._finalizer.detach()
+        deadline, before = Deadline(timeout, f"connect to {self.peer}"), self._ops
+        with self._reopening.held(deadline, self.name):
+            if self._ops is before:  # else another thread has done it meanwhile
+                self._detach()
+                self._reopen(deadline)
+
+    def _reopen(self, deadline: Deadline) -> None:
+        """Open the session's connection anew, unless the session is closed meanwhile."""
         assert self._dialer is not None
+        self._finalizer.detach()
+        closes = self._closes
         self._dialer.renew()
         with Guard() as guard:
-            link, answer = self._dialer.open(Deadline(timeout, f"connect to {self.peer}"), guard)
+            link, answer = self._dialer.open(deadline, guard)
+        if closes != self._closes:
+            link.close()
+            raise SessionClosed(f"{self.name} was closed while it was being opened again")
         self._attach(link, answer)
         self._opened()
 
@@ -416,11 +467,6 @@ class Session(CellMethods, SessionBase):
 
 def _nothing(data: bytes) -> None:
     """Take output that there is not."""
-
-
-def _named_call(session: SessionBase, name: str, args: tuple[Any, ...]) -> Flow[Any]:
-    function = yield from session._ops.named(name)
-    return (yield from session._ops.call(function, args))
 
 
 def _drop(link: Any, lanes: Lanes | None) -> None:

@@ -25,9 +25,12 @@ __all__ = ["record", "work_of_call"]
 _OVERLAPPING = ("call", "run_cell", "status")  # methods that call one function, which may answer later
 
 
-class _Recorded(Exception):  # not an error: it carries the flow out of the method
-    def __init__(self, work: Work) -> None:
-        self.work = work
+class _Recorded(Exception):  # not an error: it carries the operation out of the method
+    def __init__(self, make: Callable[[Any], Flow[Any]], what: str, moving: Any, on_output: Any) -> None:
+        self.make = make
+        self.what = what
+        self.moving = moving
+        self.on_output = on_output
 
 
 class _Recorder:
@@ -50,7 +53,7 @@ class _Recorder:
 
     def _run(
         self,
-        flow: Flow[Any],
+        make: Callable[[Any], Flow[Any]],
         timeout: float | None,
         what: str,
         uses: Any = (),
@@ -58,15 +61,15 @@ class _Recorder:
         progress: Any = None,
         on_output: Any = None,
     ) -> Any:
-        raise _Recorded(Work(flow, what, moving=moving, on_output=on_output))
+        raise _Recorded(make, what, moving, on_output)
 
 
-def work_of_call(session: Owner, function: RemoteFunction, args: tuple[Any, ...]) -> Work:
+def work_of_call(ops: Any, function: RemoteFunction, args: tuple[Any, ...]) -> Work:
     """Return the call of a function."""
     later = bool(function.handle & 1)
     names = names_of(args)
     queued = not later and not any(type(value).__name__ == "ndarray" for value in args)
-    return Work(session._ops.call(function, args), function.name, names, later, False, queued, None, function)
+    return Work(ops, ops.call(function, args), function.name, names, later, False, queued, None, function)
 
 
 def record(session: Owner, operation: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Work:
@@ -75,24 +78,27 @@ def record(session: Owner, operation: Callable[..., Any], args: tuple[Any, ...],
     Raises:
         TypeError: It is not a method of ``session`` or of something of it.
     """
+    ops = session._ops
     if isinstance(operation, FunctionNames) and operation._session is session:
-        return Work(operation._call(args), operation._prefix[:-1], names_of(args), may_overlap=True)
+        name = operation._prefix[:-1]
+        return Work(ops, ops.call_named(name, args), name, names_of(args), may_overlap=True)
     owner = operation if isinstance(operation, RemoteFunction) else getattr(operation, "__self__", None)
     if owner is None or (owner is not session and getattr(owner, "session", None) is not session):
         raise TypeError(f"expected a method of this session or of something of it, got {operation!r}")
     if isinstance(owner, RemoteFunction) and (owner is operation or operation.__name__ == "__call__"):
-        return work_of_call(session, owner, args)
+        return work_of_call(ops, owner, args)
     names = names_of((owner, *args))
     try:
         operation.__func__(_Recorder(owner), *args, **options)  # type: ignore[attr-defined]  # a bound method
     except _Recorded as recorded:
-        flow, moving = recorded.work.flow, recorded.work.moving
+        flow, moving = recorded.make(ops), recorded.moving
         if operation.__name__ == "copyfrom":
             flow = _then(flow, owner)
         elif operation.__name__ == "map" and not options.get("return_errors"):
             flow = _raising(flow)
         bulk = moving is not None and moving.total >= BULK
-        return recorded.work._replace(flow=flow, names=names, may_overlap=operation.__name__ in _OVERLAPPING, bulk=bulk)
+        overlaps = operation.__name__ in _OVERLAPPING
+        return Work(ops, flow, recorded.what, names, overlaps, bulk, moving=moving, on_output=recorded.on_output)
     raise TypeError(f"{operation.__name__} needs no exchange with the server; call it")
 
 

@@ -59,7 +59,7 @@ def _close(message: dict[str, Any]) -> None:
     if isinstance(session, Session):
         session.close()
     elif session is not None:
-        session._close_soon()  # type: ignore[attr-defined]  # an awaited one's
+        session._close_now()  # type: ignore[attr-defined]  # an awaited one's
 
 
 def _reconnect(message: dict[str, Any]) -> None:

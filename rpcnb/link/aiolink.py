@@ -11,10 +11,11 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import ConnectFailed, DeadlineExceeded, NotAnRpcServer, RpcError
+from rpcnb.errors import ConnectFailed, DeadlineExceeded, NotAnRpcServer, RpcError, WrongLoop
 from rpcnb.link.dial import ends_head, expired, explain_errno, found_hosts, greet, look_up, secured
 from rpcnb.link.wire import Ticket, Wire, stop_waiting
 from rpcnb.protocol.shortcut import write_call
+from rpcnb.transport import forks
 from rpcnb.transport.sockets import tune
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class AsyncLink:
         self.loop = asyncio.get_running_loop()
         self._writing = False
         self._descriptor = wire.sock.fileno()
+        wire.before_close = self._stop_watching
         self.loop.add_reader(wire.sock, self._readable)
+        forks.tell(self)
         self._housekeeper: asyncio.TimerHandle | None = None
         self.housekeeping()
 
@@ -82,7 +85,6 @@ class AsyncLink:
     def _flush(self) -> None:
         """Send; then watch for writability exactly while something is left."""
         blocked = not self.wire.flush()
-        self._check_ended()
         if blocked != self._writing and self.wire.ended is None:
             self._writing = blocked
             if blocked:
@@ -100,15 +102,40 @@ class AsyncLink:
             wire.fill()
             if wire.out and not self._writing:
                 self._flush()  # what waited for a reply
-            if wire.ended is not None:
-                self._check_ended()
 
-    def _check_ended(self) -> None:
-        """Stop watching a socket that the wire has closed: its number may be another one's soon."""
-        if self.wire.ended is not None and self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
+    def _stop_watching(self) -> None:
+        """Stop watching a socket that is about to be closed: its number may be another one's soon."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0 and not self.loop.is_closed():
             self.loop.remove_reader(descriptor)
             self.loop.remove_writer(descriptor)
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """Tell whether the link's loop runs in another thread: then only it may touch the link."""
+        try:
+            return self.loop.is_running() and asyncio.get_running_loop() is not self.loop
+        except RuntimeError:
+            return self.loop.is_running()
+
+    def check_loop(self, name: str) -> None:
+        """Refuse to be used by another event loop than its own.
+
+        Raises:
+            WrongLoop: The text names both.
+        """
+        here = asyncio.get_running_loop()
+        if here is not self.loop:
+            state = ", which is closed" if self.loop.is_closed() else ""
+            raise WrongLoop(
+                f"{name} belongs to the event loop {self.loop!r} in which it was opened{state}; this is {here!r}: "
+                "open a session here (await rpcnb.connect_async), or use rpcnb.connect, which needs no loop"
+            )
+
+    def forked(self) -> None:
+        """In a forked child: this connection, and what its loop watches, is the parent's."""
+        self._descriptor = -1
+        self.wire.forked()
 
     async def wait(self, ticket: Ticket) -> None:
         """Return when ``ticket`` is done."""
@@ -161,22 +188,23 @@ class AsyncLink:
 
     def fail(self, error: RpcError) -> None:
         """End the connection with ``error`` for everybody who waits."""
+        if self.runs_elsewhere:
+            self.loop.call_soon_threadsafe(self.fail, error)
+            return
         with self.wire.lock:
             if self.wire.ended is None:
                 self.wire.fail(error)
-            self._check_ended()
 
     def close(self) -> None:
-        """Say goodbye and close; idempotent, never waits."""
+        """Say goodbye and close; idempotent, never waits, from any thread."""
+        if self.runs_elsewhere:
+            self.loop.call_soon_threadsafe(self.close)
+            return
         if self._housekeeper is not None:
             self._housekeeper.cancel()
             self._housekeeper = None
         with self.wire.lock:
             self.garbage.clear()
-            if self._descriptor >= 0 and not self.loop.is_closed():
-                self.loop.remove_reader(self._descriptor)
-                self.loop.remove_writer(self._descriptor)
-                self._descriptor = -1
             self.wire.shutdown()
 
 

@@ -26,11 +26,11 @@ from rpcnb.protocol.records import CANCEL, CANCEL_AT, NEXT, START, Emitted, read
 if TYPE_CHECKING:
     import asyncio
     import socket
-    import threading
     from collections.abc import Callable, Iterable, Iterator
 
     from rpcnb.protocol.flows import Flow, SendCalls
     from rpcnb.protocol.messages import Reply, Request
+    from rpcnb.transport.turn import Turn
 
 __all__ = ["CONTROL_LANE", "Control", "LanesBase", "Route", "StartedTicket", "look_up_control", "may_answer_later"]
 
@@ -274,7 +274,7 @@ class LanesBase:
         lock: Held while a lane is being opened: a thread's, or an event loop's.
     """
 
-    def __init__(self, ticket: str, most: int, name: str, lock: threading.Lock | asyncio.Lock) -> None:
+    def __init__(self, ticket: str, most: int, name: str, lock: Turn | asyncio.Lock) -> None:
         self._lock = lock
         self.ticket = ticket
         self.most = most

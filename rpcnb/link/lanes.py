@@ -6,7 +6,6 @@ Lane 1 is the control lane; 2 and 3 carry bulk copies. Where they are not to be 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,10 @@ from rpcnb.link.dialer import OPEN_SECONDS, Dialer
 from rpcnb.link.link import Link
 from rpcnb.protocol import flows
 from rpcnb.transport.deadline import NO_DEADLINE, Deadline
+from rpcnb.transport.turn import Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from rpcnb.protocol.flows import Flow
 
@@ -39,7 +39,7 @@ class Lanes(LanesBase):
     """
 
     def __init__(self, dialer: Dialer, ticket: str, name: str) -> None:
-        self._opening = threading.Lock()
+        self._opening = Turn()
         super().__init__(ticket, dialer.lanes, name, self._opening)
         self._dialer = dialer
 
@@ -50,7 +50,7 @@ class Lanes(LanesBase):
             DeadlineExceeded: The time of the operation that wants it was over first.
         """
         if self.opened is None and not self.refused:
-            with self._opening_within(deadline):
+            with self._opening.held(deadline, self.name):
                 if self.opened is None and not (self.refused or self.closed):
                     found = self._open(CONTROL_LANE, look_up_control(), deadline)
                     if found is not None:
@@ -63,7 +63,7 @@ class Lanes(LanesBase):
         Raises:
             DeadlineExceeded: The time of the operation that wants it was over first.
         """
-        with self._opening_within(deadline):
+        with self._opening.held(deadline, self.name):
             number = self.missing_bulk
             if number:
                 found = self._open(number, flows.initialize(), deadline)
@@ -71,16 +71,6 @@ class Lanes(LanesBase):
                     self.bulk_links.append(found[0])
             link: Link | None = self.least_busy()
             return link
-
-    @contextlib.contextmanager
-    def _opening_within(self, deadline: Deadline) -> Iterator[None]:
-        """Take the turn to open lanes; another thread may be at it."""
-        if not self._opening.acquire(timeout=deadline.left()):
-            raise deadline.exceeded()
-        try:
-            yield
-        finally:
-            self._opening.release()
 
     def _open(self, number: int, flow: Flow[Any], deadline: Deadline) -> tuple[Link, Any] | None:
         try:

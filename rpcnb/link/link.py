@@ -18,10 +18,12 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.errors import DeadlockError
 from rpcnb.link import iothread
 from rpcnb.link.interrupt import TICK, Guard
 from rpcnb.link.wire import Ticket, Wire, stop_waiting
 from rpcnb.protocol.shortcut import NOT_PLAIN, write_call
+from rpcnb.transport import forks
 from rpcnb.transport.deadline import FOREVER, NO_DEADLINE, Deadline
 from rpcnb.transport.kernel import refuse_deadlock
 
@@ -36,6 +38,7 @@ __all__ = ["Link"]
 _LOOK_EVERY = 1.0  # seconds
 _SOON = 0.02  # seconds that waiting in the receiving call takes at most
 _TOGETHER = 32  # requests that wait for a reply to leave together
+_NESTED = "a signal's handler, callback or finalizer may submit() here, or use a session of its own"
 
 
 class Link:
@@ -58,6 +61,7 @@ class Link:
         # Pending operations whose reply has come; resumed by whoever received it, outside the lock.
         self.ready: deque[Any] = deque()
         self._pumping = False
+        self._pumper = 0  # the thread that pumps, or did last
         self._adopted = False
         self._let_go = False  # a caller has pumped meanwhile: the I/O thread need not watch a link with nothing owed
         self._sleepers: deque[_thread.LockType] = deque()
@@ -70,12 +74,14 @@ class Link:
         self._poll.register(self._wake_reader, select.POLLIN)
         self._polls_write = False
         self._look_at = 0.0  # when an idle connection is looked at again
+        forks.tell(self)
 
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, request: Request) -> Ticket:
         """Queue ``request``, frees of finalizers in front of it, and send what the socket takes."""
         wire = self.wire
+        self._refuse_nesting()
         with wire.lock:
             if self.garbage:
                 wire.queue_garbage()
@@ -88,6 +94,7 @@ class Link:
     def send_soon(self, request: Request) -> Ticket:
         """Queue ``request``; while replies are owed it leaves with others, at the latest with the next reply."""
         wire = self.wire
+        self._refuse_nesting()
         with wire.lock:
             if self.garbage:
                 wire.queue_garbage()
@@ -100,6 +107,7 @@ class Link:
     def submit_call(self, packet: bytes, operation: Any) -> None:
         """Send a plain call soon, as ``operation.ticket``; whoever receives its reply calls ``operation.resume()``."""
         wire = self.wire
+        self._refuse_nesting()
         with Guard():
             with wire.lock:
                 if self.garbage:
@@ -129,6 +137,7 @@ class Link:
     def send_calls(self, handle: int, calls: list[tuple[Any, ...]]) -> list[Ticket]:
         """Queue calls of one function, and send what the socket takes."""
         wire = self.wire
+        self._refuse_nesting()
         with wire.lock:
             wire.queue_garbage()
             tickets = wire.queue_calls(handle, calls)
@@ -149,8 +158,11 @@ class Link:
             ArgumentError: A value cannot travel; nothing was sent.
             DeadlineExceeded: The operation's time is over; the reply stays owed.
             KeyboardInterrupt: The user interrupted; likewise.
+            DeadlockError: This very thread waits for another reply of this connection already.
         """
         wire = self.wire
+        self._refuse_nesting()
+        self._refuse_nested_wait()
         with wire.lock:
             if self.garbage:
                 wire.queue_garbage()
@@ -160,8 +172,7 @@ class Link:
                     self._signal()
                 blocked = None
             else:
-                self._pumping = True
-                self._let_go = self._adopted
+                self._pump_here()
                 blocked = not wire.flush()
         try:
             if blocked is not None:
@@ -184,13 +195,14 @@ class Link:
         if packet is None:
             return NOT_PLAIN
         wire = self.wire
+        if wire.is_in_step():
+            return NOT_PLAIN  # the general way refuses it
         with Guard() as guard:
             with wire.lock:
                 if self._pumping or wire.tickets or wire.out or wire.garbage or wire.ended is not None:
                     return NOT_PLAIN
                 ticket = wire.send_call(packet)
-                self._pumping = True
-                self._let_go = self._adopted
+                self._pump_here()
             try:
                 if wire.waits is not None and not (wire.out or ticket.done):
                     value = self._receive_value(wire, next(wire.waits))
@@ -233,8 +245,11 @@ class Link:
         Raises:
             DeadlineExceeded: The operation's time is over; the reply stays owed.
             KeyboardInterrupt: The user interrupted; likewise.
+            DeadlockError: This very thread waits for another reply of this connection already.
         """
         while not ticket.done:
+            self._refuse_nesting()
+            self._refuse_nested_wait()
             with self.wire.lock:
                 if ticket.done:
                     return
@@ -245,8 +260,7 @@ class Link:
                     ticket.waker = lambda gate=gate: gate.locked() and gate.release()
                     self._sleepers.append(gate)
                 else:
-                    self._pumping = True
-                    self._let_go = self._adopted
+                    self._pump_here()
                     if ticket.request is None:  # of a pending operation, which may end without any reply
                         ticket.waker = self._signal
             if gate is not None:
@@ -255,6 +269,22 @@ class Link:
                 self._sleep(ticket, gate, deadline, guard)
             else:
                 self._pump(ticket, bool(self.wire.out), deadline, guard)
+
+    def _pump_here(self) -> None:
+        """Let this thread pump from now on. Lock held."""
+        self._pumping = True
+        self._pumper = _thread.get_ident()
+        self._let_go = self._adopted
+
+    def _refuse_nesting(self) -> None:
+        """Refuse what a signal's handler or a finalizer asks in the middle of a step of its own thread."""
+        if self.wire.is_in_step():
+            raise DeadlockError(f"{self.peer}: this thread is in the middle of another operation; {_NESTED}")
+
+    def _refuse_nested_wait(self) -> None:
+        """Refuse to wait inside a wait: the outer one receives for everyone, and it stands still meanwhile."""
+        if self._pumping and self._pumper == _thread.get_ident():
+            raise DeadlockError(f"{self.peer}: this thread waits for another reply of this connection; {_NESTED}")
 
     def _pump(self, ticket: Ticket, blocked: bool, deadline: Deadline, guard: Guard) -> None:
         """Move bytes for everyone until ``ticket`` is done, then pass the role on."""
@@ -481,6 +511,14 @@ class Link:
                     self._close_pipe()
         self._resume_ready()  # pending operations learn that the session is closed
         iothread.IO_THREAD.watched.discard(self)
+
+    def forked(self) -> None:
+        """In a forked child: this connection is the parent's; who waits for it learns that."""
+        self._pumping = self._adopted = False
+        self._sleepers.clear()
+        if self._wake_writer >= 0:
+            self._close_pipe()
+        self.wire.forked()
 
     def _close_pipe(self) -> None:
         os.close(self._wake_reader)

@@ -10,6 +10,7 @@ download goes nowhere, and the reply is dropped when it comes.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import struct
 import threading
@@ -17,7 +18,7 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import RemoteProtocolError, RpcError, SessionClosed, SessionLost, SessionTimeout
+from rpcnb.errors import ForkedSession, RemoteProtocolError, RpcError, SessionClosed, SessionLost, SessionTimeout
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint, State
 from rpcnb.protocol.flows import TIMEOUT_PREFIX, undo
@@ -108,7 +109,7 @@ class Wire:
         self.sock = sock
         self.endpoint = endpoint
         self.peer = peer
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal's handler or a finalizer may come while its own thread has it
         self.tickets: deque[Ticket] = deque()
         self.out: deque[tuple[Buffer, Ticket | None]] = deque()
         # Requests that release things; finalizers append here, without a lock and without I/O.
@@ -117,11 +118,16 @@ class Wire:
         self.depth: int | None = None
         self.held: deque[list[tuple[Buffer, Ticket | None]]] = deque()  # requests that must not be sent yet
         self.ended: RpcError | None = None
+        self.is_parents = False  # this process was forked: the connection stays the parent's
         self.requests = 0  # sent so far
         self.bytes_sent = 0
         self.bytes_received = 0
         # A stock server has no TCP_NODELAY: each reply after the first waits for our delayed ACK (44 ms) without it.
         self.quick_ack = False
+        self.on_more: Callable[[], object] | None = None  # called when a reply has come and others are owed
+        self.before_close: Callable[[], object] | None = None  # called before the socket's number may be another's
+        # Tells whether this very thread has the lock: in a signal's handler, or a finalizer.
+        self.is_in_step: Callable[[], bool] = self.lock._is_owned  # type: ignore[attr-defined]  # not in the stub
         self._send = sock.send
         self._receive = sock.recv_into
         # For each wait of a moment what to call as `recv_into`; for the pump alone, without lock. None: it cannot wait.
@@ -318,6 +324,8 @@ class Wire:
         ticket.done = True
         if self.held:
             self.out.extend(self.held.popleft())
+        if self.tickets and self.on_more is not None:
+            self.on_more()
         if ticket.waker is not None:
             ticket.waker()
 
@@ -344,6 +352,8 @@ class Wire:
                 ticket.done = True
                 if self.held:
                     self.out.extend(self.held.popleft())
+                if self.tickets and self.on_more is not None:
+                    self.on_more()
                 if ticket.waker is not None:
                     ticket.waker()
                 elif ticket.abandoned and ticket.request is not None:
@@ -391,7 +401,24 @@ class Wire:
             ticket.done = True
             if ticket.waker is not None:
                 ticket.waker()
+        if self.before_close is not None:
+            self.before_close()
         self.sock.close()
+
+    def forked(self) -> None:
+        """In a forked child: let go of the socket without a word to the peer, whose session is the parent's."""
+        self.lock = threading.RLock()
+        self.is_in_step = self.lock._is_owned  # type: ignore[attr-defined]  # not in the stub
+        self.before_close = None
+        self.is_parents = True
+        if self.ended is None:
+            self.sock = _let_go(self.sock)
+            self.fail(
+                ForkedSession(
+                    f"this connection to {self.peer} was opened before a fork and belongs to the parent process; "
+                    "open a session in the child (rpcnb.connect)"
+                )
+            )
 
     def abandon(self, ticket: Ticket) -> None:
         """Give up waiting for ``ticket``: its memory is neither read nor written any more."""
@@ -454,6 +481,25 @@ def make_wire(sock: socket.socket, answer: KeyText, address: Address, depth: int
     wire.quick_ack = answer.features is None
     wire.depth = depth
     return wire
+
+
+class _Closed:
+    """Stands in the place of a socket that was the parent's."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def fileno(self) -> int:
+        """Return that there is none."""
+        return -1
+
+
+def _let_go(sock: Any) -> Any:
+    """Close this process's descriptor of a socket, and say nothing on it (a WebSocket's own close says goodbye)."""
+    number = sock.detach()
+    if number >= 0:
+        os.close(number)
+    return _Closed()
 
 
 def _gather(out: deque[tuple[Buffer, Ticket | None]]) -> list[Buffer]:

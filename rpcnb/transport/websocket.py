@@ -104,6 +104,11 @@ class WebSocket:
         """Return the descriptor of the socket below."""
         return self._sock.fileno()
 
+    def detach(self) -> int:
+        """Give up the socket below without a word to the other side; returns its descriptor."""
+        self._ended = True
+        return self._sock.detach()
+
     def setblocking(self, flag: bool) -> None:
         """Set the socket below."""
         self._sock.setblocking(flag)

@@ -23,6 +23,7 @@ BASES: dict[str, tuple[type, ...]] = {
     "DeadlockError": (errors.RpcError, RuntimeError),
     "DeviceError": (errors.RpcError, RuntimeError),
     "DuplicateKey": (errors.ConnectFailed,),
+    "ForkedSession": (errors.SessionLost,),
     "FunctionNotFound": (errors.RpcError, AttributeError),
     "InvalidHandle": (errors.RpcError, LookupError),
     "KeyMismatch": (errors.ConnectFailed,),
@@ -40,6 +41,7 @@ BASES: dict[str, tuple[type, ...]] = {
     "SessionTimeout": (errors.RpcError, TimeoutError),
     "StaleHandle": (errors.InvalidHandle,),
     "VersionMismatch": (errors.ConnectFailed,),
+    "WrongLoop": (errors.RpcError, RuntimeError),
 }
 
 
