@@ -15,6 +15,8 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rpcnb.transport import forks
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -146,12 +148,18 @@ class MainThread(Runner):
             self.close()
 
         before = signal.signal(signal.SIGUSR1, self._on_signal)
+        forks.tell(self)
+        forks.hold_back([signal.SIGUSR1])
         threading.Thread(target=await_end, name="rpcnb-end", daemon=True).start()
         try:
             while (job := self._jobs.get()) is not None:
                 self._perform(job)
         finally:
             signal.signal(signal.SIGUSR1, before)
+
+    def forked(self) -> None:
+        """In a child that a cell has forked: the signal is not ours there."""
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
     def _raise(self, job: Job) -> None:
         self._wanted = job

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
+import sys
 import time
 import weakref
 from functools import partial
@@ -289,6 +291,8 @@ class SessionBase:
         return self.device("webgpu", index)
 
     def _opened(self) -> None:
+        if "numpy" in sys.modules:  # copies will come: a process that runs out of descriptors cannot import any more
+            importlib.import_module("rpcnb.runtime.arrays")
         self._tell(events.SessionOpened, peer=self.peer, key=self.server_key)
 
     def _closing(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,7 @@ class DemoBoard:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
         )
+        self._owner = os.getpid()
         atexit.register(self.close)
 
     def _await(self, file: Path) -> dict[str, Any]:
@@ -68,8 +70,10 @@ class DemoBoard:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End its process and wait for that. Idempotent."""
+        """End its process and wait for that. Idempotent; a forked child's end leaves it alone."""
         atexit.unregister(self.close)
+        if os.getpid() != self._owner:
+            return
         if self._process.poll() is None:
             self._process.terminate()
             try:

@@ -7,6 +7,8 @@ import signal
 import socket
 from typing import TYPE_CHECKING
 
+from rpcnb.transport import forks
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -35,6 +37,16 @@ class Stop:
             self._wake.send(b"\0")
 
 
+class _Wiring:
+    """The signals of this process; children that functions fork have their own: a signal to one must not end us."""
+
+    def forked(self) -> None:
+        """Undo it in a child, whose bytes would arrive in its parent."""
+        signal.set_wakeup_fd(-1)
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def until_signal() -> Iterator[Stop]:
     """Take SIGINT and SIGTERM over.
@@ -46,6 +58,9 @@ def until_signal() -> Iterator[Stop]:
     wake.setblocking(False)
     before_wake = signal.set_wakeup_fd(wake.fileno())
     before = [signal.signal(number, lambda *_: None) for number in _SIGNALS]
+    wiring = _Wiring()
+    forks.tell(wiring)
+    forks.hold_back(_SIGNALS)
     try:
         yield Stop(sock, wake)
     finally:

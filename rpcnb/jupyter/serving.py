@@ -33,6 +33,11 @@ class KernelServer(Server):
         self._file = publish(self.port, {**self.whereabouts, "token": self.token})
         atexit.register(self.close)
 
+    def forked(self) -> None:
+        """In a forked child: the run file is the parent's too."""
+        self._file = None
+        super().forked()
+
     def close(self) -> None:
         """End it, and take its run file away. Idempotent."""
         atexit.unregister(self.close)

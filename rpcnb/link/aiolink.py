@@ -12,7 +12,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, DeadlineExceeded, NotAnRpcServer, RpcError, WrongLoop
-from rpcnb.link.dial import ends_head, expired, explain_errno, found_hosts, greet, look_up, secured
+from rpcnb.link.dial import ends_head, expired, explain_errno, found_hosts, greet, look_up, no_resource, secured
 from rpcnb.link.wire import Ticket, Wire, stop_waiting
 from rpcnb.protocol.shortcut import write_call
 from rpcnb.transport import forks
@@ -223,6 +223,11 @@ async def dial(address: Address, key: ClientKey, deadline: Deadline) -> tuple[so
 
 async def connect_awaiting(address: Address, deadline: Deadline) -> Any:
     """Resolve and connect within ``deadline``; to a WebSocket too."""
+    with no_resource(str(address), "connect"):
+        return await _connect_awaiting(address, deadline)
+
+
+async def _connect_awaiting(address: Address, deadline: Deadline) -> Any:
     phase = "resolve"
     try:
         found = found_hosts(address, await asyncio.wait_for(_look_up(address), deadline.left()))

@@ -6,6 +6,7 @@ handshake is a generator over bytes, so that the blocking and the awaiting diall
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -32,7 +33,7 @@ from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_t
 from rpcnb.transport.sockets import tune
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterator
 
     from rpcnb.link.interrupt import Guard
     from rpcnb.transport.address import Address
@@ -126,6 +127,23 @@ def expired(address: str, phase: str, error: DeadlineExceeded) -> ConnectFailed:
     return ConnectFailed(address, phase, seen)
 
 
+@contextlib.contextmanager
+def no_resource(address: str, phase: str) -> Iterator[None]:
+    """Turn the system's refusal of a descriptor or a thread into an error of a connection that did not come about."""
+    try:
+        yield
+    except RpcError:
+        raise
+    except TimeoutError:
+        raise
+    except OSError as error:
+        raise ConnectFailed(address, phase, f"this process: {error.strerror or error}") from None
+    except RuntimeError as error:
+        if "thread" not in str(error):  # the interpreter's words where none can be started
+            raise
+        raise ConnectFailed(address, phase, f"this process: {error}") from None
+
+
 def look_up(address: Address, report: Callable[[list[tuple[Any, ...]] | OSError], object]) -> None:
     """Resolve a host name in a daemon thread, which may be abandoned: getaddrinfo has no time limit.
 
@@ -186,8 +204,9 @@ def connect_socket(address: Address, deadline: Deadline, guard: Guard) -> Any:
     Raises:
         ConnectFailed: None did; the text has the last reason.
     """
-    sock = _connect(address, deadline, guard)
-    return _upgrade(sock, address, deadline, guard) if address.is_web else sock
+    with no_resource(str(address), "connect"):
+        sock = _connect(address, deadline, guard)
+        return _upgrade(sock, address, deadline, guard) if address.is_web else sock
 
 
 def _connect(address: Address, deadline: Deadline, guard: Guard) -> socket.socket:

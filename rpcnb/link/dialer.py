@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import DeadlineExceeded, RpcError
 from rpcnb.link.aiorunning import open_link
-from rpcnb.link.dial import ClientKey, connect_socket, expired, explain_init, shake_hands
+from rpcnb.link.dial import ClientKey, connect_socket, expired, explain_init, no_resource, shake_hands
 from rpcnb.link.interrupt import Guard
 from rpcnb.link.link import Link
 from rpcnb.link.running import run_flow
@@ -105,7 +105,8 @@ class Dialer:
         sock = connect_socket(self.address, deadline, guard)
         try:
             answer = shake_hands(sock, key, where, deadline, guard)
-            link = Link(make_wire(sock, answer, self.address, self.depth))
+            with no_resource(where, "connect"):
+                link = Link(make_wire(sock, answer, self.address, self.depth))
         except BaseException:
             sock.close()
             raise

@@ -42,9 +42,6 @@ def numpy_dtype(kind: DType) -> np.dtype[Any]:
         CopyMismatch: numpy has nothing of this size.
     """
     single = kind._replace(lanes=1)
-    known = _extension_types().get(str(single))
-    if known is not None:
-        return known
     if single == (6, 8, 1):
         return np.dtype(np.bool_)
     if kind.code in _LETTERS and kind.bits in (8, 16, 32, 64, 128):
@@ -53,6 +50,9 @@ def numpy_dtype(kind: DType) -> np.dtype[Any]:
             return np.dtype(text)
         except TypeError:
             pass
+    known = _extension_types().get(str(single))
+    if known is not None:
+        return known
     if kind.bits <= 64:
         bits = max(8, 1 << (kind.bits - 1).bit_length())
         return np.dtype(f"<{'i' if kind.code == 0 else 'u'}{bits // 8}")

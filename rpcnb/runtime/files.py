@@ -115,6 +115,12 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     return found.hexdigest()
 
 
+def _remove_tree(path: str, owner: int) -> None:
+    """Remove a directory; not in a forked child, whose end is not the session's."""
+    if os.getpid() == owner:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class SessionFiles:
     """The work directory of one session; made on first use.
 
@@ -143,7 +149,7 @@ class SessionFiles:
             if self._root is None:
                 self._root = Path(tempfile.mkdtemp(prefix="rpcnb-"))
                 # A process that ends without closing its servers leaves no directory behind either.
-                self._remove = weakref.finalize(self, shutil.rmtree, str(self._root), ignore_errors=True)
+                self._remove = weakref.finalize(self, _remove_tree, str(self._root), os.getpid())
             return self._root
 
     def path(self, name: str) -> Path:
@@ -286,5 +292,5 @@ class SessionFiles:
         for upload in self._uploads:
             upload.abort()
         if self._root is not None:
-            shutil.rmtree(self._root, ignore_errors=True)
+            self._remove()
             self._root = None

@@ -12,6 +12,7 @@ completions of one request, or one after the end, do nothing.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from contextlib import contextmanager
@@ -179,6 +180,7 @@ class Servant:
         self.congested = False  # it ended because replies have not left: to be tried again as soon as they have
         self._copy: tuple[CopyToRemote, memoryview | None, Exception | None] | None = None
         self._cancel_init: Callable[[], object] | None = None
+        self._process = os.getpid()
         endpoint.sink_for = self._sink_for
 
     # -- driving -------------------------------------------------------------------------------------------------
@@ -282,9 +284,16 @@ class Servant:
             else:
                 self._dispatch(message)
         except BaseException as error:  # a function's sys.exit() is its own failure, not the server's end
+            self._end_child(error)
             self._answer(self.exception(error))
             if _is_ours(error):
                 raise
+
+    def _end_child(self, error: BaseException) -> None:
+        """End a child that a function has forked and that leaves it by an exception: nobody waits for it here."""
+        if os.getpid() != self._process:
+            code = error.code if isinstance(error, SystemExit) else 1
+            os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
     def call_quickly(self, data: memoryview, nbytes: int) -> tuple[bytes, int]:
         """Perform plain calls that the bytes begin with, in a worker inside :meth:`entered`, by the short way.
@@ -319,6 +328,7 @@ class Servant:
                 reply = write_result(result)
                 others = [] if reply is not None else encode_packet(Return(session.encode_return(result)))
             except BaseException as error:  # in a worker, which no signal reaches: the function raised it
+                self._end_child(error)
                 reply, others = None, encode_packet(self.exception(error))
             self.running = None
             if self.over:

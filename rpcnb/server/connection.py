@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import struct
+import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -620,6 +622,15 @@ class Connection:
             self.close()
         else:
             self.deadline = self.server.io_loop.call_later(0.02, self._say_goodbye, until)
+
+    def forked(self) -> None:
+        """In a forked child: let the client's socket go without a word; what runs here is answered by the parent."""
+        self.closed = self.ended = True
+        with contextlib.suppress(OSError):
+            os.close(self.sock.detach())
+        if self.servant is not None:
+            self.servant.lock = threading.RLock()
+            self.servant.over = True
 
     def close(self) -> None:
         """End the connection and release everything; a running plain function ends by itself, unheard."""

@@ -34,7 +34,7 @@ from rpcnb.runtime.tasks import spawn_on
 from rpcnb.server.connection import ClientState, Connection
 from rpcnb.server.lanes import Lanes
 from rpcnb.server.workers import WorkerPool
-from rpcnb.transport import interval
+from rpcnb.transport import forks, interval
 from rpcnb.transport.address import is_loopback, parse_address, show_address
 from rpcnb.transport.kernel import BUSY_AFTER, KernelLoop
 from rpcnb.transport.listen import Acceptor, listen
@@ -240,6 +240,7 @@ class Server:
                 self._own_loop.stop()
             raise
         _servers.add(self)
+        forks.tell(self)
         self._switch_interval = switch_interval
         if switch_interval is not None:
             interval.hold(switch_interval)
@@ -528,6 +529,16 @@ class Server:
         log.log(self.log_level, "%s on %s closed", self.name, self.address)
 
     terminate = close  # TVM's word
+
+    def forked(self) -> None:
+        """In a child that a function has forked: clients, listeners and the loop are the parent's."""
+        self._closed = True
+        for listener in [*self._listeners, *([] if self._web is None else self._web.listeners)]:
+            listener.close()
+        for connection in list(self._connections):
+            connection.forked()
+        self.watcher.forked()
+        self.io_loop.asyncio_loop.stop()  # if it is this very thread's: it must not serve the parent's clients
 
     def _stop(self) -> None:
         for part in (self._registration, self._dial_out, self._web, self._acceptor):

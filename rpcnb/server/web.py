@@ -59,9 +59,9 @@ class WebPort:
         pages: Sequence[tuple[str, str]] = (),
         name: str = "web",
     ) -> None:
-        self._listeners = listen(host, port, port + 1)
+        self.listeners = listen(host, port, port + 1)
         self.host = host
-        self.port = int(self._listeners[0].getsockname()[1])
+        self.port = int(self.listeners[0].getsockname()[1])
         self.admit = admit
         self.name = name
         self._allowed: set[str] = set()
@@ -73,7 +73,7 @@ class WebPort:
         self._server = _HttpServer(
             application, max_header_size=65536, max_body_size=1024, idle_connection_timeout=60, no_keep_alive=False
         )
-        self._server.add_sockets(self._listeners)
+        self._server.add_sockets(self.listeners)
 
     def refuses(self, request: Any) -> str:
         """Say why a request is refused; empty if it is not."""

@@ -7,6 +7,7 @@ back when the session has been quiet for a moment; a hop to a pool for every cal
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -34,6 +35,7 @@ class WorkerPool:
 
     def __init__(self, name: str, running: int = 256, waiting: int = 32) -> None:
         self._name = name
+        self._owner = os.getpid()
         self._limit = running
         self._waiting_limit = waiting
         self._waiting = 0
@@ -81,6 +83,8 @@ class WorkerPool:
                 job()
             except BaseException:  # the thread has a place to give back, and perhaps a backlog to work off
                 log.exception("a worker's job failed")
+            if os.getpid() != self._owner:  # a function has forked, and its child comes to its end here
+                os._exit(0)
             job = self._next(inbox)
         with self._lock:
             self._threads.discard(threading.current_thread())

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import weakref
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-__all__ = ["tell"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["hold_back", "tell"]
 
 
 class Forked(Protocol):
@@ -29,11 +34,32 @@ def tell(thing: Forked) -> None:
     _things.add(thing)
 
 
+_held_back: set[int] = set()
+_mask = threading.local()
+
+
+def hold_back(signals: Iterable[int]) -> None:
+    """Hold these signals back around each fork, until the child has been told: their handlers are the parent's."""
+    _held_back.update(signals)
+
+
+def _before() -> None:
+    if _held_back:
+        _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _held_back)
+
+
+def _let_through() -> None:
+    before: Any = _mask.__dict__.pop("before", None)
+    if before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _in_child() -> None:
     for thing in list(_things):
         with contextlib.suppress(Exception):  # one's trouble is not another's
             thing.forked()
+    _let_through()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(before=_before, after_in_parent=_let_through, after_in_child=_in_child)

@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import AccessDenied
+from rpcnb.transport import forks
 from rpcnb.transport.address import is_loopback, show_address
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
 
@@ -167,7 +168,16 @@ class Service:
             if self._own_loop is not None:
                 self._own_loop.stop()
             raise
+        self._listeners = listeners
+        forks.tell(self)
         log.log(self._level, "%s listens on %s", self.kind, self.address)
+
+    def forked(self) -> None:
+        """In a forked child: peers, listeners and the loop are the parent's."""
+        self.closed = True
+        for listener in self._listeners:
+            listener.close()
+        self.io_loop.asyncio_loop.stop()
 
     def _listen(self, listeners: list[socket.socket]) -> None:
         self._start()

@@ -6,6 +6,7 @@ A loop on the kernel's own thread would be dead while a cell blocks (jupyter-fac
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,9 +36,12 @@ class LoopThread:
         asyncio.set_event_loop(loop)
         io_loop = IOLoop.current()
         loop.call_soon(ready.set_result, io_loop)
+        owner = os.getpid()
         try:
             io_loop.start()
         finally:
+            if os.getpid() != owner:  # a coroutine has forked, and its child has come to its end here
+                os._exit(0)
             asyncio.set_event_loop(None)
             pending = asyncio.all_tasks(loop)
             for task in pending:

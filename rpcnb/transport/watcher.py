@@ -58,6 +58,11 @@ class EpollWatcher:
             if ready is not None:
                 ready()
 
+    def forked(self) -> None:
+        """In a forked child: let go of the epoll, which both processes share."""
+        self._ready.clear()
+        self._epoll.close()
+
     def close(self) -> None:
         """Stop watching everything."""
         self._loop.remove_handler(self._epoll.fileno())
@@ -104,6 +109,10 @@ class LoopWatcher:
         """Forget ``fd``."""
         self._disarm(fd)
         self._ready.pop(fd, None)
+
+    def forked(self) -> None:
+        """In a forked child: forget everything."""
+        self._ready.clear()
 
     def close(self) -> None:
         """Stop watching everything."""

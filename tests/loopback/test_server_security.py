@@ -309,7 +309,7 @@ ANSWERS = {
 }
 USES: dict[str, Callable[[Any], Any]] = {
     "get_function": lambda session: session.get_function("f", timeout=1),
-    "call": lambda session: session._run(session._ops.call(session._ops.function_type(session, 5, "f"), (1,)), 1, "f"),
+    "call": lambda session: session._run(lambda ops: ops.call(ops.function_type(ops, 5, "f"), (1,)), 1, "f"),
     "empty": lambda session: session.empty((4,), timeout=1),
     "attribute": lambda session: session.cpu().attribute("max_thread_dimensions", timeout=1),
     "sync": lambda session: session.cpu().sync(timeout=1),
@@ -349,7 +349,7 @@ def test_s10_a_tensor_of_a_hostile_server_is_not_allocated_blindly() -> None:
         hostile(lambda body: answers.get(Code(struct.unpack("<i", body[:4])[0]), packet(Return()))) as fake,
         rpcnb.connect(fake.address) as session,
     ):
-        function = session._ops.function_type(session, 5, "f")
+        function = session._ops.function_type(session._ops, 5, "f")
         tensor = function(1)
         assert tensor.shape == (1 << 40,)
         with pytest.raises((errors.RpcError, MemoryError)):
@@ -366,7 +366,7 @@ def test_s10_handles_of_another_session_are_refused_before_sending(serve: Serve)
                 echo(value)
         # Sent all the same, they are nothing there.
         handle = foreign[1].handle
-        forged = type(echo)(one, handle, "forged")
+        forged = type(echo)(one._ops, handle, "forged")
         with pytest.raises(errors.RemoteError):
             forged(1)
         for reference in (ModuleRef(handle), ObjectRef(handle)):
