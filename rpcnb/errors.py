@@ -175,6 +175,11 @@ class DeadlineExceeded(RpcError, TimeoutError):
         self.elapsed = elapsed
         super().__init__(f"{operation} took {elapsed:.3g} s; its timeout is {timeout:g} s")
 
+    def explain(self, why: str) -> None:
+        """Add what it may have waited for."""
+        if why:
+            self.args = (f"{self.args[0]}; {why}",)
+
 
 class RemoteError(RpcError, RuntimeError):
     """A remote function, or the server on behalf of a request, raised.

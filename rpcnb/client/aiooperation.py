@@ -122,7 +122,9 @@ class AsyncOperation:
         except BaseException as error:
             failure: BaseException = error
             if isinstance(error, asyncio.TimeoutError) and not isinstance(error, RpcError):  # a session's time limit is
-                failure = DeadlineExceeded(self.function, time.monotonic() - self.submitted, self._timeout or 0.0)
+                exceeded = DeadlineExceeded(self.function, time.monotonic() - self.submitted, self._timeout or 0.0)
+                exceeded.explain(self._ops.link.wire.behind(self._tickets))
+                failure = exceeded
             self._end(hold, failure)
             if watch is not None:
                 watch.ended(failure)

@@ -173,7 +173,7 @@ class SessionBase:
             return "unresponsive"
         if wire.ended is not None:
             return "closed" if isinstance(wire.ended, SessionClosed) else "lost"
-        tickets = [*wire.tickets, *(self._lanes.owed() if self._lanes is not None else ())]
+        tickets = [*wire.owed, *(self._lanes.owed() if self._lanes is not None else ())]
         if not tickets:
             return "ready" if wire.endpoint.state is not State.CLOSED else "lost"
         return "draining" if all(ticket.abandoned for ticket in tickets) else "busy"

@@ -76,8 +76,9 @@ class Life:
         received = wire.bytes_received
         if lanes is not None:
             received += sum(link.wire.bytes_received for link in lanes.links())
-        expects = bool(wire.tickets) or control is not None
-        if not wire.tickets:
+        owed = bool(wire.owed)
+        expects = owed or control is not None
+        if not owed:
             self._idle_at = now
         if received != self._received or not expects:
             self._received = received

@@ -93,8 +93,8 @@ def connect(
             overlap and for cancelling, two for bulk copies beside calls. 0: everything on one connection.
         lost_after: Seconds of silence, while the server owes something, after which the session is lost; by default
             it is ``unresponsive`` after 40 s and calls go on waiting.
-        depth: Requests on the way on one connection at most. Pass 1 for event-driven stock servers (a browser behind
-            a stock proxy): they stall when a request arrives behind one that answers later.
+        depth: Requests on the way on one connection at most; 1 for ``rpc.WasmSession``, else any number. Event-driven
+            stock servers (a browser) are served with any: where they do not look at their input, they are made to.
         headers: Further HTTP headers for ``ws://`` and ``wss://``, such as ``{"Authorization": "token ..."}`` of a
             hub.
 

@@ -291,7 +291,9 @@ class Pending(Future[Any]):
             release_when_drained(self._hold, self._link, self._owed)
 
     def _expire(self) -> None:
-        self._give_up(self._limit.exceeded())
+        error = self._limit.exceeded()
+        error.explain(self._link.wire.behind(list(self._tickets)))
+        self._give_up(error)
 
     def forked(self) -> None:
         """In a forked child: the operation is the parent's; locks may be held by threads that are not here."""

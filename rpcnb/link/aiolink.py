@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, DeadlineExceeded, NotAnRpcServer, RpcError, WrongLoop
 from rpcnb.link.dial import ends_head, expired, explain_errno, found_hosts, greet, look_up, no_resource, secured
+from rpcnb.link.look import LookAgain
 from rpcnb.link.wire import Ticket, Wire, stop_waiting
 from rpcnb.protocol.shortcut import write_call
 from rpcnb.transport import forks
@@ -47,6 +48,8 @@ class AsyncLink:
         self._writing = False
         self._descriptor = wire.sock.fileno()
         wire.before_close = self._stop_watching
+        if wire.is_stock:
+            wire.on_more = LookAgain(wire, self.soon, self._flush_soon).more
         self.loop.add_reader(wire.sock, self._readable)
         forks.tell(self)
         self._housekeeper: asyncio.TimerHandle | None = None
@@ -91,6 +94,12 @@ class AsyncLink:
                 self.loop.add_writer(self.wire.sock, self._writable)
             else:
                 self.loop.remove_writer(self.wire.sock)
+
+    def _flush_soon(self) -> None:
+        """Send on what the socket did not take."""
+        with self.wire.lock:
+            if self.wire.out and not self._writing:
+                self._flush()
 
     def _writable(self) -> None:
         with self.wire.lock:

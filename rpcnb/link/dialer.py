@@ -54,7 +54,7 @@ class Dialer:
         self.key = key
         self.constructor = constructor
         self.lanes = lanes
-        self.depth = depth
+        self.depth = 1 if depth is None and constructor[:1] == ("rpc.WasmSession",) else depth  # a browser
         self._find_key = find_key
 
     def renew(self) -> None:

@@ -18,9 +18,10 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import DeadlockError
+from rpcnb.errors import DeadlineExceeded, DeadlockError
 from rpcnb.link import iothread
 from rpcnb.link.interrupt import TICK, Guard
+from rpcnb.link.look import LookAgain
 from rpcnb.link.wire import Ticket, Wire, stop_waiting
 from rpcnb.protocol.shortcut import NOT_PLAIN, write_call
 from rpcnb.transport import forks
@@ -69,6 +70,8 @@ class Link:
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
         wire.wait_in_receive()
+        if wire.is_stock:
+            wire.on_more = LookAgain(wire, self.soon, self.settle_in_background).more
         self._poll = select.poll()
         self._poll.register(wire.sock, select.POLLIN)
         self._poll.register(self._wake_reader, select.POLLIN)
@@ -179,7 +182,9 @@ class Link:
                 self._pump(ticket, blocked, deadline, guard)
             if not ticket.done:
                 self.wait(ticket, deadline, guard)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, DeadlineExceeded):
+                error.explain(wire.behind([ticket]))
             self.abandon([ticket])
             raise
         return ticket

@@ -72,7 +72,9 @@ def run_flow(link: Any, flow: Flow[Any], deadline: Deadline, guard: Guard, patie
         return end.value
     except Unfinished:
         raise
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, DeadlineExceeded):
+            error.explain(link.wire.behind(tickets))
         flow.close()
         link.abandon(tickets)
         raise

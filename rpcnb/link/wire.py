@@ -19,6 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ForkedSession, RemoteProtocolError, RpcError, SessionClosed, SessionLost, SessionTimeout
+from rpcnb.link.look import LOOK_AGAIN
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint, State
 from rpcnb.protocol.flows import TIMEOUT_PREFIX, undo
@@ -122,8 +123,7 @@ class Wire:
         self.requests = 0  # sent so far
         self.bytes_sent = 0
         self.bytes_received = 0
-        # A stock server has no TCP_NODELAY: each reply after the first waits for our delayed ACK (44 ms) without it.
-        self.quick_ack = False
+        self.is_stock = False  # the peer is not rpcnb
         self.on_more: Callable[[], object] | None = None  # called when a reply has come and others are owed
         self.before_close: Callable[[], object] | None = None  # called before the socket's number may be another's
         # Tells whether this very thread has the lock: in a signal's handler, or a finalizer.
@@ -263,7 +263,8 @@ class Wire:
 
     def fill(self) -> bool:
         """Receive once, and settle the tickets whose replies are complete; False if nothing had come."""
-        if self.quick_ack and _QUICKACK is not None and len(self.tickets) != 1:
+        # A stock server has no TCP_NODELAY: each reply after the first waits for our delayed ACK (44 ms) without it.
+        if self.is_stock and _QUICKACK is not None and len(self.tickets) != 1:
             self.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
         view = self.endpoint.get_buffer()
         try:
@@ -470,6 +471,21 @@ class Wire:
         self.fail(SessionClosed("this session is closed"))
 
     @property
+    def owed(self) -> list[Ticket]:
+        """The replies that are owed to operations."""
+        return [ticket for ticket in self.tickets if ticket.request is not LOOK_AGAIN]
+
+    def behind(self, tickets: Iterable[Ticket]) -> str:
+        """Say what an operation with these tickets may be waiting for, where that is another's; or nothing."""
+        first = next(iter(self.owed), None)
+        mine = [ticket for ticket in tickets if not ticket.done]
+        if first is None or not mine or any(ticket is first for ticket in mine):
+            return ""
+        code = getattr(first.request, "code", None)
+        name = code.name if code is not None else type(first.request).__name__
+        return f"{self.peer} has not answered an earlier {name} yet, behind which this waits"
+
+    @property
     def busy(self) -> bool:
         """Tell whether anything is to be sent or is owed."""
         return bool(self.tickets or self.out)
@@ -478,7 +494,7 @@ class Wire:
 def make_wire(sock: socket.socket, answer: KeyText, address: Address, depth: int | None) -> Wire:
     """Return the client's side of a connection that has been greeted."""
     wire = Wire(sock, Endpoint(Role.CLIENT), str(address))
-    wire.quick_ack = answer.features is None
+    wire.is_stock = answer.features is None
     wire.depth = depth
     return wire
 

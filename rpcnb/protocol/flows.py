@@ -385,10 +385,10 @@ def _copy(
             _copied((yield Wait(ticket)))
             if pace is not None:
                 pace.moved(nbytes)
-    if sync:
-        tickets.append(((yield Send(Syscall(Code.DEV_STREAM_SYNC, (meta.device, NULL)))), 0))
     while tickets:
         _copied((yield Wait(tickets.popleft()[0])))
+    if sync:  # not sent ahead: an event-driven server does not look at it while the copy is parked
+        yield from sync_stream(meta.device)
 
 
 def _copied(reply: Reply) -> None:

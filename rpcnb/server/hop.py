@@ -77,8 +77,9 @@ async def connect_constructor(url: str, port: int, key: str = "", enable_logging
     address = Address(url, int(port), key)
     deadline = Deadline(_CONNECT_TIMEOUT, f"connect to {address}")
     sock, _ = await dial(address, ClientKey(key, extensions=False), deadline)
-    link = AsyncLink(Wire(sock, Endpoint(Role.CLIENT), str(address)))
-    link.wire.quick_ack = True
+    wire = Wire(sock, Endpoint(Role.CLIENT), str(address))
+    wire.is_stock = True  # we offer no extensions
+    link = AsyncLink(wire)
     try:
         await asyncio.wait_for(_initialize(link, args), deadline.left())
     except BaseException:

@@ -19,6 +19,7 @@ from rawpeer import INIT, SERVER_HELLO, VOID, FakeServer, RawClient, hello, pack
 
 import rpcnb
 from rpcnb import errors
+from rpcnb.protocol import flows
 from rpcnb.protocol.codes import MAGIC, Code, Limits
 from rpcnb.protocol.messages import CallFunc, CopyAck, Raised, Return, Syscall
 from rpcnb.runtime.registry import Registry
@@ -371,15 +372,9 @@ def test_s10_handles_of_another_session_are_refused_before_sending(serve: Serve)
             forged(1)
         for reference in (ModuleRef(handle), ObjectRef(handle)):
             with pytest.raises(errors.RemoteError):
-                one._run(iter_call(one, echo.handle, reference), 5, "echo")
+                one._run(lambda _, reference=reference: flows.call_function(echo.handle, (reference,)), 5, "echo")
         assert echo(5) == 5
         forged.handle = 0
-
-
-def iter_call(session: Any, handle: int, value: Any) -> Any:
-    from rpcnb.protocol import flows
-
-    return flows.call_function(handle, (value,))
 
 
 def test_s10_text_that_looks_like_a_time_limit_from_a_function_is_a_remote_error(
