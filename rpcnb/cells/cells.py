@@ -60,6 +60,7 @@ class _Cell:
         self.source = source
         self.since = time.monotonic()
         self.state = "queued"
+        self.begun = False
         self._cells = cells
         self.session = session
         self._done = done
@@ -73,7 +74,7 @@ class _Cell:
         """Run it; an interrupt may come at any moment."""
         if self.state == "cancelled":
             return
-        self.state, self.since = "running", time.monotonic()
+        self.state, self.since, self.begun = "running", time.monotonic(), True
         tokens = SESSION.set(self.session), CALL.set(self._completion)
         try:
             self._outcome = self._cells.execute(self.session, self)
@@ -159,6 +160,12 @@ class Cells:
         """Forget a cell that has ended."""
         with self._lock:
             self._queue.remove(cell)
+
+    def runs(self, session: LocalServingSession) -> str:
+        """Name the cell of a session that is running; empty if none is."""
+        with self._lock:
+            running = [cell.name for cell in self._queue if cell.session is session and cell.begun]
+        return running[0] if running else ""
 
     def end(self, session: LocalServingSession) -> None:
         """Drop the variables of a session that is over."""

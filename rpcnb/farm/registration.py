@@ -185,6 +185,8 @@ class ServerRegistration(Registration):
     def _info(self) -> dict[str, Any]:
         server = self._server
         own = {"instance": self._instance, "token": server.token is not None, "sessions": list(self._busy.values())}
+        if server.draining:
+            own["draining"] = [one.function for one in server.draining.values()]
         return {"key": f"server:{server.key}", "addr": [server.custom_addr, self._port], "rpcnb": own}
 
     def _next_offer(self) -> Offer | None:

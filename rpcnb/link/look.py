@@ -14,18 +14,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rpcnb.protocol.codes import Code
-from rpcnb.protocol.messages import Syscall
+from rpcnb.link.wire import LOOK_AGAIN, Wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rpcnb.link.wire import Wire
+__all__ = ["LookAgain"]
 
-__all__ = ["LOOK_AGAIN", "LookAgain"]
-
-# Of no function; nobody waits for its reply.
-LOOK_AGAIN = Syscall(Code.GET_GLOBAL_FUNC, ("rpcnb.look_again",))
 _MOMENT = 0.005  # seconds: longer than replies of a busy server follow each other, shorter than anybody notices
 
 

@@ -19,11 +19,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ForkedSession, RemoteProtocolError, RpcError, SessionClosed, SessionLost, SessionTimeout
-from rpcnb.link.look import LOOK_AGAIN
-from rpcnb.protocol.codes import Role
+from rpcnb.protocol.codes import Code, Role
 from rpcnb.protocol.endpoint import Endpoint, State
 from rpcnb.protocol.flows import TIMEOUT_PREFIX, undo
-from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Raised, Shutdown, encode_packet
+from rpcnb.protocol.messages import CallFunc, CopyFromRemote, CopyToRemote, Raised, Shutdown, Syscall, encode_packet
 from rpcnb.protocol.shortcut import NOT_PLAIN, read_result, write_call
 from rpcnb.transport.spin import receiving
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from rpcnb.protocol.sequence import Buffer
     from rpcnb.transport.address import Address
 
-__all__ = ["PIECE", "Ticket", "Wire", "make_wire", "stop_waiting"]
+__all__ = ["LOOK_AGAIN", "PIECE", "Ticket", "Wire", "make_wire", "stop_waiting"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +47,8 @@ _MOMENT = struct.pack("ll", 0, 1000)
 _GATHER = 64  # buffers per system call
 _BULK = 1 << 16  # buffers from here on are counted
 _CALL = CallFunc(0)  # stands for every call made the short way: only what kind of request it is matters
+# What makes an event-driven stock server look at its input (link/look.py): nobody waits for the reply.
+LOOK_AGAIN = Syscall(Code.GET_GLOBAL_FUNC, ("rpcnb.look_again",))
 _ZEROS = memoryview(bytes(1 << 20))
 
 

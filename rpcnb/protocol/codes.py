@@ -92,6 +92,9 @@ class Limits:
         half_open: Connections per server that have not finished the handshake.
         half_open_per_address: The same per remote address (loopback is exempt).
         handshake_timeout: Seconds for a handshake.
+        uploads: Files that a session has begun to upload in parts, and not finished.
+        outcomes: Bytes of outcomes of started calls that a session's client has not collected.
+        draining: Functions that go on running after their clients have gone; then no plain function is begun.
         input_buffered: Bytes of requests kept behind one that is parked.
         auth_failures: Wrong tokens per minute and remote address; then its attempts are refused unseen.
         exempt_loopback: Do not count connections and failures of this machine per address.
@@ -109,6 +112,9 @@ class Limits:
     half_open: int = 256
     half_open_per_address: int = 64
     handshake_timeout: float = 5.0
+    uploads: int = 64
+    outcomes: int = 256 << 20
+    draining: int = 512
     input_buffered: int = 8 << 20
     auth_failures: int = 10
     exempt_loopback: bool = True

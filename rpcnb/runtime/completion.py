@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rpcnb.errors import SessionClosed
@@ -13,7 +14,12 @@ if TYPE_CHECKING:
 
     from rpcnb.values import Value
 
-__all__ = ["Callback", "Done", "Stoppable", "bind", "call_cancelled", "errors_to_done"]
+__all__ = ["Callback", "Done", "Stoppable", "bind", "call_cancelled", "errors_to_done", "is_ours"]
+
+
+def is_ours(error: BaseException) -> bool:
+    """Tell whether an error is meant for this process too: Ctrl-C reaches the main thread alone."""
+    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
 def call_cancelled() -> asyncio.CancelledError:
@@ -95,7 +101,7 @@ class Callback:
             return
         try:
             values = self._encode(result)
-        except Exception as error:
+        except BaseException as error:  # of a result's own methods: SystemExit too
             self._done.error(error)
         else:
             self._done(values)
@@ -115,7 +121,9 @@ def errors_to_done(method: Method) -> Method:
     def call(*args: Any) -> None:
         try:
             method(*args)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             args[-1].error(error)
+            if is_ours(error):
+                raise
 
     return call  # type: ignore[return-value]  # the same parameters

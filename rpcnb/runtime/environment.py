@@ -27,6 +27,9 @@ class RemoteCells(Protocol):
     def serve(self, session: Any, name: str) -> ServedFunction | None:
         """Return the function of this name for a session's client."""
 
+    def runs(self, session: Any) -> str:
+        """Name the cell of a session that is running; empty if none is."""
+
     def end(self, session: Any) -> None:
         """Drop the variables of a session that is over."""
 

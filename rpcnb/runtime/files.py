@@ -24,6 +24,8 @@ __all__ = ["SessionFiles", "StoredFile", "Upload"]
 
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _MAX_NAME = 255
+# Files and folders of a session at most, and more where its quota is large: empty ones would fill the disk's table.
+_ENTRIES, _BYTES_AN_ENTRY = 1024, 4096
 
 
 def check_name(name: str) -> None:
@@ -125,14 +127,17 @@ class SessionFiles:
     """The work directory of one session; made on first use.
 
     Args:
-        quota: Bytes that uploads may hold at once.
+        quota: Bytes that uploads may hold at once; files and folders are 1,024 at most, or one for 4 KiB of it.
+        most_parts: Files that may arrive in parts at once.
         trusted_paths: Accept any path, as stock TVM does.
     """
 
-    def __init__(self, quota: int = 4 << 30, *, trusted_paths: bool = False) -> None:
+    def __init__(self, quota: int = 4 << 30, *, most_parts: int = 64, trusted_paths: bool = False) -> None:
         self._root: Path | None = None
         self._lock = threading.Lock()  # uploads may come on several connections
         self._quota = quota
+        self._most_parts = most_parts
+        self._entries: set[Path] = set()
         self._used = 0
         self._sizes: dict[Path, int] = {}
         self._trusted = trusted_paths
@@ -202,7 +207,7 @@ class SessionFiles:
         stored = data if isinstance(data, StoredFile) else self._store(data)
         try:
             path = self.path(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(path)
             os.replace(stored.path, path)
         except BaseException:
             stored.path.unlink(missing_ok=True)
@@ -210,6 +215,22 @@ class SessionFiles:
             raise
         self.release(self._sizes.pop(path, 0))
         self._sizes[path] = stored.nbytes
+
+    def _make_room(self, path: Path) -> None:
+        """Make the folders of a file that is about to get its name; what is new is counted.
+
+        Raises:
+            LimitExceeded: There are too many files and folders.
+        """
+        with self._lock:
+            missing = {one for one in (path, *path.parents) if one not in self._entries and not one.exists()}
+            most = max(_ENTRIES, self._quota // _BYTES_AN_ENTRY)
+            if len(self._entries) + len(missing) > most:
+                raise LimitExceeded(
+                    f"{len(self._entries)} files and folders are as many as upload_quota={self._quota} allows"
+                )
+            self._entries |= missing
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def put(self, name: str, total: int, offset: int, data: Buffer) -> None:
         """Write one part of a file that arrives in order; ``name`` appears with the last one.
@@ -220,6 +241,10 @@ class SessionFiles:
         self.path(name)  # refused before anything is stored
         if offset == 0:
             self._drop_parts(name)
+            if len(self._parts) >= self._most_parts:
+                raise LimitExceeded(
+                    f"{len(self._parts)} files are being uploaded, uploads={self._most_parts}; finish some"
+                )
             self._parts[name] = (self.begin_upload(total), 0)
         upload, written = self._parts.get(name, (None, -1))
         if upload is None or written != offset or offset + len(data) > total:
@@ -280,6 +305,7 @@ class SessionFiles:
             return  # TVM's runners clean up with it; the directory goes with the session
         path = self.path(name)
         path.unlink(missing_ok=True)
+        self._entries.discard(path)
         self.release(self._sizes.pop(path, 0))
 
     def listdir(self, name: str) -> list[str]:

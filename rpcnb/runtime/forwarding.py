@@ -94,7 +94,7 @@ class _PassBack:
     def __call__(self, result: Any = None) -> None:
         try:
             meaning = self._meaning(result)
-        except Exception as error:
+        except BaseException as error:
             self._done.error(error)
         else:
             self._done(meaning)

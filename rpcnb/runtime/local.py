@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ArgumentError, InvalidHandle, ResultError
 from rpcnb.protocol.sequence import encode_call_result
-from rpcnb.runtime.completion import Callback, bind, errors_to_done
+from rpcnb.runtime.completion import Callback, bind, errors_to_done, is_ours
 from rpcnb.runtime.current import CALL, SESSION
 from rpcnb.runtime.devices import ATTRIBUTES, DeviceTensor, Memory, find_device
 from rpcnb.runtime.environment import ENVIRONMENT, Environment
@@ -59,7 +59,9 @@ class LocalServingSession(ServingSession):
         self.environment = environment or ENVIRONMENT.get() or Environment()
         limits = self.environment.limits
         self.table = HandleTable(limits.handles, limits.bad_handles)
-        self.files = SessionFiles(limits.upload_quota, trusted_paths=self.environment.trusted_paths)
+        self.files = SessionFiles(
+            limits.upload_quota, most_parts=limits.uploads, trusted_paths=self.environment.trusted_paths
+        )
         self._by_name: dict[str, ServedFunction] = {}
         self._running: set[Callable[[], object]] = set()  # what cancels the coroutines of this session
         self._uses: dict[Memory, int] = {}  # memory allocated here: its data handle, and copies on their way
@@ -216,8 +218,10 @@ class LocalServingSession(ServingSession):
                 self._start(function, arguments, done)
             else:
                 self._call_back(function, arguments, done)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             done.error(error)
+            if is_ours(error):
+                raise
 
     def _call_back(self, function: ServedFunction, arguments: Sequence[Any], done: Done) -> None:
         tokens = SESSION.set(self), CALL.set(done)
@@ -409,7 +413,7 @@ class LocalServingSession(ServingSession):
         finished = self._pin(memory, data, done)
         try:
             find_device(meta.device).copy_in(memory, start, data, None, finished)
-        except Exception as error:
+        except BaseException as error:
             finished(error)
 
     @errors_to_done
@@ -419,7 +423,7 @@ class LocalServingSession(ServingSession):
         finished = self._pin(memory, into, done)
         try:
             find_device(meta.device).copy_out(memory, start, into, None, finished)
-        except Exception as error:
+        except BaseException as error:
             finished(error)
 
     def _pin(self, memory: Memory, data: memoryview, done: Done) -> Callable[[BaseException | None], None]:

@@ -100,6 +100,7 @@ class Calls:
         self._running: dict[int, Started] = {}
         self._early: dict[int, None] = {}  # cancelled before they came
         self._outcomes: list[bytes] = []
+        self._kept = 0  # bytes of them
         self._waiting = 0  # bytes of output among them
         self._poll: Done | None = None
         self._polled = 0.0
@@ -107,6 +108,7 @@ class Calls:
         self._closed = False
         self._plain: deque[tuple[Started, int, tuple[Value, ...]]] = deque()
         self._plain_runs = False
+        self.in_thread: Started | None = None  # the one that a worker runs, also after the session's end
         # The servants of the session's connections, by lane.
         self.lanes: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -146,7 +148,7 @@ class Calls:
         session = self._session
         try:
             place = session.placement(CallFunc(handle, args))
-        except Exception as error:
+        except BaseException as error:
             call.error(error)
             return
         if place == "kernel" and session.environment.run_in_kernel is not None:
@@ -158,9 +160,20 @@ class Calls:
                 if self._plain_runs:
                     return
                 self._plain_runs = True
-            session.environment.run_in_thread(self._run_plain)
+            try:
+                session.environment.run_in_thread(self._run_plain)
+            except LimitExceeded as error:
+                self._refuse_plain(error)
         else:
             self._perform(call, handle, args)
+
+    def _refuse_plain(self, error: LimitExceeded) -> None:
+        """Answer what has been started of the plain functions: there is no worker for it."""
+        with self._lock:
+            refused, self._plain = self._plain, deque()
+            self._plain_runs = False
+        for call, _, _ in refused:
+            call.error(error)
 
     def _run_plain(self) -> None:
         """In a worker: run what has been started of the plain functions, one at a time and in order."""
@@ -168,8 +181,10 @@ class Calls:
             with self._lock:
                 if not self._plain:
                     self._plain_runs = False
+                    self.in_thread = None
                     return
                 call, handle, args = self._plain.popleft()
+                self.in_thread = call
             self._perform_if_wanted(call, handle, args)
 
     def _perform_if_wanted(self, call: Started, handle: int, args: tuple[Value, ...]) -> None:
@@ -207,7 +222,7 @@ class Calls:
 
     def _take(self) -> bytes:
         data, self._outcomes = b"".join(self._outcomes), []
-        self._waiting = 0
+        self._waiting = self._kept = 0
         return data
 
     def give_way(self) -> None:
@@ -263,11 +278,15 @@ class Calls:
         """Keep the outcome of a call for the poll; from any thread."""
         try:
             record = write_record(call.id, reply)
-        except Exception as error:
+        except BaseException as error:
             record = write_record(call.id, self.raised(error))
+        most = self._session.environment.limits.outcomes
         with self._lock:
             if call.finished:
                 return
+            if self._poll is None and self._kept + len(record) > most and isinstance(reply, Return):
+                text = f"{self._kept} bytes of outcomes are not collected, outcomes={most}; collect some first"
+                record = write_record(call.id, self.raised(LimitExceeded(text)))
             call.finished = True
             self._running.pop(call.id, None)
             timer, call.timer = call.timer, None
@@ -301,6 +320,7 @@ class Calls:
     def _keep(self, record: bytes) -> tuple[Done | None, bytes]:
         """Note a record; returns the poll that takes it at once with what else there is, if one waits."""
         self._outcomes.append(record)
+        self._kept += len(record)
         poll, self._poll = self._poll, None
         return poll, self._take() if poll is not None else b""
 
@@ -311,7 +331,7 @@ class Calls:
             self._plain.clear()
             self._closed = True
             self._outcomes.clear()
-            self._waiting = 0
+            self._waiting = self._kept = 0
         for call in running:
             call.stop()
 

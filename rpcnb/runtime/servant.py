@@ -36,7 +36,7 @@ from rpcnb.protocol.messages import (
     encode_packet,
 )
 from rpcnb.protocol.shortcut import CALL_BYTES, MOST_ARGS, MOST_TEXT, call_length, read_call, write_result
-from rpcnb.runtime.completion import Stoppable, call_cancelled
+from rpcnb.runtime.completion import Stoppable, call_cancelled, is_ours
 from rpcnb.runtime.current import CALL, SESSION
 from rpcnb.runtime.environment import ENVIRONMENT, Environment
 from rpcnb.runtime.handles import HandleKind
@@ -61,7 +61,7 @@ _NOT_INITIALIZED = (
 )
 _VOID = Return()
 _PATIENCE = 0.0005  # seconds for which finished replies wait for others that go out with them
-_BUDGET = 500  # requests in one turn: a burst of small ones must not hold up other sessions (5 ms)
+_TURN = 0.002  # seconds of one turn: a burst of requests must not hold up other sessions
 _MOST_STOPPED = 4096  # cancels that are remembered for requests still to come
 _ENOUGH = 1 << 16  # bytes of replies that go out at once
 _FUNCTION = HandleKind.FUNCTION  # a member by its class's name costs a look-up
@@ -133,6 +133,7 @@ class Servant:
         route: Called with a request and its place (``thread``, ``loop`` or ``kernel``); takes it over and returns True,
             or returns False to have it performed here and now.
         refusal: Why no session can be opened now; the answer to kInitServer, after which the conversation is over.
+        why_refused: Says why no plain function can be run now; empty if one can.
         plain: Host only synchronous sessions, as a blocking server does.
         shares: For a further connection of a session, a lane: returns the session, or None once that is over.
         lane: Number of the lane; 0 for the connection that opens the session, and ends it.
@@ -149,6 +150,7 @@ class Servant:
         on_reply: Callable[[], None] = _nothing,
         route: Callable[[Message, str], bool] | None = None,
         refusal: str = "",
+        why_refused: Callable[[], str] = str,
         plain: bool = False,
         shares: Callable[[], ServingSession | None] | None = None,
         lane: int = 0,
@@ -166,6 +168,7 @@ class Servant:
         self.on_reply = on_reply
         self.route = route
         self.refusal = refusal
+        self.why_refused = why_refused
         self.plain = plain
         self.lock = threading.RLock()
         self.output = Output()
@@ -197,7 +200,7 @@ class Servant:
             RemoteProtocolError: The peer broke the framing; the conversation is over.
         """
         self.more = self.congested = False
-        budget = _BUDGET
+        begun = time.monotonic()
         while not self.over and self.running is None:
             parked = self.parked
             if parked is not None:
@@ -207,10 +210,9 @@ class Servant:
                 if self.parked is parked:
                     return False  # another thread is completing it, and calls again
                 continue
-            if not budget and self.route is not None:
+            if self.route is not None and time.monotonic() - begun > _TURN:
                 self.more = True
                 return False
-            budget -= 1
             if self.output.size > _CONGESTED:
                 self.congested = True
                 return False  # the client does not read its replies; go on when it does
@@ -224,7 +226,10 @@ class Servant:
                     continue
             if self.route is not None:
                 place = self._placement(message)
-                if place != "any" and self.route(message, place):
+                refusal = self.why_refused() if place == "thread" else ""
+                if refusal:
+                    message = Malformed(LimitExceeded(refusal))
+                elif place != "any" and self.route(message, place):
                     return True
             self.perform(message)
         return False
@@ -286,7 +291,7 @@ class Servant:
         except BaseException as error:  # a function's sys.exit() is its own failure, not the server's end
             self._end_child(error)
             self._answer(self.exception(error))
-            if _is_ours(error):
+            if is_ours(error):
                 raise
 
     def _end_child(self, error: BaseException) -> None:
@@ -380,7 +385,7 @@ class Servant:
                 return
             try:
                 self.output.add(self.endpoint.send(reply))
-            except Exception as error:  # also struct.error: a device number of 40 bits
+            except BaseException as error:  # also struct.error: a device number of 40 bits
                 self.output.add(self.endpoint.send(self.exception(error)))
             session = self.session
         if isinstance(session, LocalServingSession) and session.table.exhausted:
@@ -389,8 +394,7 @@ class Servant:
 
     def exception(self, error: BaseException) -> Raised:
         """Return the reply that reports ``error``; a stock peer gets the text alone."""
-        reply = raised_by(self.session or ServingSession(), error)
-        return reply if self.extended else Raised(reply.text)
+        return raised_by(self.session or ServingSession(), error, self.extended)
 
     # -- asynchronous completions ----------------------------------------------------------------------------------
 
@@ -403,7 +407,7 @@ class Servant:
             start(completion)
         except BaseException as error:
             completion.error(error)
-            if _is_ours(error):
+            if is_ours(error):
                 raise
         with self.lock:
             if not completion.finished and not self.over:
@@ -425,7 +429,7 @@ class Servant:
                 return
             try:
                 reply = make(outcome)
-            except Exception as error:
+            except BaseException as error:
                 reply = self.exception(error)
             self._answer(reply)
             resumed = self.parked is completion
@@ -621,11 +625,6 @@ class Servant:
                 f"Check failed: (fconstructor.has_value()) is false:  Cannot find session constructor {name}"
             )
         return known, tuple(args)
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Tell whether an error is meant for this process too: Ctrl-C reaches the main thread alone."""
-    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
 def _single(result: Any) -> Reply:

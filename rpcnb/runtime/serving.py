@@ -46,11 +46,18 @@ if TYPE_CHECKING:
 __all__ = ["HandleSession", "ServingSession", "raised_by"]
 
 
-def raised_by(session: ServingSession | HandleSession, error: BaseException) -> Raised:
-    """Return the session's report of an exception, also of one that cannot say what it is."""
+def raised_by(session: ServingSession | HandleSession, error: BaseException, extended: bool = True) -> Raised:
+    """Return the session's report of an exception, also of one that cannot say what it is.
+
+    Where the peer is not ``extended``, it gets the text alone, and no traceback is formatted (1 ms each) for nobody.
+    """
     try:
-        return session.send_exception(error)
-    except Exception as broken:
+        if extended:
+            return session.send_exception(error)
+        if type(session).send_exception is ServingSession.send_exception:
+            return Raised(str(error) or type(error).__name__)
+        return Raised(session.send_exception(error).text)
+    except BaseException as broken:  # of its own methods: SystemExit too
         return Raised(f"{type(error).__name__} without a text: {type(broken).__name__} while making it")
 
 

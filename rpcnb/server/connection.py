@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import socket
 import struct
 import threading
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from rpcnb.server.workers import WorkerPool
     from rpcnb.transport.watcher import EpollWatcher, LoopWatcher
 
-__all__ = ["ClientState", "Connection", "Host"]
+__all__ = ["ClientState", "Connection", "Draining", "Host"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ _GATHER = 64
 # 15 us per call in a virtual machine to be programmed.
 _HOT_TIME = struct.pack("ll", 0, 500_000)
 _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
+# What poll() says of a client that has gone: its stream's end, or worse.
+_GONE: int = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 _LINGER = 5.0  # seconds for the last replies of a session that ends
 
 
@@ -65,7 +68,6 @@ class Host(Protocol):
     name: str
     key: str
     limits: Limits
-    max_sessions: int | None
     environment: Environment
     gate: Gate
     io_loop: IOLoop
@@ -82,8 +84,18 @@ class Host(Protocol):
         """Tell whether there is no room for another session."""
 
     @property
+    def draining(self) -> dict[Any, Draining]:
+        """What goes on running after its client has gone, by connection."""
+
+    @property
     def kernel_busy(self) -> float | None:
         """Seconds for which a blocking cell has kept the kernel's loop from running functions; None if none does."""
+
+    def why_full(self) -> str:
+        """Return what to say to a client for whom there is no room."""
+
+    def why_refused(self) -> str:
+        """Say why no plain function can be run now; empty if one can."""
 
     def admits(self, text: str, address: tuple[Any, ...]) -> bool:
         """Tell whether a client with this key text may enter."""
@@ -102,6 +114,20 @@ class Host(Protocol):
 
     def tell(self, kind: type[Any], **facts: Any) -> None:
         """Tell the observers, if there are any."""
+
+
+class Draining(NamedTuple):
+    """A function that goes on running after its client has gone; a thread cannot be stopped.
+
+    Attributes:
+        function: Its name.
+        peer: The client's address.
+        since: ``time.monotonic()`` at which the client's end was noticed.
+    """
+
+    function: str
+    peer: str
+    since: float
 
 
 class ClientState(NamedTuple):
@@ -144,6 +170,7 @@ class Connection:
         self.in_worker = False
         self.closed = False
         self.ended = False  # the client's stream has ended, or the server wants the end
+        self.session_at_end: Any = None  # the session that it opened, once it has been closed
         self.deadline: Any = None  # the handshake's, then the session's timer
         self._parked_since = ("", 0.0)
         self._for_kernel = False  # what runs was given to the kernel's loop
@@ -182,6 +209,31 @@ class Connection:
         session = servant.session
         started = session.calls.running if isinstance(session, LocalServingSession) else []
         return any(call.for_kernel for call in started if call.id == number)
+
+    def look(self) -> None:
+        """Notice that the client has gone while a worker, or the kernel, runs a function: nobody reads then."""
+        servant = self.servant
+        if servant is not None and self.in_worker and servant.running is not None and not self.closed:
+            poll = select.poll()
+            poll.register(self.fd, _GONE)
+            if poll.poll(0):
+                self.close()
+
+    def still_runs(self) -> str:
+        """Name what of its session goes on running; empty if nothing does. From any thread."""
+        servant = self.servant
+        running = servant.running if servant is not None and self.in_worker else None
+        if running is not None:
+            return running
+        session = self.session_at_end
+        if isinstance(session, LocalServingSession):
+            started = session.calls.in_thread
+            if started is not None:
+                return started.name
+            cells = session.environment.cells
+            if cells is not None:
+                return cells.runs(session)
+        return ""
 
     # -- handshake -----------------------------------------------------------------------------------------------
 
@@ -250,9 +302,10 @@ class Connection:
         server = self.server
         if not server.full:
             return ""
-        log.warning("%s: refused %s: %d sessions are open", server.name, self.peer, server.max_sessions)
-        server.tell(events.ConnectionRejected, peer=self.peer, reason="full")
-        return f"server is full: max_sessions={server.max_sessions} are open; try again later"
+        why = server.why_full()
+        log.warning("%s: refused %s: %s", server.name, self.peer, why)
+        server.tell(events.ConnectionRejected, peer=self.peer, reason="draining" if server.draining else "full")
+        return f"{why}; try again later"
 
     def _accept_lane(self, key: KeyText) -> None:
         """Let a further connection of a session in, if it presents the session's ticket."""
@@ -291,6 +344,7 @@ class Connection:
             on_parked=self._parked,
             route=self._route,
             refusal=full,
+            why_refused=server.why_refused,
             shares=self._session_of_lane if self.lane else None,
             lane=self.lane,
         )
@@ -643,6 +697,7 @@ class Connection:
             self.server.io_loop.remove_timeout(self.deadline)
         self.server.watcher.remove(self.fd)
         if self.servant is not None:
+            self.session_at_end = None if self.lane else self.servant.session
             self.servant.cancel()
         # A worker may be in poll or recv on this socket: wake it; it finds the connection closed.
         with contextlib.suppress(OSError):

@@ -31,7 +31,7 @@ from rpcnb.protocol.codes import Limits
 from rpcnb.runtime.access import Gate, check_token, new_token
 from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.tasks import spawn_on
-from rpcnb.server.connection import ClientState, Connection
+from rpcnb.server.connection import ClientState, Connection, Draining
 from rpcnb.server.lanes import Lanes
 from rpcnb.server.workers import WorkerPool
 from rpcnb.transport import forks, interval
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["Server", "all_servers"]
 
 log = logging.getLogger(__name__)
+
+_LOOK = 0.5  # seconds
 
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
@@ -209,6 +211,7 @@ class Server:
         self._connections: dict[Connection, None] = {}  # in order of arrival
         self._half_open: Counter[str] = Counter()
         self._sessions = 0
+        self.draining: dict[Connection, Draining] = {}
         self._closed = False
         self._listeners: list[socket.socket] = []
         self._acceptor: Acceptor | None = None
@@ -274,6 +277,7 @@ class Server:
         tracker: tuple[str, int] | None,
     ) -> None:
         self.watcher = make_watcher(self.io_loop)
+        self.io_loop.call_later(_LOOK, self._look)
         if web_port is not None:
             self._open_web(web_port, allow_origin)
         self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._drop_oldest_half_open)
@@ -347,8 +351,23 @@ class Server:
 
     @property
     def full(self) -> bool:
-        """Tell whether ``max_sessions`` are open."""
-        return self.max_sessions is not None and self._sessions >= self.max_sessions
+        """Tell whether ``max_sessions`` are open, those included of which something still runs."""
+        return self.max_sessions is not None and self._sessions + len(self.draining) >= self.max_sessions
+
+    def why_full(self) -> str:
+        """Return what to say to a client for whom there is no room."""
+        if not self.draining:
+            return f"server is full: max_sessions={self.max_sessions} are open"
+        one = min(self.draining.values(), key=lambda one: one.since)
+        age = time.monotonic() - one.since
+        return f"server is draining: {one.function!r} of {one.peer} still runs, {age:.0f} s after its client has gone"
+
+    def why_refused(self) -> str:
+        """Say why no plain function can be run now; empty if one can."""
+        count, most = len(self.draining), self.limits.draining
+        if count < most:
+            return ""
+        return f"{count} functions go on running here after their clients have gone, draining={most}; try again later"
 
     def opened(self, connection: Connection) -> None:
         """Note that a handshake has succeeded."""
@@ -384,12 +403,38 @@ class Server:
             lane.close()
         if not connection.lane:
             self._sessions -= 1
-            if self._registration is not None:
-                self._registration.ended(connection.key.key)
-            if self._dial_out is not None:
-                self._dial_out.ended()
             log.log(self.log_level, "%s: session of %s ended", self.name, connection.peer)
             self._hook("tvm.rpc.server.shutdown")
+            running = "" if self._closed else connection.still_runs()
+            if running:
+                log.warning("%s: %s has gone, %r still runs: draining", self.name, connection.peer, running)
+                self.draining[connection] = Draining(running, connection.peer, time.monotonic())
+                self.workers.write_off(len(self.draining))
+                if self._registration is not None:
+                    self._registration.changed()
+            else:
+                self._place_is_free(connection)
+
+    def _place_is_free(self, connection: Connection) -> None:
+        """Note that a session has ended, and nothing of it runs any more."""
+        if self._registration is not None:
+            self._registration.ended(connection.key.key)
+        if self._dial_out is not None:
+            self._dial_out.ended()
+
+    def _look(self) -> None:
+        """Look after clients whose sockets nobody reads, and after what still runs; twice a second."""
+        for connection in list(self._connections):
+            connection.look()
+        for connection, one in list(self.draining.items()):
+            if not connection.still_runs():
+                del self.draining[connection]
+                seconds = time.monotonic() - one.since
+                log.warning("%s: %r has ended, %.1f s after its client had gone", self.name, one.function, seconds)
+                self.workers.write_off(len(self.draining))
+                self._place_is_free(connection)
+        if not self._closed:
+            self.io_loop.call_later(_LOOK, self._look)
 
     def tell(self, kind: type[Any], **facts: Any) -> None:
         """Tell the observers, if there are any."""
@@ -491,13 +536,19 @@ class Server:
             if not said:
                 said = True
                 busy = self.kernel_busy
-                say({"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, "sessions": self._sessions})
+                say({"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, **self._counts()})
 
         if self.kernel is None or self.environment.default_run != "kernel":
             tell()
         else:
             self.kernel(lambda: self.io_loop.add_callback(tell))
             self.io_loop.call_later(BUSY_AFTER + 0.05, tell)
+
+    def _counts(self) -> dict[str, Any]:
+        """Return what is open, and what still runs."""
+        now = time.monotonic()
+        still = [{"function": one.function, "seconds": now - one.since} for one in self.draining.values()]
+        return {"sessions": self._sessions, "draining": still}
 
     def panel(self) -> Any:
         """Return a live view of this server and its clients, for a notebook."""

@@ -43,6 +43,7 @@ class WorkerPool:
         self._idle: list[queue.SimpleQueue[Callable[[], None] | None]] = []
         self._backlog: deque[Callable[[], None]] = deque()
         self._threads: set[threading.Thread] = set()
+        self._written_off = 0
         self._closed = False
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -51,7 +52,7 @@ class WorkerPool:
             if self._idle:
                 self._idle.pop().put(job)
                 return
-            if len(self._threads) >= self._limit:
+            if len(self._threads) >= self._limit + self._written_off:
                 self._backlog.append(job)
                 return
             thread = threading.Thread(target=self._run, args=(job,), name=f"{self._name}-worker", daemon=True)
@@ -62,6 +63,11 @@ class WorkerPool:
             with self._lock:
                 self._threads.discard(thread)
             raise
+
+    def write_off(self, count: int) -> None:
+        """Let so many threads take no places: what they run goes on after its client has gone, perhaps for ever."""
+        with self._lock:
+            self._written_off = count
 
     def may_wait(self) -> bool:
         """Take one of the places for waiting workers; give it back with :meth:`waited`."""

@@ -219,7 +219,7 @@ def test_sessions_beyond_their_number_are_refused(serve: Serve, caplog: pytest.L
         rpcnb.connect(server.address)
     eventually(lambda: server.sessions == 0)
     rpcnb.connect(server.address).close()
-    assert "2 sessions are open" in caplog.text
+    assert "max_sessions=2 are open" in caplog.text
     caplog.clear()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from explorer import Failure, explore
 
+from rpcnb.protocol.codes import Limits
 from rpcnb.protocol.messages import Return
 from rpcnb.protocol.records import read_records
 from rpcnb.runtime import completion, overlap
@@ -18,6 +19,8 @@ class Session:
     """What calls need of their session."""
 
     class environment:
+        limits = Limits()
+
         @staticmethod
         def later(seconds: float, function: Callable[[], object]) -> Callable[[], object]:
             return lambda: None
