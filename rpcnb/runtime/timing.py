@@ -19,6 +19,8 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import FunctionNotFound, InvalidHandle
+from rpcnb.runtime.completion import call_cancelled
+from rpcnb.runtime.current import CALL
 from rpcnb.runtime.devices import find_device
 from rpcnb.runtime.handles import HandleKind
 from rpcnb.runtime.served import Module, ServedFunction
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from rpcnb.runtime.serving import HandleSession
 
 __all__ = ["make_evaluator"]
+
+_LOOK = 0.05  # seconds between two looks whether anybody waits still
 
 
 class _Pause:
@@ -123,14 +127,20 @@ def make_evaluator(
 
 
 def _drive(steps: Generator[Any, Any, bytes]) -> bytes:
+    call = CALL.get()
     while True:
+        if call is not None and call.cancelled:  # a given up measurement of 1,000 x 50 ms would go on for 50 s
+            raise call_cancelled()
         try:
             step = next(steps)
         except StopIteration as end:
             result: bytes = end.value
             return result
         if isinstance(step, _Pause):
-            time.sleep(step.seconds)
+            left = step.seconds
+            while left > 0 and not (call is not None and call.cancelled):
+                time.sleep(min(left, _LOOK))
+                left -= _LOOK
         elif isinstance(step, _Sync):
             step.block()
 

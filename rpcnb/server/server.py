@@ -360,14 +360,14 @@ class Server:
             return f"server is full: max_sessions={self.max_sessions} are open"
         one = min(self.draining.values(), key=lambda one: one.since)
         age = time.monotonic() - one.since
-        return f"server is draining: {one.function!r} of {one.peer} still runs, {age:.0f} s after its client has gone"
+        return f"server is draining: {one.function!r} of {one.peer} still runs, {age:.0f} s after its session"
 
     def why_refused(self) -> str:
         """Say why no plain function can be run now; empty if one can."""
         count, most = len(self.draining), self.limits.draining
         if count < most:
             return ""
-        return f"{count} functions go on running here after their clients have gone, draining={most}; try again later"
+        return f"{count} functions go on running here after their sessions, draining={most}; try again later"
 
     def opened(self, connection: Connection) -> None:
         """Note that a handshake has succeeded."""
@@ -407,13 +407,19 @@ class Server:
             self._hook("tvm.rpc.server.shutdown")
             running = "" if self._closed else connection.still_runs()
             if running:
-                log.warning("%s: %s has gone, %r still runs: draining", self.name, connection.peer, running)
+                told = "%s: the session of %s is over, %r still runs: draining"
+                log.log(self._drain_level, told, self.name, connection.peer, running)
                 self.draining[connection] = Draining(running, connection.peer, time.monotonic())
                 self.workers.write_off(len(self.draining))
                 if self._registration is not None:
                     self._registration.changed()
             else:
                 self._place_is_free(connection)
+
+    @property
+    def _drain_level(self) -> int:
+        """At which it is logged that something still runs: where nobody else gets the board meanwhile, as a warning."""
+        return self.log_level if self.max_sessions is None else logging.WARNING
 
     def _place_is_free(self, connection: Connection) -> None:
         """Note that a session has ended, and nothing of it runs any more."""
@@ -430,7 +436,8 @@ class Server:
             if not connection.still_runs():
                 del self.draining[connection]
                 seconds = time.monotonic() - one.since
-                log.warning("%s: %r has ended, %.1f s after its client had gone", self.name, one.function, seconds)
+                told = "%s: %r has ended, %.1f s after its session"
+                log.log(self._drain_level, told, self.name, one.function, seconds)
                 self.workers.write_off(len(self.draining))
                 self._place_is_free(connection)
         if not self._closed:
