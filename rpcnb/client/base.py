@@ -6,6 +6,7 @@ import importlib
 import itertools
 import logging
 import sys
+import threading
 import time
 import weakref
 from functools import partial
@@ -89,6 +90,7 @@ class SessionBase:
         self._pending: dict[int, Any] = {}  # operations that have not finished, by number
         self._before = Traffic(0, 0, 0)  # of connections before the session was opened again
         self._reopening = Turn()
+        self._one_attaches = threading.RLock()
         self._closes = 0  # how often it has been closed: not to be attached to what was dialled before that
         self._attach(link, answer)
         _sessions.add(self)
@@ -124,7 +126,7 @@ class SessionBase:
 
     def forked(self) -> None:
         """In a forked child: what was pending is the parent's, and locks may be held by threads that are not here."""
-        self._reopening = Turn()
+        self._reopening, self._one_attaches = Turn(), threading.RLock()
         for pending in list(self._pending.values()):
             pending.forked()
         self._pending.clear()
@@ -299,7 +301,8 @@ class SessionBase:
         """Tell of the end, and of what was still allocated."""
         if self._link.wire.ended is None and self._held:
             log.debug("%s closes with %d tensors, %d bytes, allocated", self.name, self._tensors, self._held)
-        self._closes += 1
+        with self._one_attaches:
+            self._closes += 1
         if not self._told_end:
             self._told_end = True
             reason = self._link.wire.ended

@@ -65,12 +65,12 @@ class Life:
             if lanes is not None and not lanes.closed:
                 lanes.fail(wire.ended)
         else:
-            self._listen(session, wire, lanes)
+            self._listen(session, ops, wire, lanes)
         if session.observers and not session._told_end and session.state != self._told:
             before, self._told = self._told, session.state
             session._tell(events.SessionStateChanged, peer=session.peer, state=self._told, before=before)
 
-    def _listen(self, session: Owner, wire: Any, lanes: Any) -> None:
+    def _listen(self, session: Owner, ops: Any, wire: Any, lanes: Any) -> None:
         now = time.monotonic()
         control = lanes.opened if lanes is not None else None
         received = wire.bytes_received
@@ -94,4 +94,4 @@ class Life:
             quiet = min(quiet, unheard_by_tcp(wire.sock))
         self.silent = quiet >= SILENT_AFTER
         if self._lost_after is not None and quiet >= self._lost_after:
-            session._link.fail(SessionLost(f"session lost: {session.peer} has said nothing for {quiet:.1f} s"))
+            ops.link.fail(SessionLost(f"session lost: {session.peer} has said nothing for {quiet:.1f} s"))

@@ -134,7 +134,9 @@ class Pending(Future[Any]):
             with self._lock:
                 self._before = sum(hold.then(self._one_ended) for hold in before)
                 waits = self._before > 0
-            if not waits:
+            if self._settled:
+                self._hold.release()  # its time was over just now, when there was nothing to release yet
+            elif not waits:
                 self._begin()
 
     def adopt(self, link: Any, begun: Unfinished, deadline: Deadline, since: float, watch: Watch | None) -> None:

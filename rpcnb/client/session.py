@@ -440,10 +440,11 @@ class Session(CellMethods, SessionBase):
         self._dialer.renew()
         with Guard() as guard:
             link, answer = self._dialer.open(deadline, guard)
-        if closes != self._closes:
-            link.close()
-            raise SessionClosed(f"{self.name} was closed while it was being opened again")
-        self._attach(link, answer)
+        with self._one_attaches:
+            if closes != self._closes:
+                link.close()
+                raise SessionClosed(f"{self.name} was closed while it was being opened again")
+            self._attach(link, answer)
         self._opened()
 
     # -- end -----------------------------------------------------------------------------------------------------

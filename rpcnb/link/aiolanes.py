@@ -41,7 +41,8 @@ class AsyncLanes(LanesBase):
                 if self.opened is None and not (self.refused or self.closed):
                     found = await self._open(CONTROL_LANE, look_up_control())
                     if found is not None:
-                        self.opened = Control(*found, self.numbers, self.control_lost)
+                        self.control_lane = Control(*found, self.numbers, self.control_lost)
+                        self.close_again()
         return self.opened
 
     async def bulk(self) -> AsyncLink | None:
@@ -52,6 +53,7 @@ class AsyncLanes(LanesBase):
                 found = await self._open(number, flows.initialize())
                 if found is not None:
                     self.bulk_links.append(found[0])
+                    self.close_again()
             link: AsyncLink | None = self.least_busy()
             return link
 

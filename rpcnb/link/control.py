@@ -114,7 +114,7 @@ class Control:
         self._asks = False  # it will be seen in a moment whether another is needed
         self._started = 0  # ordinal of the last start
         self._behind = 0  # ordinal of the last poll
-        self._ended = False
+        self._ended: RpcError | None = None
         self._ask()
 
     def start(
@@ -134,12 +134,15 @@ class Control:
         ticket = StartedTicket(request, next(self._numbers), self)
         ticket.on_output = on_output
         self._calls[ticket.number] = ticket
+        if self._ended is not None:  # looked at after that: whoever ends the lane now finds the call
+            self._calls.pop(ticket.number, None)
+            raise self._ended.again()
         limit = float(seconds + _GRACE if seconds else 0)
         arguments = (ticket.number, limit, int(request.handle), *request.args)
         try:
             begun = self.link.send(CallFunc(self._functions[START], arguments))
         except BaseException:
-            del self._calls[ticket.number]
+            self._calls.pop(ticket.number, None)
             raise
         self._started = begun.ordinal
         operation = _Begun(self, ticket, begun)
@@ -155,13 +158,13 @@ class Control:
 
     def cancel(self, ticket: StartedTicket) -> None:
         """End a call early; its outcome is dropped when it comes."""
-        if ticket.done:
-            if ticket.reply is not None and not (ticket.taken or ticket.abandoned):
+        with self.link.wire.lock:  # its outcome may be coming just now
+            if ticket.done and ticket.reply is not None and not (ticket.taken or ticket.abandoned):
                 self.link.garbage.extend(undo(ticket.request, ticket.reply))  # type: ignore[arg-type]  # a call's
             ticket.abandoned = True
-            return
-        ticket.waker = None
-        ticket.abandoned = True
+            if ticket.done:
+                return
+            ticket.waker = None
         self._tell(CallFunc(self._functions[CANCEL], (ticket.number,)))
 
     def cancel_at(self, lane: int, ordinals: list[int]) -> None:
@@ -193,7 +196,7 @@ class Control:
 
     def _ask_behind(self, step: int, answers: int) -> None:
         self._asks = False
-        if self._ended or self._polls >= _MOST_POLLS or (step and self.answers != answers):
+        if self._ended is not None or self._polls >= _MOST_POLLS or (step and self.answers != answers):
             return
         if step or self._behind < self._started:
             self._ask()
@@ -247,12 +250,18 @@ class Control:
             self.settle(ticket, None, error if known else RemoteProtocolError(f"expected output of a call: {error}"))
 
     def _end(self, error: RpcError) -> None:
-        if self._ended:
+        if self._ended is not None:
             return
-        self._ended = True
+        self._ended = error.again()
         self._on_end(error)
+        self.link.fail(error)  # nobody polls it any more
         for ticket in list(self._calls.values()):
             self.settle(ticket, None, error.again())
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether it is of no use any more."""
+        return self._ended is not None
 
     def owed(self) -> list[StartedTicket]:
         """Return the tickets of calls that somebody waits for."""
@@ -280,11 +289,17 @@ class LanesBase:
         self.most = most
         self.name = name
         self.numbers = itertools.count(1)  # of calls; a lane that is opened again goes on with them
-        self.opened: Control | None = None  # the control lane
+        self.control_lane: Control | None = None
         self.bulk_links: list[Any] = []
         self.wires: list[Any] = []  # of every lane there has been: what they have carried counts
         self.refused = False  # they cannot be opened: do without
         self.closed = False
+
+    @property
+    def opened(self) -> Control | None:
+        """The control lane, if it is open."""
+        control = self.control_lane
+        return None if control is None or control.ended else control
 
     @property
     def missing_bulk(self) -> int:
@@ -304,7 +319,6 @@ class LanesBase:
     def control_lost(self, error: RpcError) -> None:
         """Forget a control lane that has ended; the next call that needs it opens another."""
         log.info("%s has lost its control lane: %s", self.name, error)
-        self.opened = None
 
     def failed(self, error: RpcError) -> None:
         """Do without lanes."""
@@ -345,6 +359,11 @@ class LanesBase:
         self.closed = True
         for link in self.links():
             link.fail(error)
+
+    def close_again(self) -> None:
+        """Close what was opened while all was being closed."""
+        if self.closed:
+            self.close()
 
     def close(self) -> None:
         """End all lanes."""

@@ -54,7 +54,8 @@ class Lanes(LanesBase):
                 if self.opened is None and not (self.refused or self.closed):
                     found = self._open(CONTROL_LANE, look_up_control(), deadline)
                     if found is not None:
-                        self.opened = Control(*found, self.numbers, self.control_lost)
+                        self.control_lane = Control(*found, self.numbers, self.control_lost)
+                        self.close_again()
         return self.opened
 
     def bulk(self, deadline: Deadline = NO_DEADLINE) -> Link | None:
@@ -69,6 +70,7 @@ class Lanes(LanesBase):
                 found = self._open(number, flows.initialize(), deadline)
                 if found is not None:
                     self.bulk_links.append(found[0])
+                    self.close_again()
             link: Link | None = self.least_busy()
             return link
 
