@@ -17,7 +17,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import LimitExceeded
+from rpcnb.errors import CopyMismatch, LimitExceeded
 from rpcnb.protocol.codes import VERSION, Code
 from rpcnb.protocol.endpoint import State
 from rpcnb.protocol.messages import (
@@ -476,7 +476,7 @@ class Servant:
     def _copy_from(self, message: CopyFromRemote) -> None:
         session, meta, nbytes = self._ready(), message.meta, message.nbytes
         self._check_copy(meta, nbytes)
-        view = session.direct(meta, nbytes)
+        view = _direct(session, meta, nbytes)
         if view is not None:
             self._answer(CopyAck(view))
             return
@@ -493,7 +493,7 @@ class Servant:
         try:
             session = self._ready()
             self._check_copy(message.meta, message.nbytes)
-            view = session.direct(message.meta, message.nbytes)
+            view = _direct(session, message.meta, message.nbytes)
             direct = view is not None
             if view is None:
                 view = staging(message.nbytes)
@@ -616,6 +616,16 @@ class Servant:
 def _is_ours(error: BaseException) -> bool:
     """Tell whether an error is meant for this process too: Ctrl-C reaches the main thread alone."""
     return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+
+
+def _direct(session: ServingSession, meta: TensorMeta, nbytes: int) -> memoryview | None:
+    """Return the memory that the socket uses itself, as bytes, whose number is not taken on trust."""
+    view = session.direct(meta, nbytes)
+    if view is None:
+        return None
+    if view.nbytes != nbytes:
+        raise CopyMismatch(f"{type(session).__name__} has {view.nbytes} bytes for a copy of {nbytes} bytes")
+    return view if view.ndim == view.itemsize == 1 else view.cast("B")
 
 
 def _single(result: Any) -> Reply:

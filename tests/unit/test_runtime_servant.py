@@ -369,6 +369,33 @@ class Driver:
         return self.client.next_message()
 
 
+class Wide(ServingSession):
+    """Its memory is seen in items of 4 bytes, and is as long as it is."""
+
+    def __init__(self) -> None:
+        self.memory = bytearray(8)
+
+    def direct(self, meta: TensorMeta, nbytes: int) -> memoryview:
+        return memoryview(self.memory).cast("i")
+
+
+def test_memory_for_the_socket_is_counted_in_bytes_and_must_have_the_size_of_the_copy() -> None:
+    driver = Driver(environment=Environment(local_session=Wide))
+    driver.send(InitServer())
+    assert driver.reply() == VOID
+    meta = META._replace(shape=(8,))
+    driver.send(CopyToRemote(meta, 8, b"abcdefgh"))
+    assert driver.reply() == VOID
+    into = bytearray(8)
+    driver.send(CopyFromRemote(meta, 8, memoryview(into)))
+    driver.reply()
+    assert into == b"abcdefgh"
+    for request in (CopyFromRemote(meta, 4, memoryview(bytearray(4))), CopyToRemote(meta, 4, b"abcd")):
+        driver.send(request)
+        assert driver.reply() == Raised("Wide has 8 bytes for a copy of 4 bytes")
+    driver.servant.cancel()
+
+
 class Async(ServingSession):
     is_async = True
 

@@ -1,0 +1,144 @@
+"""What people give and get is what travels, whichever way it goes; or it is refused by name."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rpcnb
+from rpcnb.errors import AccessDenied, ArgumentError, CopyMismatch, RemoteError
+from rpcnb.runtime.registry import Registry
+
+Serve = Callable[..., Any]
+PLAIN = np.array([[1.0, 2.0], [3.0, 4.0]])
+
+
+class Mode(str, enum.Enum):
+    FAST = "fast"
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+class Raw(bytes):
+    def __len__(self) -> int:
+        return 1 << 40
+
+
+class Own(np.ndarray[Any, Any]):
+    def __len__(self) -> int:
+        return 7
+
+
+@pytest.fixture
+def session(serve: Serve, registry: Registry) -> Iterator[rpcnb.Session]:
+    async def later(x: Any) -> Any:
+        return x
+
+    registry.register("sum", lambda x: float(x.sum()))
+    registry.register("echo", lambda x: x)
+    registry.register("later", later)
+    registry.register("kind", lambda x: type(x).__name__)
+    registry.register("raw", lambda: Raw(b"abc"))
+    registry.register("masked", lambda: np.ma.masked_array([1.0], mask=[True]))
+    with rpcnb.connect(serve(allow_exec=True, token="t").address, token="t") as made:
+        yield made
+
+
+@pytest.fixture(params=["matrix", "masked", "memmap", "own"])
+def array(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    if request.param == "matrix":
+        return PLAIN.copy().view(np.matrix)
+    if request.param == "masked":
+        return np.ma.masked_array(PLAIN.copy())
+    if request.param == "own":
+        return PLAIN.copy().view(Own)
+    found = np.memmap(tmp_path / "array", "float64", "w+", shape=(2, 2))
+    found[...] = PLAIN
+    return found
+
+
+def test_an_array_of_a_subclass_travels_whichever_way_it_is_given(session: rpcnb.Session, array: Any) -> None:
+    assert (session.array(array).numpy() == PLAIN).all()
+    assert (session.empty((2, 2), "float64").copyfrom(array).numpy() == PLAIN).all()
+    total = session.get_function("sum")
+    assert (total(array), total.submit(array).result(10)) == (10.0, 10.0)
+    back = session.get_function("later").submit(array).result(10)
+    assert (back.numpy() == PLAIN).all()
+    assert [one.shape for one in session.get_function("later").map([array])] == [(2, 2)]
+    with pytest.raises(ArgumentError, match="argument 0 is a numpy array"):
+        total.map([array])
+    session.namespace["x"] = array
+    assert type(session.namespace["x"]) is np.ndarray
+    assert (session.namespace["x"] == PLAIN).all()
+
+
+def test_a_copy_goes_into_an_array_of_a_subclass(session: rpcnb.Session, array: Any) -> None:
+    array[...] = 0
+    assert session.array(PLAIN).numpy(array) is array
+    assert (np.asarray(array) == PLAIN).all()
+
+
+def test_an_array_of_a_subclass_travels_when_awaited(serve: Serve, registry: Registry, array: Any) -> None:
+    registry.register("sum", lambda x: float(x.sum()))
+    server = serve()
+
+    async def main() -> None:
+        async with await rpcnb.connect_async(server.address) as session:
+            assert await session.call("sum", array) == 10.0
+            made = await session.array(array)
+            assert (await made.numpy() == PLAIN).all()
+
+    asyncio.run(main())
+
+
+def test_masked_elements_and_records_are_refused_by_name_and_the_session_goes_on(session: rpcnb.Session) -> None:
+    masked = np.ma.masked_array([1.0, 2.0], mask=[False, True])
+    records = np.rec.fromarrays([[1], [2.0]])
+    made = session.empty((2,), "float64")
+    for give in (session.array, made.copyfrom, made.numpy):
+        with pytest.raises(CopyMismatch, match=r"1 elements of a MaskedArray are masked; pass \.filled\(value\)"):
+            give(masked)
+    with pytest.raises(CopyMismatch, match="are masked"):
+        session.array([masked])
+    for array in (masked, records):
+        with pytest.raises(ArgumentError, match="argument 0 is an array that cannot travel"):
+            session.call("sum", array)
+        with pytest.raises(ArgumentError, match="argument 0 is an array that cannot travel"):
+            session.get_function("sum").submit(array).result(10)
+    with pytest.raises(RemoteError, match=r"CopyMismatch: 1 elements .* pass \.filled\(value\)"):
+        session.call("masked")
+    session.run_cell(
+        "import numpy; m = numpy.ma.masked_array([1.0], mask=[1]); m2 = numpy.ones((1, 1)).view(numpy.matrix)"
+    )
+    with pytest.raises(RemoteError, match="CopyMismatch"):
+        _ = session.namespace["m"]
+    assert session.namespace["m2"].tolist() == [[1.0]]
+    assert session.call("sum", np.ones(3)) == 3.0
+
+
+@pytest.mark.parametrize("name", ["echo", "later"])
+def test_values_of_subclasses_travel_as_what_they_hold(session: rpcnb.Session, name: str) -> None:
+    function = session.get_function(name)
+    for value, good in ((Mode.FAST, "fast"), (Raw(b"raw"), b"raw")):
+        assert function(value) == function.submit(value).result(10) == function.map([value])[0] == good
+    with pytest.raises(ArgumentError, match=r"argument 0 is a member of the enum Colour; pass \.value"):
+        function(Colour.RED)
+    session.upload(Raw(b"file"), Mode.FAST)
+    assert session.download("fast") == b"file"
+    session.namespace["mode"] = Mode.FAST
+    assert session.namespace["mode"] == "fast"
+    with pytest.raises(AccessDenied, match=r"pass \.value"):
+        session.namespace["colour"] = Colour.RED
+
+
+def test_bytes_that_lie_about_their_length_come_whole(session: rpcnb.Session) -> None:
+    raw = session.get_function("raw")
+    assert raw() == raw.submit().result(10) == b"abc"
