@@ -25,6 +25,7 @@ __all__ = [
     "ModuleRef",
     "ObjectRef",
     "Pointer",
+    "StaysHere",
     "TensorMeta",
     "Value",
     "device",
@@ -225,6 +226,21 @@ Value = (
     | ObjectRef
     | None
 )
+
+
+class StaysHere:
+    """What lives in this process and cannot be in another, or twice here: a copy or a pickle of it is refused.
+
+    A copy would use the original's connection, and its finalizer would release the original's handle.
+    """
+
+    __slots__ = ()
+    _instead = "make another one there"  # what to do instead of copying or pickling it
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        name = type(self).__name__
+        raise TypeError(f"a {name} belongs to this process and cannot be copied or pickled; {self._instead}")
+
 
 # How a value of a subclass becomes one of its base: by what it holds, whatever the subclass says of itself.
 _BASES: tuple[tuple[type, Any], ...] = (

@@ -16,6 +16,7 @@ from rpcnb.client.operations import Operations
 from rpcnb.errors import LocalProtocolError, SessionClosed, SessionLost, SessionTimeout
 from rpcnb.link.order import Order
 from rpcnb.protocol.endpoint import State
+from rpcnb.values import StaysHere
 from rpcnb.values import device as as_device
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Traffic(NamedTuple):
     received: int
 
 
-class SessionBase:
+class SessionBase(StaysHere):
     """A session's identity and everything that needs no exchange.
 
     Attributes:
@@ -64,6 +65,7 @@ class SessionBase:
         expires: ``time.monotonic()`` at which the server ends the session, or None.
     """
 
+    _instead = "open another session there, with rpcnb.connect(...)"
     _types: tuple[Any, Any, Any, Any, Any]
     _lanes: LanesBase | None = None
 

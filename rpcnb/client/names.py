@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.values import StaysHere
+
 if TYPE_CHECKING:
     from rpcnb.protocol.flows import Flow
 
 __all__ = ["FunctionNames"]
 
 
-class FunctionNames:
+class FunctionNames(StaysHere):
     """``session.fn``: remote functions as attributes, ``session.fn.demo.add(1, 2)``; names are looked up on use."""
 
     __slots__ = ("_prefix", "_session")
+    _instead = "use .fn of a session that is opened there"
 
     def __init__(self, session: Any, prefix: str = "") -> None:
         self._session = session

@@ -17,7 +17,7 @@ from rpcnb.link.wire import Ticket
 from rpcnb.protocol import flows
 from rpcnb.protocol.flows import release_data, release_handle
 from rpcnb.protocol.shortcut import NOT_PLAIN
-from rpcnb.values import DEVICE_NAMES, Device, is_array
+from rpcnb.values import DEVICE_NAMES, Device, StaysHere, is_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -42,10 +42,11 @@ __all__ = [
 ]
 
 
-class RemoteHandle:
+class RemoteHandle(StaysHere):
     """Something at the server that this process holds one reference to."""
 
     __slots__ = ("__weakref__", "epoch", "handle", "session")
+    _instead = "get it from a session that is opened there"
 
     def __init__(self, session: Any, handle: int) -> None:
         self.session = session
@@ -240,10 +241,11 @@ class AsyncRemoteFunction(_Function):
         return session._ops.wrap(flows.call_result(flows.result_of(ticket.result())))
 
 
-class _Device:
+class _Device(StaysHere):
     """A device of a session's server."""
 
     __slots__ = ("index", "session", "type")
+    _instead = "get it from a session that is opened there"
 
     def __init__(self, session: Any, type: int, index: int = 0) -> None:
         self.session = session
@@ -351,7 +353,7 @@ class AsyncRemoteDevice(_Device):
         await self.session._run(flows.free_stream(self._wire(), stream), timeout, "free_stream")
 
 
-class _Tensor:
+class _Tensor(StaysHere):
     """A tensor in the server's memory; what sync and async tensors share.
 
     Attributes:
@@ -360,6 +362,7 @@ class _Tensor:
     """
 
     __slots__ = ("__weakref__", "_handle", "_owner", "defined", "epoch", "freed", "meta", "session")
+    _instead = ".numpy() brings its data, which a session there can make a tensor of"
 
     def __init__(self, session: Any, meta: TensorMeta, handle: int = 0, owner: _Tensor | None = None) -> None:
         self.session = session

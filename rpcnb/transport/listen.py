@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import AccessDenied
 from rpcnb.transport.address import is_loopback, show_address
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
+from rpcnb.values import StaysHere
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,7 +130,7 @@ class Acceptor:
             listener.close()
 
 
-class Service:
+class Service(StaysHere):
     """What a tracker and a proxy have in common: a port, a loop, an end.
 
     Args:

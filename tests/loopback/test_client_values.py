@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import enum
+import gc
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,3 +145,40 @@ def test_values_of_subclasses_travel_as_what_they_hold(session: rpcnb.Session, n
 def test_bytes_that_lie_about_their_length_come_whole(session: rpcnb.Session) -> None:
     raw = session.get_function("raw")
     assert raw() == raw.submit().result(10) == b"abc"
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])
+def test_what_belongs_to_a_session_is_not_copied_and_stays_usable(
+    session: rpcnb.Session, serve: Serve, take: Callable[[Any], Any]
+) -> None:
+    function, tensor = session.get_function("echo"), session.array(PLAIN)
+    module = session.system_lib()
+    things = [session, session.fn, session.namespace, function, tensor, module, session.cpu(), function.submit(1)]
+    for one in things:
+        with pytest.raises(TypeError, match=r"belongs to this process and cannot be copied or pickled; .*session"):
+            take(one)
+    gc.collect()
+    assert function(2) == 2
+    assert (tensor.numpy() == PLAIN).all()
+    with rpcnb.Tracker(port=0) as tracker:
+        for one in (serve(), tracker, rpcnb.connect_tracker("127.0.0.1", tracker.port)):
+            with pytest.raises(TypeError, match=r"cannot be copied or pickled; make another one there"):
+                take(one)
+
+
+def test_what_is_awaited_is_not_copied_either(serve: Serve) -> None:
+    server = serve()
+
+    async def main() -> None:
+        async with await rpcnb.connect_async(server.address) as session:
+            function = await session.get_function("testing.echo")
+            tensor = await session.array(PLAIN)
+            task = asyncio.ensure_future(function(1, timeout=10))
+            while not session.pending:
+                await asyncio.sleep(0)
+            for one in (session, function, tensor, session.cpu(), session.pending[0]):
+                with pytest.raises(TypeError, match=r"cannot be copied or pickled; .*session"):
+                    copy.deepcopy(one)
+            assert await task == 1
+
+    asyncio.run(main())

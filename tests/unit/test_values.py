@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import enum
+import pickle
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from rpcnb.values import (
     ModuleRef,
     ObjectRef,
     Pointer,
+    StaysHere,
     TensorMeta,
     device,
     dtype,
@@ -202,3 +207,17 @@ def test_an_array_is_known_without_loading_numpy(monkeypatch: pytest.MonkeyPatch
     assert not is_array([1])
     monkeypatch.delitem(sys.modules, "numpy")
     assert not is_array(array)
+
+
+class Thing(StaysHere):
+    __slots__ = ("freed",)
+
+    _instead = "make one there"
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps, lambda thing: copy.deepcopy([{"a": thing}])])
+def test_what_stays_here_is_neither_copied_nor_pickled(take: Callable[[Any], Any]) -> None:
+    with pytest.raises(
+        TypeError, match="^a Thing belongs to this process and cannot be copied or pickled; make one there$"
+    ):
+        take(Thing())
