@@ -218,6 +218,6 @@ class Thing(StaysHere):
 @pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps, lambda thing: copy.deepcopy([{"a": thing}])])
 def test_what_stays_here_is_neither_copied_nor_pickled(take: Callable[[Any], Any]) -> None:
     with pytest.raises(
-        TypeError, match="^a Thing belongs to this process and cannot be copied or pickled; make one there$"
+        TypeError, match=r"^a Thing belongs to this process and cannot be copied or pickled; make one there$"
     ):
         take(Thing())
