@@ -82,7 +82,7 @@ class Upload:
             descriptor, name = tempfile.mkstemp(dir=files.root, prefix=".upload-")
         except OSError as error:
             files.release(nbytes)
-            raise LimitExceeded(f"cannot store the upload: {error.strerror}") from error
+            raise LimitExceeded(f"cannot store the upload: {error.strerror}") from None
         self._path = Path(name)
         self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115  # closed by finish or abort
 
@@ -93,7 +93,7 @@ class Upload:
                 data = data[self._file.write(data) :]
         except OSError as error:
             self.abort()
-            raise LimitExceeded(f"cannot store the upload: {error.strerror}") from error
+            raise LimitExceeded(f"cannot store the upload: {error.strerror}") from None
 
     def finish(self) -> Any:
         """Close the file; it gets its name when the upload function runs."""

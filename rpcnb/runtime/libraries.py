@@ -169,7 +169,7 @@ def load_library(path: Path, pin: Callable[[Path], Path] | None = None) -> Modul
         loaded = ffi.load_module(str(pinned), keep_module_alive=True)
     except Exception as error:
         words = str(error).splitlines()[0].replace(str(pinned), str(path))
-        raise LibraryError(f"cannot load {path.name}: {words}") from error
+        raise LibraryError(f"cannot load {path.name}: {words}") from None
     _check_slots(path, pinned)
     module = FFIModule(loaded)
     if pinned != path:
@@ -240,7 +240,7 @@ def _extract(path: Path, folder: Path) -> list[Path]:
                     target.write_bytes(source.read())
                     objects.append(target)
     except tarfile.TarError as error:
-        raise LibraryError(f"cannot read {path.name}: {str(error).splitlines()[0].rstrip(':')}") from error
+        raise LibraryError(f"cannot read {path.name}: {str(error).splitlines()[0].rstrip(':')}") from None
     if not objects:
         raise LibraryError(f"archive {path.name} holds no object files")
     return objects

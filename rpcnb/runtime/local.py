@@ -304,7 +304,7 @@ class LocalServingSession(ServingSession):
         try:
             return encode_call_result(value)
         except ArgumentError as error:  # pragma: no cover  # every plain kind is known
-            raise ResultError(str(error)) from error
+            raise ResultError(str(error)) from None
 
     def _encode_tensor(self, tensor: DeviceTensor) -> tuple[Value, ...]:
         data = self.table.issue(HandleKind.DATA, tensor.memory)

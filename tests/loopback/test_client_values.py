@@ -181,3 +181,28 @@ def test_what_is_awaited_is_not_copied_either(serve: Serve) -> None:
             assert await task == 1
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["plain", "later"])
+def test_a_remote_error_tells_what_caused_it(serve: Serve, registry: Registry, name: str) -> None:
+    def fail() -> None:
+        try:
+            {}["x"]
+        except KeyError as error:
+            raise ValueError("no layout") from error
+
+    async def later() -> None:
+        fail()
+
+    registry.register("plain", fail)
+    registry.register("later", later)
+    with rpcnb.connect(serve(allow_exec=True, token="t").address, token="t") as session:
+        with pytest.raises(RemoteError) as info:
+            session.call(name)
+        assert info.value.message == "no layout\ncaused by KeyError: 'x'"
+        assert "caused by KeyError: 'x'\n" in info.value.remote_traceback
+        assert "rpcnb/runtime/" not in info.value.remote_traceback
+        with pytest.raises(rpcnb.CellError) as cell:
+            session.run_cell("try: {}['x']\nexcept KeyError as error: raise ValueError('no layout') from error")
+        assert cell.value.message == info.value.message
+        assert "rpcnb/cells/" not in cell.value.remote_traceback
