@@ -28,6 +28,7 @@ from rpcnb.errors import (
 )
 from rpcnb.link.pace import WHOLE, Pace
 from rpcnb.protocol import flows
+from rpcnb.protocol.peerlimits import PeerLimits, text_size
 from rpcnb.runtime.files import file_digest
 from rpcnb.values import (
     CPU,
@@ -107,6 +108,9 @@ class Operations:
         self.is_rpcnb = key.features is not None
         self.through_stock = False  # the session goes on to another server through a stock one
         self._limit: int | None = 0 if self.is_rpcnb else None  # an rpcnb server has no packet limit
+        # Bytes of a text argument; a stock server takes any.
+        self._most_text = PeerLimits.told_by(key.features).text if self.is_rpcnb else 1 << 63
+        self._surely_short = self._most_text // 4  # characters
         self._helpers: dict[str, Any] = {}
         self._names: list[str] | None = None
 
@@ -184,7 +188,7 @@ class Operations:
         handle = function.handle
         self.own(function)
         for value in args:
-            if type(value) not in _PLAIN:
+            if type(value) not in _PLAIN or (type(value) is str and len(value) > self._surely_short):
                 return self._call_with_objects(handle, args)
         return flows.call_function(handle, args, self.wrap)
 
@@ -209,7 +213,7 @@ class Operations:
     def arguments(self, args: tuple[Any, ...]) -> tuple[Value, ...]:
         """Turn the arguments of one call into wire values; arrays are refused here."""
         for value in args:
-            if type(value) not in _PLAIN:
+            if type(value) not in _PLAIN or (type(value) is str and len(value) > self._surely_short):
                 return tuple(self.argument(index, value) for index, value in enumerate(args))
         return args
 
@@ -219,6 +223,8 @@ class Operations:
         Raises:
             ArgumentError: It cannot travel to this server.
         """
+        if isinstance(value, str):
+            return self._text(index, plain(value))
         if type(value) in _PLAIN or isinstance(value, (Pointer, TensorMeta)):
             return value  # type: ignore[no-any-return]  # checked
         if isinstance(value, self.device_type):
@@ -247,6 +253,16 @@ class Operations:
         if isinstance(value, Device):
             return value
         raise ArgumentError(index, _describe(value))
+
+    def _text(self, index: int, text: str) -> str:
+        nbytes = text_size(text, self._most_text)
+        if nbytes > self._most_text:
+            raise ArgumentError(
+                index,
+                f"a text of {nbytes} bytes",
+                f"at most {self._most_text}, the server's limit for text (Limits.text); longer values travel as bytes",
+            )
+        return text
 
     def _reference(self, index: int, value: Any) -> Value:
         if isinstance(value, self.module_type):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ArgumentError, LimitExceeded
 from rpcnb.protocol.messages import CallFunc, Raised, Return
+from rpcnb.protocol.peerlimits import PeerLimits
 from rpcnb.protocol.records import CANCEL, CANCEL_AT, NEXT, START, Emitted, write_record
 from rpcnb.runtime.completion import Stoppable
 from rpcnb.runtime.current import CALL
@@ -100,6 +101,7 @@ class Calls:
         self._running: dict[int, Started] = {}
         self._early: dict[int, None] = {}  # cancelled before they came
         self._outcomes: list[bytes] = []
+        self.takes = PeerLimits()  # what the client does
         self._waiting = 0  # bytes of output among them
         self._poll: Done | None = None
         self._polled = 0.0
@@ -206,8 +208,15 @@ class Calls:
             self._session.environment.later(POLL_SECONDS, self._answer_in_time)
 
     def _take(self) -> bytes:
-        data, self._outcomes = b"".join(self._outcomes), []
-        self._waiting = 0
+        """Return the records that wait, as many as the client takes at once. Lock held."""
+        count = nbytes = 0
+        for record in self._outcomes:
+            nbytes += len(record)
+            if count and nbytes > self.takes.bytes:
+                break
+            count += 1
+        data, self._outcomes = b"".join(self._outcomes[:count]), self._outcomes[count:]
+        self._waiting = min(self._waiting, sum(map(len, self._outcomes)))
         return data
 
     def give_way(self) -> None:
@@ -261,9 +270,10 @@ class Calls:
     def finish(self, call: Started, reply: Raised | Return) -> None:
         """Keep the outcome of a call for the poll; from any thread."""
         try:
-            record = write_record(call.id, reply)
+            record = write_record(call.id, self.takes.fit(reply))  # type: ignore[arg-type]  # one of the two
+            self.takes.check_bytes(len(record), "encoded", "bytes_argument", self.takes.bytes)
         except Exception as error:
-            record = write_record(call.id, self.raised(error))
+            record = write_record(call.id, self.takes.fit(self.raised(error)))  # type: ignore[arg-type]  # likewise
         with self._lock:
             if call.finished:
                 return
@@ -277,8 +287,13 @@ class Calls:
             poll((66, data))
 
     def emit(self, call: Started, data: bytes) -> None:
-        """Keep part of a call's output for the poll."""
+        """Keep part of a call's output for the poll; one that the client does not take ends the call."""
         record = write_record(call.id, Emitted(data))
+        try:
+            self.takes.check_bytes(len(record), "shown", "bytes_argument", self.takes.bytes)
+        except LimitExceeded as error:
+            call.error(error)
+            return
         with self._lock:
             if call.finished or call.cancelled:
                 return

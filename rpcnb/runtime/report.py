@@ -27,6 +27,7 @@ __all__ = ["format_cell", "report", "text_of"]
 _MOST = 20  # exceptions that are told behind one
 _LONGEST = 1000  # characters that are told of each of them
 _FRAMES = 20  # frames likewise
+_ROOMS = ("/rpcnb/protocol/", "/rpcnb/runtime/", "/rpcnb/cells/")
 _TRACEBACK = 1 << 16  # characters of a traceback
 
 
@@ -66,7 +67,7 @@ def _was_ours(error: BaseException) -> bool:
 
 def _is_ours(filename: str) -> bool:
     """Tell whether a frame is of what performs requests, which says nothing to who called."""
-    return any(room in filename.replace("\\", "/") for room in ("/rpcnb/runtime/", "/rpcnb/cells/"))
+    return any(room in filename.replace("\\", "/") for room in _ROOMS)
 
 
 def _chain(words: _Words, seen: set[int], depth: int = 0) -> Iterator[tuple[str, BaseException]]:

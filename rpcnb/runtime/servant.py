@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from rpcnb.protocol.endpoint import Endpoint
     from rpcnb.protocol.messages import Message, Reply
+    from rpcnb.protocol.sequence import Buffer
     from rpcnb.values import TensorMeta
 
 __all__ = ["Completion", "Servant"]
@@ -317,9 +318,9 @@ class Servant:
             try:
                 result = function.call(*found[1])
                 reply = write_result(result)
-                others = [] if reply is not None else encode_packet(Return(session.encode_return(result)))
+                others = [] if reply is not None else self._encode(Return(session.encode_return(result)))
             except BaseException as error:  # in a worker, which no signal reaches: the function raised it
-                reply, others = None, encode_packet(self.exception(error))
+                reply, others = None, self._encode(self.exception(error))
             self.running = None
             if self.over:
                 return b"", pos
@@ -335,6 +336,9 @@ class Servant:
             if now > give_up or len(replies) > _ENOUGH:
                 break
         return replies, pos
+
+    def _encode(self, reply: Return | Raised) -> list[Buffer]:
+        return encode_packet(self.endpoint.takes.fit(reply))
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -586,6 +590,7 @@ class Servant:
             self.session = made
             if self.extended and isinstance(made, LocalServingSession):
                 made.calls.lanes[self.lane] = self
+                made.calls.takes = self.endpoint.takes.in_records()
             limits = self.environment.limits
             ordinary = limits.args >= MOST_ARGS and limits.text >= MOST_TEXT
             if (

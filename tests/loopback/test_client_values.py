@@ -187,7 +187,7 @@ def test_what_is_awaited_is_not_copied_either(serve: Serve) -> None:
 def test_a_remote_error_tells_what_caused_it(serve: Serve, registry: Registry, name: str) -> None:
     def fail() -> None:
         try:
-            {}["x"]
+            dict[str, int]()["x"]
         except KeyError as error:
             raise ValueError("no layout") from error
 
@@ -206,3 +206,99 @@ def test_a_remote_error_tells_what_caused_it(serve: Serve, registry: Registry, n
             session.run_cell("try: {}['x']\nexcept KeyError as error: raise ValueError('no layout') from error")
         assert cell.value.message == info.value.message
         assert "rpcnb/cells/" not in cell.value.remote_traceback
+
+
+# -- limits that the sender knows --------------------------------------------------------------------------------------
+
+
+def call(session: Any, name: str, how: str, *args: Any) -> Any:
+    function = session.get_function(name)
+    if how == "submit":
+        return function.submit(*args).result(20)
+    return function.map([args[0]])[0] if how == "map" else function(*args)
+
+
+@pytest.fixture
+def texts(registry: Registry) -> None:
+    async def later(n: int) -> str:
+        return "x" * n
+
+    def complain(n: int) -> None:
+        raise ValueError("x" * n)
+
+    async def complain_later(n: int) -> None:
+        complain(n)
+
+    registry.register("text", lambda n: "x" * n)
+    registry.register("later", later)
+    registry.register("data", lambda n: bytes(n))
+    registry.register("complain", complain)
+    registry.register("complain_later", complain_later)
+    registry.register("size", lambda value: len(value))
+
+
+@pytest.mark.usefixtures("texts")
+@pytest.mark.parametrize("how", ["call", "submit", "map"])
+def test_a_result_over_the_clients_limit_is_an_error_of_its_call(serve: Serve, how: str) -> None:
+    limits = rpcnb.Limits(text=100_000, bytes_argument=1 << 20)
+    with rpcnb.connect(serve().address, limits=limits) as session:
+        for name in ("text", "later"):
+            with pytest.raises(RemoteError, match=r"LimitExceeded: the text result of 100001 bytes .* text=100000"):
+                call(session, name, how, 100_001)
+            assert len(call(session, name, how, 100_000)) == 100_000
+        with pytest.raises(RemoteError, match=r"bytes result of 1048577 bytes .* bytes_argument=1048576"):
+            call(session, "data", how, (1 << 20) + 1)
+        for name in ("complain", "complain_later"):
+            with pytest.raises(RemoteError) as info:
+                call(session, name, how, 200_000)
+            assert info.value.remote_type == "ValueError"
+            assert len(info.value.message) == 100_000
+            assert info.value.message.startswith("xxx")
+            assert "(cut: this text has 200000 bytes, the client's text=100000" in info.value.message
+
+
+@pytest.mark.usefixtures("texts")
+@pytest.mark.parametrize("extensions", [True, False])
+def test_who_says_nothing_takes_texts_of_16_mib(serve: Serve, extensions: bool) -> None:
+    with rpcnb.connect(serve().address, extensions=extensions) as session:
+        for how in ("call", "submit"):
+            with pytest.raises(RemoteError, match="exceeds the client's text=16777216"):
+                call(session, "text", how, 17 << 20)
+            with pytest.raises(RemoteError, match="cut: this text has"):
+                call(session, "complain", how, 17 << 20)
+        assert len(call(session, "text", "call", 16 << 20)) == 16 << 20
+
+
+@pytest.mark.usefixtures("texts")
+def test_a_client_may_take_longer_texts(serve: Serve) -> None:
+    server = serve()
+    with rpcnb.connect(server.address, limits=rpcnb.Limits(text=100 << 20)) as session:
+        for name in ("text", "later"):
+            assert len(call(session, name, "submit", 17 << 20)) == 17 << 20
+        assert len(session.call("text", 65 << 20)) == 65 << 20
+
+    async def main() -> None:
+        async with await rpcnb.connect_async(server.address, limits=rpcnb.Limits(text=1000)) as session:
+            for name in ("text", "later"):
+                with pytest.raises(RemoteError, match="exceeds the client's text=1000"):
+                    await session.call(name, 1001)
+                assert len(await session.call(name, 1000)) == 1000
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("texts")
+@pytest.mark.parametrize("how", ["call", "submit", "map"])
+def test_a_text_over_the_servers_limit_is_refused_before_anything_is_sent(serve: Serve, how: str) -> None:
+    with rpcnb.connect(serve(limits=rpcnb.Limits(text=1000), allow_exec=True, token="t").address, token="t") as session:
+        assert call(session, "size", how, "x" * 1000) == 1000
+        sent = session.traffic.sent
+        for text in ("x" * 1001, "ä" * 501):
+            with pytest.raises(
+                ArgumentError, match=r"argument 0 is a text of 100\d bytes; expected at most 1000, the server's"
+            ):
+                call(session, "size", how, text)
+        assert session.traffic.sent < sent + 500  # looking the function up
+        assert call(session, "size", how, b"x" * 2000) == 2000
+        with pytest.raises(ArgumentError, match="argument 0 is a text of"):
+            session.run_cell("#" * 1001)

@@ -122,16 +122,15 @@ def exits(*_: Any) -> Any:
 
 
 class Mute(Exception):
-    __str__ = exits  # type: ignore[assignment]  # that is what is odd
-    __repr__ = exits  # type: ignore[assignment]  # likewise
+    __str__ = __repr__ = exits
 
 
 class Noted(Exception):
-    __notes__ = property(exits)  # type: ignore[assignment]  # likewise
+    __notes__ = property(exits)
 
 
 class Caused(Exception):
-    __cause__ = property(exits)  # type: ignore[assignment]  # likewise
+    __cause__ = property(exits)
 
 
 class Text(str):

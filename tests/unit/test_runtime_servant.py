@@ -24,6 +24,7 @@ from rpcnb.protocol.messages import (
     Shutdown,
     Syscall,
 )
+from rpcnb.protocol.peerlimits import PeerLimits
 from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import Registry
@@ -475,6 +476,19 @@ def short(client: Client, handle: int, *args: Any) -> bytes:
     reply, served = quickly(client, data)
     assert served in (0, len(data))
     return reply
+
+
+def test_the_short_way_keeps_to_what_the_client_takes(registry: Registry) -> None:
+    registry.register("text", lambda n: "x" * n)
+    client = Client(Environment(registry=registry))
+    client.servant.endpoint.takes = PeerLimits(text=1000, bytes=1000)
+    handle = client.find("text")
+    data = packet(CallFunc(handle, (1001,)))
+    assert quickly(client, data) == (b"", len(data))
+    output = b"".join(bytes(part) for part in client.servant.output.first(10))
+    assert b"the text result of 1001 bytes exceeds the client's text=1000" in output
+    client.servant.output.clear()
+    client.send(Shutdown())
 
 
 def test_the_short_way_answers_plain_calls_with_the_same_bytes(registry: Registry) -> None:
