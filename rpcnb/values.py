@@ -250,7 +250,7 @@ _BASES: tuple[tuple[type, Any], ...] = (
     (bytes, lambda value: bytes.__getitem__(value, slice(None))),
     (bytearray, lambda value: bytearray.__getitem__(value, slice(None))),
 )
-_EXACT = frozenset({str, int, float, bytes, bytearray, bool, Pointer})
+_EXACT = frozenset({str, int, float, bytes, bytearray, bool, type(None), Pointer, DType, Device})
 
 
 def plain(value: Any) -> Any:

@@ -267,7 +267,9 @@ class LocalServingSession(ServingSession):
         kind = type(value)
         if kind is int and -(1 << 63) <= value < 1 << 63:
             return (1, value)
-        if kind in _PLAIN or isinstance(value, (str, int, float, bytes, bytearray, memoryview)):
+        if kind in _PLAIN:
+            return self._encode_plain(value)
+        if isinstance(value, (str, int, float, bytes, bytearray, memoryview)):
             return self._encode_plain(plain(value))
         if isinstance(value, DeviceTensor):
             return self._encode_tensor(value)
