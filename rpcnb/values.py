@@ -10,8 +10,10 @@ Source:
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
-from typing import NamedTuple
+from enum import Enum
+from typing import Any, NamedTuple
 
 __all__ = [
     "CPU",
@@ -23,10 +25,14 @@ __all__ = [
     "ModuleRef",
     "ObjectRef",
     "Pointer",
+    "StaysHere",
     "TensorMeta",
     "Value",
     "device",
     "dtype",
+    "is_array",
+    "is_bare_enum",
+    "plain",
 ]
 
 # DLDataTypeCode. "bool" has been a code of its own since DLPack 1.1 (numpy's bool is code 6, 8 bits).
@@ -220,3 +226,51 @@ Value = (
     | ObjectRef
     | None
 )
+
+
+class StaysHere:
+    """What lives in this process and cannot be in another, or twice here: a copy or a pickle of it is refused.
+
+    A copy would use the original's connection, and its finalizer would release the original's handle.
+    """
+
+    __slots__ = ()
+    _instead = "make another one there"  # what to do instead of copying or pickling it
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        name = type(self).__name__
+        raise TypeError(f"a {name} belongs to this process and cannot be copied or pickled; {self._instead}")
+
+
+# How a value of a subclass becomes one of its base: by what it holds, whatever the subclass says of itself.
+_BASES: tuple[tuple[type, Any], ...] = (
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+    (bytes, lambda value: bytes.__getitem__(value, slice(None))),
+    (bytearray, lambda value: bytearray.__getitem__(value, slice(None))),
+)
+_EXACT = frozenset({str, int, float, bytes, bytearray, bool, type(None), Pointer, DType, Device})
+
+
+def plain(value: Any) -> Any:
+    """Return text, number or bytes of a subclass (an enum's member, say) as its base value; anything else as it is.
+
+    A subclass may override ``__str__``, ``__bytes__`` or ``__len__``; what travels is what the value holds.
+    """
+    if type(value) not in _EXACT:
+        for base, convert in _BASES:
+            if isinstance(value, base):
+                return value if isinstance(value, Pointer) else convert(value)
+    return value
+
+
+def is_bare_enum(value: Any) -> bool:
+    """Tell whether a value is an enum's member that is not text, a number or bytes too, and so cannot travel."""
+    return isinstance(value, Enum) and plain(value) is value
+
+
+def is_array(value: Any) -> bool:
+    """Tell whether a value is a numpy array, of a subclass too; numpy is not loaded for that."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)

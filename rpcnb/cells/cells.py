@@ -21,7 +21,6 @@ import json
 import linecache
 import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -32,11 +31,12 @@ from rpcnb.cells.variables import dump_variable, load_variable
 from rpcnb.errors import ArgumentError
 from rpcnb.runtime.completion import Callback, bind
 from rpcnb.runtime.current import CALL, SESSION
+from rpcnb.runtime.report import format_cell, text_of
 from rpcnb.runtime.served import ServedFunction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import CodeType, TracebackType
+    from types import CodeType
 
     from rpcnb.cells.runners import Runner
     from rpcnb.runtime.local import LocalServingSession
@@ -254,13 +254,5 @@ def _perform(code: CodeType, namespace: dict[str, Any]) -> Any:
 
 def _failure(error: BaseException) -> dict[str, Any]:
     """Return the outcome that reports an exception: with the cell's own lines, without ours."""
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None and not trace.tb_frame.f_code.co_filename.startswith("<"):
-        trace = trace.tb_next
-    try:
-        lines = traceback.format_exception(type(error), error, trace)
-        text = str(error)
-    except BaseException as broken:
-        lines, text = [], f"without a text: {type(broken).__name__} while making it"
-    shown = {"type": type(error).__name__, "text": text, "traceback": "".join(lines)}
+    shown = {"type": type(error).__name__, "text": text_of(error), "traceback": format_cell(error)}
     return {"data": {}, "metadata": {}, "error": shown}

@@ -11,6 +11,7 @@ from typing import Any
 
 from rpcnb.cells.pickles import pickled, unpickled
 from rpcnb.errors import AccessDenied, ArgumentError
+from rpcnb.values import is_array, is_bare_enum, plain
 
 __all__ = ["dump_variable", "load_variable"]
 
@@ -21,24 +22,35 @@ def dump_variable(value: Any, pickles: bool) -> Any:
     Raises:
         AccessDenied: It needs pickling, and that was not asked for.
     """
+    if is_array(value):
+        return value
     if type(value).__module__ == "numpy":
-        if type(value).__name__ == "ndarray":
-            return value
         value = value.item() if hasattr(value, "item") else value  # a scalar
+    value = plain(value)
     if isinstance(value, (bytes, bytearray)):
         return b"b" + value
     try:
-        data = json.dumps(value)
-        if repr(json.loads(data)) != repr(value):  # a tuple, numbers as keys: they would come as something else
+        inside = _plain_inside(value)
+        data = json.dumps(inside)
+        if repr(json.loads(data)) != repr(inside):  # a tuple, numbers as keys: they would come as something else
             raise ValueError
         return b"j" + data.encode()
     except (TypeError, ValueError, RecursionError):
         if not pickles:
             raise AccessDenied(
                 f"objects of type {type(value).__name__} travel only as a pickle, which runs code where it arrives; "
-                "say pickle=True if you trust the other side"
+                f"{'pass .value, or ' if is_bare_enum(value) else ''}say pickle=True if you trust the other side"
             ) from None
     return b"p" + pickled(value)
+
+
+def _plain_inside(value: Any) -> Any:
+    """Return what lists and dicts hold by its base value, too."""
+    if type(value) is list:
+        return [_plain_inside(one) for one in value]
+    if type(value) is dict:
+        return {plain(key): _plain_inside(one) for key, one in value.items()}
+    return plain(value)
 
 
 def load_variable(data: bytes, pickles: bool) -> Any:

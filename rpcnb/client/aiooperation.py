@@ -13,6 +13,7 @@ from rpcnb.errors import DeadlineExceeded, RpcError
 from rpcnb.link.aiorunning import await_flow
 from rpcnb.link.control import Route, StartedTicket
 from rpcnb.link.order import moves_data, release_when_drained
+from rpcnb.values import StaysHere
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncOperation", "AsyncTransfer", "AwaitedCall"]
 
 
-class AsyncOperation:
+class AsyncOperation(StaysHere):
     """An operation that a task awaits; listed in ``session.pending`` meanwhile.
 
     Attributes:
@@ -38,6 +39,8 @@ class AsyncOperation:
         submitted: ``time.monotonic()`` of the beginning; ``finished`` likewise, None before.
         deadline: ``time.monotonic()`` at which it is given up, or None.
     """
+
+    _instead = "pass on what its session returns"
 
     def __init__(
         self,

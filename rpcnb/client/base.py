@@ -20,6 +20,7 @@ from rpcnb.errors import LocalProtocolError, SessionClosed, SessionLost, Session
 from rpcnb.protocol.endpoint import State
 from rpcnb.transport import forks
 from rpcnb.transport.turn import Turn
+from rpcnb.values import StaysHere
 from rpcnb.values import device as as_device
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Traffic(NamedTuple):
     received: int
 
 
-class SessionBase:
+class SessionBase(StaysHere):
     """A session's identity and everything that needs no exchange.
 
     Attributes:
@@ -66,6 +67,7 @@ class SessionBase:
         expires: ``time.monotonic()`` at which the server ends the session, or None.
     """
 
+    _instead = "open another session there, with rpcnb.connect(...)"
     _types: tuple[Any, Any, Any, Any, Any]
     _ops: Operations  # of the connection in use: taken once by each operation, as the session may be opened again
 

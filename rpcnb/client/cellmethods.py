@@ -11,6 +11,7 @@ from rpcnb.client import cells
 from rpcnb.client.answers import load_json
 from rpcnb.client.cells import CellOutput, CellResult, QueuedCell
 from rpcnb.link import iothread
+from rpcnb.values import StaysHere
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,12 +89,14 @@ class CellMethods:
         return found
 
 
-class Namespace(MutableMapping[str, Any]):
+class Namespace(StaysHere, MutableMapping[str, Any]):
     """The variables that a session's remote cells have made; ``session.namespace``.
 
     Numbers, text, bytes, lists and dicts of them, and arrays go there and back. Other objects need
     ``session.set_variable(..., pickle=True)`` and ``session.get_variable(..., pickle=True)``.
     """
+
+    _instead = "dict(session.namespace) has the variables themselves"
 
     def __init__(self, session: CellMethods) -> None:
         self._session = session

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from rpcnb.values import plain
+
 __all__ = ["BULK", "FileSink", "Moving", "Progress", "describe_upload", "moving_array"]
 
 BULK = 1 << 20  # bytes from which a copy travels on a lane of its own, where there are lanes
@@ -81,7 +83,8 @@ def moving_array(source: Any) -> Moving | None:
 
 def describe_upload(data: Any, target: str | None = None) -> Moving:
     """Say what an upload moves."""
+    data = plain(data)
     if isinstance(data, (bytes, bytearray, memoryview)):
-        return Moving("up", target or "bytes", len(data))
+        return Moving("up", target or "bytes", memoryview(data).nbytes)
     path = os.fspath(data)
     return Moving("up", target or os.path.basename(path), os.path.getsize(path) if os.path.exists(path) else 0)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from rpcnb.values import StaysHere
+
 __all__ = ["FunctionNames"]
 
 
-class FunctionNames:
+class FunctionNames(StaysHere):
     """``session.fn``: remote functions as attributes, ``session.fn.demo.add(1, 2)``; names are looked up on use."""
 
     __slots__ = ("_prefix", "_session")
+    _instead = "use .fn of a session that is opened there"
 
     def __init__(self, session: Any, prefix: str = "") -> None:
         self._session = session

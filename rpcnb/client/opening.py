@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rpcnb import parts
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from rpcnb.client.aio import AsyncSession
+    from rpcnb.protocol.codes import Limits
 
 __all__ = ["connect", "connect_async", "open_session", "open_session_async"]
 
 S = TypeVar("S", bound=SessionBase)
 
 log = logging.getLogger(__name__)
+
+_BESIDE_TEXT = 1 << 20  # bytes of a packet besides its text, which counts to ``Limits.call``
 
 
 def _make_dialer(
@@ -38,16 +42,21 @@ def _make_dialer(
     lanes: int,
     depth: int | None,
     headers: Mapping[str, str] | None,
+    limits: Limits | None,
 ) -> Dialer:
+    if limits is not None:
+        limits = replace(limits, call=max(limits.call, limits.text + _BESIDE_TEXT))
     address = parse_address(url, port if port != DEFAULT_PORT or "://" not in url else None, key, headers)
     constructor = tuple(session_constructor_args or ())
     make: Callable[..., Dialer] | None = parts.find(f"scheme {address.scheme}")
     if make is not None:
-        return make(address, 1, session_timeout, 5, constructor, token, extensions, lanes=lanes, depth=depth)
+        return make(
+            address, 1, session_timeout, 5, constructor, token, extensions, lanes=lanes, depth=depth, limits=limits
+        )
 
     def find_key() -> ClientKey:
         found = token_for(address.host, address.port, address.key, token)
-        return ClientKey(address.key, session_timeout, found, extensions)
+        return ClientKey(address.key, session_timeout, found, extensions, limits)
 
     return Dialer(address, find_key(), constructor, lanes, depth, find_key)
 
@@ -73,6 +82,7 @@ def connect(
     lost_after: float | None = None,
     depth: int | None = None,
     headers: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
 ) -> Session:
     """Open a session with an RPC server, rpcnb's or stock TVM's.
 
@@ -97,6 +107,8 @@ def connect(
             stock servers (a browser) are served with any: where they do not look at their input, they are made to.
         headers: Further HTTP headers for ``ws://`` and ``wss://``, such as ``{"Authorization": "token ..."}`` of a
             hub.
+        limits: What the server may send at most: ``rpcnb.Limits(text=64 << 20)`` for results that are longer texts than
+            16 MiB, ``bytes_argument`` for bytes over 1 GiB. A longer result is an error of its call.
 
     Raises:
         ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are
@@ -105,7 +117,7 @@ def connect(
         ValueError: ``url`` is not an address.
     """
     dialer = _make_dialer(
-        url, port, key, session_timeout, session_constructor_args, token, extensions, lanes, depth, headers
+        url, port, key, session_timeout, session_constructor_args, token, extensions, lanes, depth, headers, limits
     )
     session = open_session(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
     if enable_logging:
@@ -150,10 +162,11 @@ async def connect_async(
     lost_after: float | None = None,
     depth: int | None = None,
     headers: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
 ) -> AsyncSession:
     """Open an awaited session in the running event loop; arguments and errors as :func:`connect`."""
     dialer = _make_dialer(
-        url, port, key, session_timeout, session_constructor_args, token, extensions, lanes, depth, headers
+        url, port, key, session_timeout, session_constructor_args, token, extensions, lanes, depth, headers, limits
     )
     session = await open_session_async(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
     if enable_logging:

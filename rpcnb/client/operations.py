@@ -30,6 +30,7 @@ from rpcnb.errors import (
 from rpcnb.link.order import Order
 from rpcnb.link.pace import WHOLE, Pace
 from rpcnb.protocol import flows
+from rpcnb.protocol.peerlimits import PeerLimits, text_size
 from rpcnb.runtime.files import file_digest
 from rpcnb.values import (
     CPU,
@@ -41,6 +42,9 @@ from rpcnb.values import (
     Pointer,
     TensorMeta,
     Value,
+    is_array,
+    is_bare_enum,
+    plain,
 )
 from rpcnb.values import (
     dtype as as_dtype,
@@ -116,6 +120,9 @@ class Operations:
         self.is_rpcnb = key.features is not None
         self.through_stock = False  # the session goes on to another server through a stock one
         self._limit: int | None = 0 if self.is_rpcnb else None  # an rpcnb server has no packet limit
+        # Bytes of a text argument; a stock server takes any.
+        self._most_text = PeerLimits.told_by(key.features).text if self.is_rpcnb else 1 << 63
+        self._surely_short = self._most_text // 4  # characters
         self._helpers: dict[str, Any] = {}
         self._names: list[str] | None = None
 
@@ -128,6 +135,7 @@ class Operations:
 
     def get_function(self, name: str) -> Flow[Any]:
         """Look up a function; an unknown name is an error that names its neighbours."""
+        name = plain(name)
         if not isinstance(name, str):
             raise ArgumentError(0, f"of type {type(name).__name__}", "a function's name")
         handle = yield from flows.get_function(name)
@@ -204,7 +212,7 @@ class Operations:
         handle = function.handle
         self.own(function)
         for value in args:
-            if type(value) not in _PLAIN:
+            if type(value) not in _PLAIN or (type(value) is str and len(value) > self._surely_short):
                 return self._call_with_objects(handle, args)
         return flows.call_function(handle, args, self.wrap)
 
@@ -212,9 +220,9 @@ class Operations:
         uploads: list[Any] = []
         values = []
         for index, value in enumerate(args):
-            values.append(self.argument(index, value) if not _is_array(value) else value)
+            values.append(self.argument(index, value) if not is_array(value) else value)
         for index, value in enumerate(values):
-            if _is_array(value):
+            if is_array(value):
                 try:
                     tensor = yield from self.tensor(value, CPU)
                 except CopyMismatch as error:
@@ -234,7 +242,7 @@ class Operations:
     def arguments(self, args: tuple[Any, ...]) -> tuple[Value, ...]:
         """Turn the arguments of one call into wire values; arrays are refused here."""
         for value in args:
-            if type(value) not in _PLAIN:
+            if type(value) not in _PLAIN or (type(value) is str and len(value) > self._surely_short):
                 return tuple(self.argument(index, value) for index, value in enumerate(args))
         return args
 
@@ -244,6 +252,8 @@ class Operations:
         Raises:
             ArgumentError: It cannot travel to this server.
         """
+        if isinstance(value, str):
+            return self._text(index, plain(value))
         if type(value) in _PLAIN or isinstance(value, (Pointer, TensorMeta)):
             return value  # type: ignore[no-any-return]  # checked
         if isinstance(value, self.device_type):
@@ -259,19 +269,29 @@ class Operations:
         if isinstance(value, (self.function_type, self.module_type, self.object_type)):
             self._own(index, value, "function, module or object")
             return self._reference(index, value)
+        if is_array(value):
+            raise ArgumentError(index, "a numpy array, which is not uploaded here", "a tensor: session.array(...)")
+        found = plain(value)
+        if type(found) in _PLAIN:
+            return found  # type: ignore[no-any-return]  # checked
         kind = type(value).__module__.partition(".")[0]
         if kind in ("numpy", "ml_dtypes") and hasattr(value, "item"):
             return value.item()  # type: ignore[no-any-return]  # a numpy scalar
-        if isinstance(value, (bytearray, memoryview)):
-            return bytes(value)
-        plain: Any
-        for plain in (bool, int, float, str, bytes):
-            if isinstance(value, plain):
-                result: Value = plain(value)
-                return result
+        if isinstance(found, (bytearray, memoryview)):
+            return bytes(found)
         if isinstance(value, Device):
             return value
         raise ArgumentError(index, _describe(value))
+
+    def _text(self, index: int, text: str) -> str:
+        nbytes = text_size(text, self._most_text)
+        if nbytes > self._most_text:
+            raise ArgumentError(
+                index,
+                f"a text of {nbytes} bytes",
+                f"at most {self._most_text}, the server's limit for text (Limits.text); longer values travel as bytes",
+            )
+        return text
 
     def _reference(self, index: int, value: Any) -> Value:
         if isinstance(value, self.module_type):
@@ -316,7 +336,7 @@ class Operations:
         self, shape: Sequence[int] | int, dtype: Any = "float32", device: Any = None, mem_scope: str | None = None
     ) -> Flow[Any]:
         """Allocate an uninitialised tensor."""
-        extents = (shape,) if isinstance(shape, int) else tuple(int(extent) for extent in shape)
+        extents = (plain(shape),) if isinstance(shape, int) else tuple(int(plain(extent)) for extent in shape)
         meta = TensorMeta(0, self.wire_device(device), extents, _wire_dtype(dtype))
         if extents and min(extents) < 0:
             raise CopyMismatch(f"cannot allocate shape {extents}")
@@ -378,11 +398,12 @@ class Operations:
         """Copy a remote tensor into ``out``, or into a new array."""
         import numpy as np
 
-        from rpcnb.runtime.arrays import byte_view, dtype_of, lane_shape, numpy_dtype, unpack
+        from rpcnb.runtime.arrays import byte_view, dtype_of, lane_shape, numpy_dtype, plain_array, unpack
 
         meta = self._live(tensor)
         kind, shape = meta.dtype, lane_shape(meta.dtype, meta.shape)
         packed = kind.bits < 8
+        given, out = out, None if out is None else plain_array(out)
         if out is not None and (
             out.shape != shape or dtype_of(out) != kind._replace(lanes=1) or not out.flags.writeable
         ):
@@ -407,8 +428,7 @@ class Operations:
             target = unpack(target, kind._replace(lanes=1), shape)
         if out is not None and not direct:
             out[...] = target
-            return out
-        return target
+        return target if given is None else given
 
     def _offset_gets_lost(self, meta: TensorMeta) -> bool:
         """Tell whether a copy through a view would go wrong: a stock server that hops on drops the view's offset."""
@@ -461,7 +481,8 @@ class Operations:
 
     def upload(self, data: Any, target: str | None = None) -> Flow[None]:
         """Put a local file, or bytes under a name, into the session's directory."""
-        if isinstance(data, (bytes, bytearray, memoryview)):
+        data = plain(data)
+        if isinstance(data, _BYTES):
             if not target:
                 raise ArgumentError(1, "missing", "the name that the bytes get on the server")
             blob: bytes | memoryview = bytes(data)
@@ -588,7 +609,7 @@ class Operations:
     def time_evaluator(self, module: Any, name: str, device: Any, options: dict[str, Any]) -> Flow[Any]:
         """Make the remote function that measures another one."""
         where = self.wire_device(device)
-        numbers = [int(options[key]) for key in _TIMING[:-1]]
+        numbers = [int(plain(options[key])) for key in _TIMING[:-1]]
         evaluator = yield from self.ask(
             "runtime.RPCTimeEvaluator", module, name, where.type, where.index, *numbers, options["f_preproc"]
         )
@@ -636,18 +657,18 @@ def _collect(tickets: list[Any]) -> Flow[list[str]]:
     return [name for name in names if isinstance(name, str)]
 
 
-def _is_array(value: Any) -> bool:
-    return type(value).__name__ == "ndarray" and type(value).__module__ == "numpy"
-
-
 def _local_array(source: Any, meta: TensorMeta | None = None) -> np.ndarray[Any, Any]:
     """Return a numpy array of what the user gave: an array, anything with DLPack, or (for a known type) a sequence."""
     import numpy as np
 
+    from rpcnb.runtime.arrays import plain_array
+
     if isinstance(source, np.ndarray):
-        return source
+        return plain_array(source)
     if hasattr(source, "__dlpack__"):
         return np.from_dlpack(source)
+    if isinstance(source, (list, tuple)):
+        source = [plain_array(one) if isinstance(one, np.ndarray) else one for one in source]
     if meta is not None:
         from rpcnb.runtime.arrays import numpy_dtype
 
@@ -675,6 +696,8 @@ def _count(shape: tuple[int, ...]) -> int:
 def _describe(value: Any) -> str:
     if inspect.isfunction(value) or inspect.isbuiltin(value):
         return "a local function"
+    if is_bare_enum(value):
+        return f"a member of the enum {type(value).__name__}; pass .value"
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__}; pass its elements, or a numpy array"
     return f"of type {type(value).__name__}"

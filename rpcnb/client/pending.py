@@ -33,6 +33,7 @@ from rpcnb.link.order import moves_data, release_when_drained
 from rpcnb.link.wire import Ticket
 from rpcnb.protocol.flows import Send, SendCalls, Wait
 from rpcnb.transport.deadline import NO_DEADLINE, Deadline
+from rpcnb.values import StaysHere
 
 if TYPE_CHECKING:
     import socket
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Pending", "Work"]
 
 
-class Pending(Future[Any]):
+class Pending(StaysHere, Future[Any]):
     """An operation on its way: a :class:`concurrent.futures.Future` that can be awaited too.
 
     Attributes:
@@ -57,6 +58,8 @@ class Pending(Future[Any]):
         submitted: ``time.monotonic()`` of the submission; ``finished`` likewise, None before.
         deadline: ``time.monotonic()`` at which it is given up, or None.
     """
+
+    _instead = "pass on its result(), or submit it with a session that is opened there"
 
     def __init__(self, session: Owner, work: Work, timeout: float | None) -> None:
         super().__init__()

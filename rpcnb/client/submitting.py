@@ -13,6 +13,7 @@ from rpcnb.client.names import FunctionNames
 from rpcnb.client.pending import Work
 from rpcnb.client.remote import RemoteFunction, raise_first
 from rpcnb.link.order import names_of
+from rpcnb.values import is_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +69,7 @@ def work_of_call(ops: Any, function: RemoteFunction, args: tuple[Any, ...]) -> W
     """Return the call of a function."""
     later = bool(function.handle & 1)
     names = names_of(args)
-    queued = not later and not any(type(value).__name__ == "ndarray" for value in args)
+    queued = not later and not any(map(is_array, args))
     return Work(ops, ops.call(function, args), function.name, names, later, False, queued, None, function)
 
 

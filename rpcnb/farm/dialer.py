@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rpcnb.farm.messages import Flow
     from rpcnb.link.interrupt import Guard
     from rpcnb.link.link import Link
+    from rpcnb.protocol.codes import Limits
     from rpcnb.protocol.handshake import KeyText
 
 __all__ = ["TrackedDialer", "converse_awaiting", "known_trackers", "note_asker", "places_in_queues"]
@@ -105,6 +106,7 @@ class TrackedDialer(Dialer):
         told: Called with the place in the queue and its length while one waits.
         lanes: Further connections at most.
         depth: Requests on the way on one connection at most.
+        limits: What the board may send.
     """
 
     patient = True
@@ -121,8 +123,9 @@ class TrackedDialer(Dialer):
         told: Callable[[int, int], object] | None = None,
         lanes: int = 3,
         depth: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        super().__init__(tracker, ClientKey(tracker.key), constructor, lanes, depth)
+        super().__init__(tracker, ClientKey(tracker.key, limits=limits), constructor, lanes, depth)
         self.tracker = tracker
         self._priority = priority
         self._session_timeout = session_timeout
@@ -142,7 +145,7 @@ class TrackedDialer(Dialer):
         """Take what the tracker has handed out."""
         token = token_for(host, port, self.tracker.key, self._token)
         self.address = Address(host, port, self.tracker.key)
-        self.key = ClientKey(match_key, self._session_timeout, token, self._extensions)
+        self.key = ClientKey(match_key, self._session_timeout, token, self._extensions, self.key.limits)
 
     def _note_failure(self, error: ConnectFailed) -> None:
         """Count a board that could not be had; raise when it is enough."""

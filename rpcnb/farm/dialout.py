@@ -17,6 +17,7 @@ from rpcnb.link.aiolink import connect_awaiting
 from rpcnb.link.dial import WRONG_TOKEN
 from rpcnb.protocol.codes import MAGIC_DUPLICATE, Role
 from rpcnb.protocol.handshake import EXTENSION, KeyText, hello, key_text
+from rpcnb.protocol.peerlimits import extension
 from rpcnb.server.connection import Connection
 from rpcnb.transport.backoff import Backoff
 from rpcnb.transport.deadline import Deadline
@@ -43,7 +44,7 @@ class _Dialled(Connection):
     def __init__(self, server: Server, sock: Any, address: tuple[Any, ...]) -> None:
         super().__init__(server, sock, address)
         self.settled: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.send_all(hello(key_text(Role.SERVER, server.key, {"-rpcnb": EXTENSION})))
+        self.send_all(hello(key_text(Role.SERVER, server.key, {"-rpcnb": extension(EXTENSION, server.limits)})))
 
     def _accept(self, text: str) -> None:
         key = KeyText.parse(text)

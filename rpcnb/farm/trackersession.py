@@ -24,6 +24,7 @@ from rpcnb.farm.trackerlink import converse
 from rpcnb.link.interrupt import Guard
 from rpcnb.transport.address import Address, parse_address, show_address
 from rpcnb.transport.deadline import Deadline
+from rpcnb.values import StaysHere
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ T = TypeVar("T")
 _SECONDS = 10.0
 
 
-class _TrackerSessionBase:
+class _TrackerSessionBase(StaysHere):
     """What the blocking and the awaited tracker session share.
 
     Attributes:

@@ -79,7 +79,7 @@ async def open_link(
     """Open a connection that ``flow`` initializes; returns its link, the server's answer and the flow's result."""
     where = str(address)
     sock, answer = await dial(address, key, deadline)
-    link = AsyncLink(make_wire(sock, answer, address, depth))
+    link = AsyncLink(make_wire(sock, answer, address, depth, key.limits))
     try:
         seconds = None if deadline.at is None else deadline.left()
         return link, answer, await asyncio.wait_for(await_flow(link, flow), seconds)

@@ -225,7 +225,7 @@ class Control:
             return
         try:
             values = flows.call_result(flows.result_of(poll.result()))
-            records = read_records(values if isinstance(values, bytes) else b"?")
+            records = read_records(values if isinstance(values, bytes) else b"?", self.link.wire.endpoint.limits)
         except RpcError as error:
             self._end(error)
             return

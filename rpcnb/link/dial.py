@@ -28,8 +28,9 @@ from rpcnb.errors import (
     RpcError,
     VersionMismatch,
 )
-from rpcnb.protocol.codes import MAGIC_DUPLICATE, VERSION, Role
+from rpcnb.protocol.codes import MAGIC_DUPLICATE, VERSION, Limits, Role
 from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text
+from rpcnb.protocol.peerlimits import extension
 from rpcnb.transport.sockets import tune
 
 if TYPE_CHECKING:
@@ -51,25 +52,34 @@ _BUSY_HINT = (
 
 
 class ClientKey:
-    """What a client presents: key, session time limit, token, and the offer of extensions."""
+    """What a client presents: key, session time limit, token, the offer of extensions, and its own limits."""
 
-    def __init__(self, key: str, session_timeout: float = 0, token: str | None = None, extensions: bool = True) -> None:
+    def __init__(
+        self,
+        key: str,
+        session_timeout: float = 0,
+        token: str | None = None,
+        extensions: bool = True,
+        limits: Limits | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
         options: dict[str, str] = {}
         if session_timeout:
             options["-timeout"] = str(session_timeout)
         if token:
             options["-token"] = token
         if extensions:
-            options["-rpcnb"] = EXTENSION
+            options["-rpcnb"] = extension(EXTENSION, self.limits)
         self.key = key
         self.session_timeout = session_timeout  # seconds; 0 for no limit
         self.text = key_text(Role.CLIENT, key, options)
 
     @classmethod
-    def for_lane(cls, ticket: str, number: int) -> ClientKey:
+    def for_lane(cls, ticket: str, number: int, limits: Limits | None = None) -> ClientKey:
         """Return what a further connection of a session presents."""
-        made = cls("")
-        made.text = key_text(Role.CLIENT, "", {"-rpcnb": EXTENSION, "-session": ticket, "-lane": str(number)})
+        made = cls("", limits=limits)
+        offer = extension(EXTENSION, made.limits)
+        made.text = key_text(Role.CLIENT, "", {"-rpcnb": offer, "-session": ticket, "-lane": str(number)})
         return made
 
     def __repr__(self) -> str:

@@ -88,15 +88,17 @@ class Dialer:
     async def open_lane_awaiting(self, ticket: str, number: int, flow: Flow[Any]) -> tuple[Any, Any]:
         """Do as :meth:`open_lane`, awaited."""
         deadline = Deadline(OPEN_SECONDS, f"lane {number} to {self.address}")
-        link, _, result = await open_link(self.address, ClientKey.for_lane(ticket, number), self.depth, flow, deadline)
+        key = ClientKey.for_lane(ticket, number, self.key.limits)
+        link, _, result = await open_link(self.address, key, self.depth, flow, deadline)
         link.lane = number
         return link, result
 
     def open_lane(self, ticket: str, number: int, flow: Flow[Any], seconds: float) -> tuple[Link, Any]:
         """Open a further connection within ``seconds``, initialized by ``flow``; returns the flow's result too."""
         deadline = Deadline(seconds, f"lane {number} to {self.address}")
+        key = ClientKey.for_lane(ticket, number, self.key.limits)
         with Guard() as guard:
-            link, _, result = self._open(ClientKey.for_lane(ticket, number), flow, deadline, guard)
+            link, _, result = self._open(key, flow, deadline, guard)
         link.lane = number
         return link, result
 
@@ -106,7 +108,7 @@ class Dialer:
         try:
             answer = shake_hands(sock, key, where, deadline, guard)
             with no_resource(where, "connect"):
-                link = Link(make_wire(sock, answer, self.address, self.depth))
+                link = Link(make_wire(sock, answer, self.address, self.depth, key.limits))
         except BaseException:
             sock.close()
             raise

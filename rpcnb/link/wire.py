@@ -29,6 +29,7 @@ from rpcnb.transport.spin import receiving
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from rpcnb.protocol.codes import Limits
     from rpcnb.protocol.handshake import KeyText
     from rpcnb.protocol.messages import Reply, Request
     from rpcnb.protocol.sequence import Buffer
@@ -492,9 +493,9 @@ class Wire:
         return bool(self.tickets or self.out)
 
 
-def make_wire(sock: socket.socket, answer: KeyText, address: Address, depth: int | None) -> Wire:
+def make_wire(sock: socket.socket, answer: KeyText, address: Address, depth: int | None, limits: Limits) -> Wire:
     """Return the client's side of a connection that has been greeted."""
-    wire = Wire(sock, Endpoint(Role.CLIENT), str(address))
+    wire = Wire(sock, Endpoint(Role.CLIENT, limits), str(address))
     wire.is_stock = answer.features is None
     wire.depth = depth
     return wire

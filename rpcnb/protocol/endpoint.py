@@ -36,6 +36,7 @@ from rpcnb.protocol.messages import (
     Syscall,
     encode_packet,
 )
+from rpcnb.protocol.peerlimits import PeerLimits
 from rpcnb.protocol.reader import PacketReader, Sink
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Endpoint(PacketReader):
     ) -> None:
         super().__init__(role, limits, sink_for)
         self.state = State.IDLE
+        self.takes = PeerLimits()  # what the peer takes: the driver knows from its handshake
         self._error: RpcError | None = None
         self._eof = False
 
@@ -215,9 +217,12 @@ class Endpoint(PacketReader):
         Raises:
             LocalProtocolError: The message is not legal now.
             ArgumentError: A value cannot travel.
+            LimitExceeded: A result is larger than the client takes.
         """
         kind = _KINDS[type(message)]
         after = self._after(self.role, kind)
+        if kind is Kind.REPLY:
+            message = self.takes.fit(message)  # type: ignore[arg-type]  # a reply, by its kind
         buffers = encode_packet(message)
         self.state = after
         if kind is Kind.REQUEST:

@@ -3,7 +3,8 @@
 Direct connection: the client sends ``i32 MAGIC, i32 n, bytes[n]`` key text and waits; the server answers
 ``i32 MAGIC, i32 m, bytes[m]`` with its own key text, or one error word and closes. A key text is
 ``client:<match key>`` or ``server:<key>``, then options, each preceded by one space: ``-timeout=30``;
-rpcnb adds ``-token=...`` (when the user has one) and ``-rpcnb=<major>.<minor>[,feature...]``.
+rpcnb adds ``-token=...`` (when the user has one) and ``-rpcnb=<major>.<minor>[,feature...]``; features are ``lanes``,
+and limits that are not the defaults (``protocol/peerlimits.py``).
 
 Source:
     ServerLoop and RPCConnect, src/runtime/rpc/rpc_socket_impl.cc; python/tvm/rpc/server.py, protocol 0.8.0.

@@ -46,6 +46,7 @@ __all__ = [
     "Shutdown",
     "Syscall",
     "encode_packet",
+    "printable",
 ]
 
 
@@ -183,7 +184,7 @@ def _body(message: Message, parts: list[Buffer]) -> None:
     elif isinstance(message, Raised):
         parts.append(_CODE.pack(Code.EXCEPTION))
         more = (message.type_name, message.traceback) if message.type_name else ()
-        encode_values(tuple(_printable(text) for text in (message.text, *more)), Style.RESULT, parts)
+        encode_values(tuple(printable(text) for text in (message.text, *more)), Style.RESULT, parts)
     elif isinstance(message, Syscall):
         parts.append(_CODE.pack(message.code))
         encode_values(message.args, Style.ARGUMENT, parts)
@@ -204,7 +205,7 @@ def _body(message: Message, parts: list[Buffer]) -> None:
         parts.append(_CODE.pack(Code.SHUTDOWN))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return text that can be encoded, and that a raw string carries whole."""
     return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
 

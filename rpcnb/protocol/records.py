@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb.errors import RemoteProtocolError
 from rpcnb.protocol.codes import Limits
-from rpcnb.protocol.messages import Raised, Return
+from rpcnb.protocol.messages import Raised, Return, printable
 from rpcnb.protocol.sequence import Style, decode_values, encode_values
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def write_record(call: int, reply: Raised | Return | Emitted) -> bytes:
     parts: list[Any] = []
     if isinstance(reply, Raised):
         kind = ERROR
-        encode_values((reply.text, reply.type_name, reply.traceback), Style.RESULT, parts)
+        texts = (reply.text, reply.type_name, reply.traceback)
+        encode_values(tuple(map(printable, texts)), Style.RESULT, parts)
     else:
         kind = RESULT if isinstance(reply, Return) else OUTPUT
         encode_values(reply.values if isinstance(reply, Return) else (reply.data,), Style.RESULT, parts)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ArgumentError, LimitExceeded, RemoteProtocolError
 from rpcnb.protocol.codes import Limits
-from rpcnb.values import NULL, Device, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value
+from rpcnb.values import NULL, Device, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value, plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,6 +98,7 @@ def _encode_rare(value: Any, style: Style, parts: list[Buffer], index: int) -> N
     elif isinstance(value, DType):
         parts.append(_DTYPE.pack(5, value[0], value[1], value[2], 0))
     elif isinstance(value, (bytes, bytearray, memoryview)):
+        value = plain(value)  # the length announced is that of what is sent
         if isinstance(value, memoryview) and not (value.ndim == value.itemsize == 1 and value.c_contiguous):
             value = value.tobytes()  # len() must count bytes
         if style is Style.RESULT:
@@ -111,11 +112,11 @@ def _encode_rare(value: Any, style: Style, parts: list[Buffer], index: int) -> N
     elif isinstance(value, ObjectRef):
         parts.append(_INNER.pack(115, 115, value.handle))
     elif isinstance(value, int):
-        _encode_int(int(value), parts, index)
+        _encode_int(plain(value), parts, index)
     elif isinstance(value, float):
         parts.append(_FLOAT.pack(3, value))
     elif isinstance(value, str):
-        _encode_text(value, style, parts, index)
+        _encode_text(plain(value), style, parts, index)
     else:
         raise ArgumentError(index, f"of type {type(value).__name__}")
 
@@ -156,6 +157,7 @@ def encode_call_result(value: Value) -> tuple[Value, ...]:
     """
     if value is None:
         return (0, None)
+    value = plain(value)
     if isinstance(value, str):
         return (11 if len(value.encode("utf-8", "surrogatepass")) <= 7 else 65, value)
     if isinstance(value, (bytes, bytearray, memoryview)):

@@ -16,7 +16,7 @@ import numpy as np
 from rpcnb.errors import CopyMismatch
 from rpcnb.values import DType, dtype
 
-__all__ = ["as_wire_array", "dtype_of", "numpy_dtype", "pack", "unpack", "wire_bytes"]
+__all__ = ["as_wire_array", "dtype_of", "numpy_dtype", "pack", "plain_array", "unpack", "wire_bytes"]
 
 _KINDS = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
 _LETTERS = {0: "i", 1: "u", 2: "f", 5: "c"}
@@ -72,6 +72,27 @@ def dtype_of(array: np.ndarray[Any, Any]) -> DType:
         if kind == known:
             return dtype(name)
     raise CopyMismatch(f"an array of type {kind} has no counterpart on the wire")
+
+
+def plain_array(array: Any) -> np.ndarray[Any, Any]:
+    """Return an array of a subclass (matrix, memmap, masked, a user's own) as a plain one, over the same memory.
+
+    Subclasses change what indexing, reshaping and ``len`` mean, on which sizes and bytes here depend.
+
+    Raises:
+        CopyMismatch: Elements are masked, or it is no array.
+    """
+    if type(array) is np.ndarray:
+        return array
+    if not isinstance(array, np.ndarray):
+        raise CopyMismatch(f"expected a numpy array, got {type(array).__name__}")
+    mask = np.ma.getmask(array) if isinstance(array, np.ma.MaskedArray) else np.ma.nomask
+    if mask.dtype.names is None and mask.any():  # an array of records is refused for its type
+        count = int(np.count_nonzero(mask))
+        raise CopyMismatch(
+            f"{count} elements of a {type(array).__name__} are masked; pass .filled(value), or .data to ignore the mask"
+        )
+    return np.asarray(array)
 
 
 def as_wire_array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

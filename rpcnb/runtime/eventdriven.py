@@ -15,6 +15,7 @@ from rpcnb.errors import RpcError
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
 from rpcnb.protocol.handshake import Handshake, KeyText
+from rpcnb.protocol.peerlimits import PeerLimits
 from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.servant import Servant
 
@@ -87,7 +88,9 @@ class EventHandler:
                 if not isinstance(found, str):
                     return
                 in_bytes, self._handshake, self.remote_key = self._handshake.rest, None, found
-                servant.extended = KeyText.parse(found).features is not None
+                features = KeyText.parse(found).features
+                servant.extended = features is not None
+                servant.endpoint.takes = PeerLimits.told_by(features)
             with servant.lock:  # a completion may be reading in another thread
                 servant.endpoint.receive_data(in_bytes)
             servant.advance()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -26,6 +27,9 @@ _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 _MAX_NAME = 255
 # Files and folders of a session at most, and more where its quota is large: empty ones would fill the disk's table.
 _ENTRIES, _BYTES_AN_ENTRY = 1024, 4096
+_PINNED = ".lib-"  # how the names of loaded libraries begin
+_HIDDEN = (_PINNED, ".upload-")
+_MOST_OF_NAME = 50  # characters, of four bytes at most, that are kept of a library's name
 
 
 def check_name(name: str) -> None:
@@ -80,7 +84,7 @@ class Upload:
             descriptor, name = tempfile.mkstemp(dir=files.root, prefix=".upload-")
         except OSError as error:
             files.release(nbytes)
-            raise LimitExceeded(f"cannot store the upload: {error.strerror}") from error
+            raise LimitExceeded(f"cannot store the upload: {error.strerror}") from None
         self._path = Path(name)
         self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115  # closed by finish or abort
 
@@ -91,7 +95,7 @@ class Upload:
                 data = data[self._file.write(data) :]
         except OSError as error:
             self.abort()
-            raise LimitExceeded(f"cannot store the upload: {error.strerror}") from error
+            raise LimitExceeded(f"cannot store the upload: {error.strerror}") from None
 
     def finish(self) -> Any:
         """Close the file; it gets its name when the upload function runs."""
@@ -308,9 +312,37 @@ class SessionFiles:
         self._entries.discard(path)
         self.release(self._sizes.pop(path, 0))
 
+    def pin(self, path: Path) -> Path:
+        """Return another path of what a file holds now, the same for the same content, in the file's own directory.
+
+        A hard link where that is possible: it takes no room, and what is uploaded later gets another file. A file
+        outside the session's directory is left alone.
+
+        Raises:
+            LimitExceeded: No room for a copy.
+        """
+        source = os.path.realpath(path)
+        if not Path(source).is_relative_to(os.path.realpath(self.root)):
+            return path
+        held = path.with_name(f"{_PINNED}{secrets.token_hex(8)}")
+        copied = 0
+        try:
+            os.link(source, held)
+        except OSError:
+            stored = self._store(path.read_bytes())
+            copied = stored.nbytes
+            os.replace(stored.path, held)
+        pinned = path.with_name(f"{_PINNED}{file_digest(held)[:16]}-{path.name[-_MOST_OF_NAME:]}")
+        if pinned.exists():
+            held.unlink()
+            self.release(copied)
+        else:
+            os.replace(held, pinned)
+        return pinned
+
     def listdir(self, name: str) -> list[str]:
         """Return the names in a directory, sorted."""
-        return sorted(entry.name for entry in self.path(name).iterdir() if not entry.name.startswith(".upload-"))
+        return sorted(entry.name for entry in self.path(name).iterdir() if not entry.name.startswith(_HIDDEN))
 
     def close(self) -> None:
         """Remove the directory and everything in it."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import LibraryError
+from rpcnb.runtime.libraryfile import check_library, check_object
 from rpcnb.runtime.served import Module
 from rpcnb.values import Device, DType
 
@@ -137,11 +138,16 @@ def _install_backend() -> _Backend | None:
     return backend
 
 
-def load_library(path: Path) -> Module:
+_pinned: dict[Path, FFIModule] = {}  # the FFI keeps every library loaded as long as the process lives
+
+
+def load_library(path: Path, pin: Callable[[Path], Path] | None = None) -> Module:
     """Load a compiled library.
 
     Args:
         path: A shared library, or an object file or tar archive that is linked first.
+        pin: Gives the file's present content a path of its own: the loader takes one path for one library, for ever.
+            None for a file that stays what it is.
 
     Raises:
         LibraryError: No such file, not a library, or one that needs more than this server has.
@@ -152,20 +158,30 @@ def load_library(path: Path) -> Module:
     ffi = _ffi()
     if path.suffix not in _LIBRARY_SUFFIXES:
         path = link_library(path)
+    check_library(path)
+    pinned = path if pin is None else pin(path)
+    module = _pinned.get(pinned)
+    if module is not None:
+        return module
+    check_library(pinned, path.name)  # it may have been uploaded anew between
     _install_backend()
     try:
-        loaded = ffi.load_module(str(path), keep_module_alive=True)
+        loaded = ffi.load_module(str(pinned), keep_module_alive=True)
     except Exception as error:
-        raise LibraryError(f"cannot load {path.name}: {str(error).splitlines()[0]}") from error
-    _check_slots(path)
-    return FFIModule(loaded)
+        words = str(error).splitlines()[0].replace(str(pinned), str(path))
+        raise LibraryError(f"cannot load {path.name}: {words}") from None
+    _check_slots(path, pinned)
+    module = FFIModule(loaded)
+    if pinned != path:
+        _pinned[pinned] = module
+    return module
 
 
-def _check_slots(path: Path) -> None:
+def _check_slots(path: Path, pinned: Path) -> None:
     """Refuse a library with a callback slot that nobody has filled."""
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(pinned))
     empty = []
-    for name in sorted(set(_SLOT.findall(path.read_bytes()))):
+    for name in sorted(set(_SLOT.findall(pinned.read_bytes()))):
         text = name.decode()
         try:
             slot = ctypes.c_void_p.in_dll(library, text)
@@ -190,12 +206,15 @@ def link_library(path: Path) -> Path:
         objects = [path]
         if path.suffix == ".tar":
             objects = _extract(path, Path(folder))
+        for one in objects:
+            check_object(one, "" if one is path else path.name)
         compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++", "cc"))), None)
         if compiler is None:
             raise LibraryError("linking needs a C++ compiler on the server (g++, clang++ or $CXX)")
         sources = [str(one) for one in objects]
+        linked = f"{folder}/linked.so"  # a library that is loaded from the target stays whole
         done = subprocess.run(
-            [compiler, "-shared", "-fPIC", "-O2", "-o", str(target), *sources],
+            [compiler, "-shared", "-fPIC", "-O2", "-o", linked, *sources],
             capture_output=True,
             text=True,
             check=False,
@@ -204,6 +223,7 @@ def link_library(path: Path) -> Path:
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise LibraryError(f"cannot link {path.name}: {last[0]}")
+        os.replace(linked, target)
     return target
 
 
@@ -220,7 +240,7 @@ def _extract(path: Path, folder: Path) -> list[Path]:
                     target.write_bytes(source.read())
                     objects.append(target)
     except tarfile.TarError as error:
-        raise LibraryError(f"cannot read {path.name}: {str(error).splitlines()[0].rstrip(':')}") from error
+        raise LibraryError(f"cannot read {path.name}: {str(error).splitlines()[0].rstrip(':')}") from None
     if not objects:
         raise LibraryError(f"archive {path.name} holds no object files")
     return objects

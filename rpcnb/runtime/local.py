@@ -30,6 +30,9 @@ from rpcnb.values import (
     Pointer,
     TensorMeta,
     Value,
+    is_array,
+    is_bare_enum,
+    plain,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ class LocalServingSession(ServingSession):
         """Calls that the client has started and that overlap."""
         if self._calls is None:
             with self._lock:
-                self._calls = self._calls or Calls(self)
+                self._calls = self._calls or Calls(self, most_bytes=self.environment.limits.outcomes)
         return self._calls
 
     # -- functions -----------------------------------------------------------------------------------------------
@@ -268,24 +271,26 @@ class LocalServingSession(ServingSession):
         kind = type(value)
         if kind is int and -(1 << 63) <= value < 1 << 63:
             return (1, value)
-        if kind in _PLAIN or isinstance(value, (str, bytes, bytearray, memoryview)):
+        if kind in _PLAIN:
             return self._encode_plain(value)
+        if isinstance(value, (str, int, float, bytes, bytearray, memoryview)):
+            return self._encode_plain(plain(value))
         if isinstance(value, DeviceTensor):
             return self._encode_tensor(value)
+        if is_array(value):
+            return self._encode_tensor(_own_array(value))
         if type(value).__module__.partition(".")[0] in ("numpy", "ml_dtypes"):
             import numpy as np
 
             if isinstance(value, np.generic):
-                plain = value.item()
-                return self.encode_return(float(value) if isinstance(plain, np.generic) else plain)  # longdouble
-            if isinstance(value, np.ndarray):
-                return self._encode_tensor(_own_array(value))
+                item = value.item()
+                return self.encode_return(float(value) if isinstance(item, np.generic) else item)  # longdouble
         if isinstance(value, ServedFunction):
             return (68, self._issue(value))
         if isinstance(value, Module):
             return (73, self.table.issue(HandleKind.MODULE, value))
-        if isinstance(value, (int, float)):
-            return self._encode_plain(value)
+        if is_bare_enum(value):
+            raise ResultError(f"the result is a member of the enum {kind.__name__}, which cannot travel; pass .value")
         index = _OBJECT_INDICES.get(type(value))
         if index is None and callable(value) and not isinstance(value, type):
             is_async = inspect.iscoroutinefunction(value)
@@ -305,7 +310,7 @@ class LocalServingSession(ServingSession):
         try:
             return encode_call_result(value)
         except ArgumentError as error:  # pragma: no cover  # every plain kind is known
-            raise ResultError(str(error)) from error
+            raise ResultError(str(error)) from None
 
     def _encode_tensor(self, tensor: DeviceTensor) -> tuple[Value, ...]:
         data = self.table.issue(HandleKind.DATA, tensor.memory)
@@ -642,8 +647,9 @@ def _own_array(array: Any) -> DeviceTensor:
     """Wrap a function's array result as a tensor; copied only if the wire could not read or write it as it is."""
     import numpy as np
 
-    from rpcnb.runtime.arrays import as_wire_array, dtype_of, pack
+    from rpcnb.runtime.arrays import as_wire_array, dtype_of, pack, plain_array
 
+    array = plain_array(array)
     kind = dtype_of(array)
     ready = as_wire_array(array)
     if kind.bits < 8:

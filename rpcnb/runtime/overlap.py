@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ArgumentError, LimitExceeded
 from rpcnb.protocol.messages import CallFunc, Raised, Return
-from rpcnb.protocol.records import CANCEL, CANCEL_AT, NEXT, START, Emitted, write_record
+from rpcnb.protocol.peerlimits import PeerLimits
+from rpcnb.protocol.records import CANCEL, CANCEL_AT, NEXT, START, Emitted, read_records, write_record
 from rpcnb.runtime.completion import Stoppable
 from rpcnb.runtime.current import CALL
 from rpcnb.runtime.served import ServedFunction
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from rpcnb.runtime.serving import HandleSession
     from rpcnb.values import Value
 
-__all__ = ["Calls", "Started"]
+__all__ = ["Calls", "Started", "read_records"]  # what takes its polls' answers apart stands in the protocol
 
 POLL_SECONDS = 20.0  # a poll is answered within this time, so it tells that the server lives
 _MOST_EARLY = 1024  # cancels that are remembered for calls still to come
@@ -91,16 +92,19 @@ class Calls:
     Args:
         session: Whose functions are called.
         most: Calls at once, those included whose outcome has not been collected.
+        most_bytes: Of outcomes that have not been collected.
     """
 
-    def __init__(self, session: HandleSession, most: int = 65536) -> None:
+    def __init__(self, session: HandleSession, most: int = 65536, most_bytes: int = 256 << 20) -> None:
         self._session = weakref.proxy(session)
         self._most = most
+        self._most_bytes = most_bytes
         self._lock = threading.Lock()
         self._running: dict[int, Started] = {}
         self._early: dict[int, None] = {}  # cancelled before they came
         self._outcomes: list[bytes] = []
         self._kept = 0  # bytes of them
+        self.takes = PeerLimits()  # what the client does
         self._waiting = 0  # bytes of output among them
         self._poll: Done | None = None
         self._polled = 0.0
@@ -221,8 +225,16 @@ class Calls:
             self._session.environment.later(POLL_SECONDS, self._answer_in_time)
 
     def _take(self) -> bytes:
-        data, self._outcomes = b"".join(self._outcomes), []
-        self._waiting = self._kept = 0
+        """Return the records that wait, as many as the client takes at once. Lock held."""
+        count = nbytes = 0
+        for record in self._outcomes:
+            nbytes += len(record)
+            if count and nbytes > self.takes.bytes:
+                break
+            count += 1
+        data, self._outcomes = b"".join(self._outcomes[:count]), self._outcomes[count:]
+        self._kept -= len(data)
+        self._waiting = min(self._waiting, self._kept)
         return data
 
     def give_way(self) -> None:
@@ -277,15 +289,17 @@ class Calls:
     def finish(self, call: Started, reply: Raised | Return) -> None:
         """Keep the outcome of a call for the poll; from any thread."""
         try:
-            record = write_record(call.id, reply)
+            record = write_record(call.id, self.takes.fit(reply))  # type: ignore[arg-type]  # one of the two
+            self.takes.check_bytes(len(record), "encoded", "bytes_argument", self.takes.bytes)
         except BaseException as error:
-            record = write_record(call.id, self.raised(error))
-        most = self._session.environment.limits.outcomes
+            record = write_record(call.id, self.takes.fit(self.raised(error)))  # type: ignore[arg-type]  # likewise
         with self._lock:
             if call.finished:
                 return
-            if self._poll is None and self._kept + len(record) > most and isinstance(reply, Return):
-                text = f"{self._kept} bytes of outcomes are not collected, outcomes={most}; collect some first"
+            if self._poll is None and self._kept + len(record) > self._most_bytes and isinstance(reply, Return):
+                text = (
+                    f"{self._kept} bytes of outcomes are not collected, outcomes={self._most_bytes}; collect some first"
+                )
                 record = write_record(call.id, self.raised(LimitExceeded(text)))
             call.finished = True
             self._running.pop(call.id, None)
@@ -297,8 +311,13 @@ class Calls:
             poll((66, data))
 
     def emit(self, call: Started, data: bytes) -> None:
-        """Keep part of a call's output for the poll."""
+        """Keep part of a call's output for the poll; one that the client does not take ends the call."""
         record = write_record(call.id, Emitted(data))
+        try:
+            self.takes.check_bytes(len(record), "shown", "bytes_argument", self.takes.bytes)
+        except LimitExceeded as error:
+            call.error(error)
+            return
         with self._lock:
             if call.finished or call.cancelled:
                 return

@@ -18,7 +18,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import LimitExceeded
+from rpcnb.errors import CopyMismatch, LimitExceeded
 from rpcnb.protocol.codes import VERSION, Code
 from rpcnb.protocol.endpoint import State
 from rpcnb.protocol.messages import (
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from rpcnb.protocol.endpoint import Endpoint
     from rpcnb.protocol.messages import Message, Reply
+    from rpcnb.protocol.sequence import Buffer
     from rpcnb.values import TensorMeta
 
 __all__ = ["Completion", "Servant"]
@@ -331,10 +332,10 @@ class Servant:
             try:
                 result = function.call(*found[1])
                 reply = write_result(result)
-                others = [] if reply is not None else encode_packet(Return(session.encode_return(result)))
+                others = [] if reply is not None else self._encode(Return(session.encode_return(result)))
             except BaseException as error:  # in a worker, which no signal reaches: the function raised it
                 self._end_child(error)
-                reply, others = None, encode_packet(self.exception(error))
+                reply, others = None, self._encode(self.exception(error))
             self.running = None
             if self.over:
                 return b"", pos
@@ -350,6 +351,9 @@ class Servant:
             if now > give_up or len(replies) > _ENOUGH:
                 break
         return replies, pos
+
+    def _encode(self, reply: Return | Raised) -> list[Buffer]:
+        return encode_packet(self.endpoint.takes.fit(reply))
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -490,7 +494,7 @@ class Servant:
     def _copy_from(self, message: CopyFromRemote) -> None:
         session, meta, nbytes = self._ready(), message.meta, message.nbytes
         self._check_copy(meta, nbytes)
-        view = session.direct(meta, nbytes)
+        view = _direct(session, meta, nbytes)
         if view is not None:
             self._answer(CopyAck(view))
             return
@@ -507,7 +511,7 @@ class Servant:
         try:
             session = self._ready()
             self._check_copy(message.meta, message.nbytes)
-            view = session.direct(message.meta, message.nbytes)
+            view = _direct(session, message.meta, message.nbytes)
             direct = view is not None
             if view is None:
                 view = staging(message.nbytes)
@@ -600,6 +604,7 @@ class Servant:
             self.session = made
             if self.extended and isinstance(made, LocalServingSession):
                 made.calls.lanes[self.lane] = self
+                made.calls.takes = self.endpoint.takes.in_records()
             limits = self.environment.limits
             ordinary = limits.args >= MOST_ARGS and limits.text >= MOST_TEXT
             if (
@@ -625,6 +630,16 @@ class Servant:
                 f"Check failed: (fconstructor.has_value()) is false:  Cannot find session constructor {name}"
             )
         return known, tuple(args)
+
+
+def _direct(session: ServingSession, meta: TensorMeta, nbytes: int) -> memoryview | None:
+    """Return the memory that the socket uses itself, as bytes, whose number is not taken on trust."""
+    view = session.direct(meta, nbytes)
+    if view is None:
+        return None
+    if view.nbytes != nbytes:
+        raise CopyMismatch(f"{type(session).__name__} has {view.nbytes} bytes for a copy of {nbytes} bytes")
+    return view if view.ndim == view.itemsize == 1 else view.cast("B")
 
 
 def _single(result: Any) -> Reply:

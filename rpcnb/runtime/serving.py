@@ -17,13 +17,13 @@ asynchronous ones (call, copy to, copy from, stream wait) that end in a completi
 
 from __future__ import annotations
 
-import traceback
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rpcnb.errors import InvalidHandle, ResultError
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.messages import Raised
 from rpcnb.runtime.completion import errors_to_done
+from rpcnb.runtime.report import report
 from rpcnb.values import (
     NULL,
     Device,
@@ -55,9 +55,9 @@ def raised_by(session: ServingSession | HandleSession, error: BaseException, ext
         if extended:
             return session.send_exception(error)
         if type(session).send_exception is ServingSession.send_exception:
-            return Raised(str(error) or type(error).__name__)
+            return Raised(report(error, traced=False).text)
         return Raised(session.send_exception(error).text)
-    except BaseException as broken:  # of its own methods: SystemExit too
+    except BaseException as broken:  # also SystemExit: a report does not end the server
         return Raised(f"{type(error).__name__} without a text: {type(broken).__name__} while making it")
 
 
@@ -171,18 +171,10 @@ class ServingSession:
 
     def send_exception(self, error: BaseException) -> Raised:
         """Turn an exception into the reply that reports it: its text, and for rpcnb peers class and traceback."""
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if not _is_ours(frame.filename)]
-        lines = traceback.format_list(own) if own else []
-        return Raised(str(error) or type(error).__name__, type(error).__name__, "".join(lines))
+        return report(error)
 
     def shutdown(self) -> None:
         """Release everything; called once, when the conversation is over."""
-
-
-def _is_ours(filename: str) -> bool:
-    """Tell whether a frame is of what performs requests, which says nothing to who called."""
-    return any(room in filename.replace("\\", "/") for room in ("/rpcnb/runtime/", "/rpcnb/cells/"))
 
 
 def _free_handle(session: ServingSession, handle: Pointer | None) -> None:

@@ -93,7 +93,7 @@ def _load_module(session: HandleSession, name: str) -> Module:
     need_native(session, "load_module")
     from rpcnb.runtime.libraries import load_library
 
-    return load_library(session.files.path(name))
+    return load_library(session.files.path(name), session.files.pin)
 
 
 def _download_linked_module(session: HandleSession, name: str) -> bytes:

@@ -25,6 +25,7 @@ from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
 from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text, refusal
 from rpcnb.protocol.messages import Raised, encode_packet
+from rpcnb.protocol.peerlimits import PeerLimits, extension
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.servant import Servant
 from rpcnb.server.lanes import TICKET
@@ -292,9 +293,9 @@ class Connection:
             self._send_last(refusal())
             return
         full = self.why_full()
-        options = {"-rpcnb": EXTENSION} if key.features is not None else {}
+        options = {"-rpcnb": extension(EXTENSION, server.limits)} if key.features is not None else {}
         if options and not full:
-            options = {"-rpcnb": f"{EXTENSION},lanes", TICKET: server.lanes.issue(self)}
+            options = {"-rpcnb": extension(EXTENSION, server.limits, "lanes"), TICKET: server.lanes.issue(self)}
         self._begin(key, options, full)
 
     def why_full(self) -> str:
@@ -325,7 +326,7 @@ class Connection:
         before = server.lanes.join(main, self.lane, self)
         if before is not None:
             before.close()
-        self._begin(key, {"-rpcnb": EXTENSION}, "")
+        self._begin(key, {"-rpcnb": extension(EXTENSION, server.limits)}, "")
 
     def _session_of_lane(self) -> Any:
         main = self.main
@@ -349,6 +350,7 @@ class Connection:
             lane=self.lane,
         )
         servant.extended = key.features is not None
+        servant.endpoint.takes = PeerLimits.told_by(key.features)
         self.servant = servant
         server.opened(self)
         if key.timeout is not None and not self.lane:

@@ -40,6 +40,7 @@ from rpcnb.transport.kernel import BUSY_AFTER, KernelLoop
 from rpcnb.transport.listen import Acceptor, listen
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
 from rpcnb.transport.watcher import make_watcher
+from rpcnb.values import StaysHere
 
 if TYPE_CHECKING:
     import socket
@@ -65,7 +66,7 @@ def all_servers() -> list[Server]:
     return [server for server in _servers.copy() if not server.closed]
 
 
-class Server:
+class Server(StaysHere):
     """An RPC server; it listens when the constructor returns.
 
     Args:

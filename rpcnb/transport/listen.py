@@ -13,6 +13,7 @@ from rpcnb.errors import AccessDenied
 from rpcnb.transport import forks
 from rpcnb.transport.address import is_loopback, show_address
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
+from rpcnb.values import StaysHere
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +131,7 @@ class Acceptor:
             listener.close()
 
 
-class Service:
+class Service(StaysHere):
     """What a tracker and a proxy have in common: a port, a loop, an end.
 
     Args:

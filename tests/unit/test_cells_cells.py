@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import enum
 import io
 import json
 import sys
@@ -475,6 +476,23 @@ def test_numpys_scalars_are_numbers_and_arrays_stay() -> None:
     assert dump_variable(array, False) is array
     with pytest.raises(AccessDenied, match="travel only as a pickle"):
         dump_variable(np.dtype("float32").newbyteorder, False)
+
+
+def test_values_of_subclasses_are_what_they_hold_inside_lists_too() -> None:
+    class Mode(str, enum.Enum):
+        FAST = "fast"
+
+    class Colour(enum.Enum):
+        RED = 1
+
+    for value, good in (
+        (Mode.FAST, "fast"),
+        ([Mode.FAST, np.float64(0.5)], ["fast", 0.5]),
+        ({"m": Mode.FAST}, {"m": "fast"}),
+    ):
+        assert load_variable(dump_variable(value, False), False) == good
+    with pytest.raises(AccessDenied, match=r"objects of type Colour travel .* pass \.value, or say pickle=True"):
+        dump_variable(Colour.RED, False)
 
 
 def test_other_objects_need_both_sides_consent() -> None:

@@ -19,6 +19,7 @@ from rpcnb.link import control, order
 from rpcnb.link.control import Control, StartedTicket
 from rpcnb.link.order import Order
 from rpcnb.link.wire import Ticket
+from rpcnb.protocol.codes import Limits
 from rpcnb.protocol.flows import Flow
 from rpcnb.protocol.messages import CallFunc, Return
 from rpcnb.protocol.records import CANCEL, CANCEL_AT, NEXT, START, write_record
@@ -33,6 +34,7 @@ class Lane:
 
     def __init__(self) -> None:
         self.wire: Any = SimpleNamespace(lock=threading.RLock(), sock=None, ended=None, behind=lambda tickets: "")
+        self.wire.endpoint = SimpleNamespace(limits=Limits())
         self.garbage: deque[Any] = deque()
         self.sent: list[Ticket] = []
         self.ready: deque[Any] = deque()

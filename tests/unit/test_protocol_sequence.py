@@ -166,7 +166,15 @@ def test_subclasses_travel_as_what_they_are() -> None:
     class Name(str):
         __slots__ = ()
 
-    assert encode((Count(5), Ratio(0.5), Name("n"))) == encode((5, 0.5, "n"))
+        def encode(self, *how: str) -> bytes:
+            return b"other"
+
+    class Raw(bytes):
+        def __len__(self) -> int:
+            return 1 << 40
+
+    assert encode((Count(5), Ratio(0.5), Name("n"), Raw(b"r"))) == encode((5, 0.5, "n", b"r"))
+    assert encode_call_result(Raw(b"r")) == (12, b"r")
 
 
 def test_bulk_bytes_stay_a_buffer_of_their_own() -> None:

@@ -12,7 +12,17 @@ import pytest
 
 from rpcnb.errors import CopyMismatch
 from rpcnb.runtime import arrays
-from rpcnb.runtime.arrays import array_view, as_wire_array, dtype_of, lane_shape, numpy_dtype, pack, unpack, wire_bytes
+from rpcnb.runtime.arrays import (
+    array_view,
+    as_wire_array,
+    dtype_of,
+    lane_shape,
+    numpy_dtype,
+    pack,
+    plain_array,
+    unpack,
+    wire_bytes,
+)
 from rpcnb.values import DType, dtype
 
 PLAIN = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
@@ -171,3 +181,51 @@ def test_a_view_shares_memory_but_unpacked_elements_are_read_only() -> None:
     assert not small.flags.writeable
     two_lanes = array_view(data[:1], DType(0, 4, 2), (1,))
     assert two_lanes.shape == (1, 2)
+
+
+class Liar(np.ndarray[Any, Any]):
+    def __len__(self) -> int:
+        return 7
+
+    def reshape(self, *shape: Any, **options: Any) -> Any:
+        raise AssertionError("not to be asked")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.ones((2, 2)).view(np.matrix),
+        np.ma.masked_array([1.0, 2.0]),
+        np.ma.masked_array([1.0, 2.0], mask=[False, False]),
+        np.array([1.0, 2.0]).view(Liar),
+    ],
+    ids=["matrix", "masked", "masked without masks", "a user's"],
+)
+def test_an_array_of_a_subclass_becomes_a_plain_one_over_its_memory(array: Any) -> None:
+    found = plain_array(array)
+    assert type(found) is np.ndarray
+    assert np.shares_memory(found, array)
+    assert found.shape == array.shape
+    assert plain_array(found) is found
+
+
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [
+        (
+            np.ma.masked_array([1.0, 2.0], mask=[False, True]),
+            r"1 elements of a MaskedArray are masked; pass \.filled\(value\)",
+        ),
+        (np.ma.masked, r"1 elements of a MaskedConstant are masked"),
+        ([1.0], "expected a numpy array, got list"),
+    ],
+)
+def test_what_is_masked_or_no_array_is_refused(array: Any, text: str) -> None:
+    with pytest.raises(CopyMismatch, match=text):
+        plain_array(array)
+
+
+@pytest.mark.parametrize("array", [np.rec.fromarrays([[1], [2.0]]), np.ma.array([(1, 2.0)], dtype="i4,f8")])
+def test_an_array_of_records_has_no_type_on_the_wire(array: Any) -> None:
+    with pytest.raises(CopyMismatch, match="has no counterpart on the wire"):
+        dtype_of(plain_array(array))

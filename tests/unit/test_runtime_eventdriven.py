@@ -353,6 +353,14 @@ def test_stocks_recorded_handler_calls_are_answered_alike(vectors: Path) -> None
 HELLO = (len(b"client:gpu -rpcnb=1.0")).to_bytes(4, "little") + b"client:gpu -rpcnb=1.0"
 
 
+def test_the_handshake_tells_what_the_client_takes() -> None:
+    for options, text in (("", 16 << 20), (" -rpcnb=1.0,text=5", 5)):
+        handler = create_event_driven_server(len, "test", "%toinit")
+        key = b"client:gpu" + options.encode()
+        handler(len(key).to_bytes(4, "little") + key, 3)
+        assert handler.servant.endpoint.takes.text == text
+
+
 @pytest.mark.parametrize("cut", [1, 3, 4, 5, len(HELLO), 1000])
 def test_the_rest_of_the_handshake_is_read_in_any_cut(cut: int) -> None:
     sent: list[bytes] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -315,4 +316,61 @@ def test_a_disk_that_is_full_ends_a_file_in_parts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     with pytest.raises(LimitExceeded, match="does not follow"):
         files.put("a", 10, 5, b"56789")
+    files.close()
+
+
+# -- paths for one content ---------------------------------------------------------------------------------------------
+
+
+def inode(path: Path) -> int:
+    return path.stat().st_ino
+
+
+def test_a_pinned_path_keeps_what_a_file_held_and_takes_no_room(files: SessionFiles) -> None:
+    files.write("d/m.so", bytes(400))
+    path = files.path("d/m.so")
+    first = files.pin(path)
+    assert (first.parent, inode(first)) == (path.parent, inode(path))
+    assert re.fullmatch(r"\.lib-[0-9a-f]{16}-m\.so", first.name)
+    files.write("d/m.so", b"x" * 400)
+    second = files.pin(path)
+    assert (first.read_bytes(), second.read_bytes()) == (bytes(400), b"x" * 400)
+    files.write("d/m.so", bytes(400))  # the first content again
+    assert files.pin(path) == first
+    assert files.listdir("d") == ["m.so"]
+    files.write("rest", bytes(600))
+    files.remove("d/m.so")
+    assert left(files) == ["d", *sorted(f"d/{one.name}" for one in (first, second)), "rest"]
+
+
+def test_where_links_cannot_be_made_a_pinned_path_is_a_copy_that_counts(
+    files: SessionFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    files.write("m.so", bytes(400))
+    pinned = files.pin(files.path("m.so"))
+    assert pinned.read_bytes() == bytes(400)
+    assert inode(pinned) != inode(files.path("m.so"))
+    with pytest.raises(LimitExceeded, match=r"upload of 400 bytes exceeds upload_quota=1000 \(800 bytes are in use\)"):
+        files.pin(files.path("m.so"))
+    files._quota = 1200
+    assert files.pin(files.path("m.so")) == pinned
+    with pytest.raises(LimitExceeded, match=r"\(800 bytes are in use\)"):
+        files.reserve(401)
+
+
+def test_a_long_name_is_shortened_and_a_file_elsewhere_keeps_its_path(tmp_path: Path) -> None:
+    files = SessionFiles(1000, trusted_paths=True)
+    name = "ü" * 120 + ".so"
+    files.write(name, b"x")
+    assert files.pin(files.path(name)).name.endswith("ü" * 47 + ".so")
+    other = tmp_path / "m.so"
+    other.write_bytes(b"x")
+    assert files.pin(files.path(str(other))) == other
+    (files.root / "link.so").symlink_to(other)
+    assert files.pin(files.path("link.so")) == files.root / "link.so"
+    assert list(tmp_path.iterdir()) == [other]
     files.close()

@@ -118,6 +118,35 @@ def test_workspaces_and_parallel_loops_run_without_tvm(tmp_path: Path) -> None:
     assert in_a_process(path, "print(load_library(path).get_function('work')(7))") == str(7 * cores)
 
 
+def test_a_library_that_is_uploaded_again_runs_beside_the_one_before(tmp_path: Path) -> None:
+    for number in (1, 2):
+        extra = (
+            f"int __tvm_ffi_version(void* s, A* a, int n, A* r) {{ r->t = 1; r->z = 0; r->i = {number}; return 0; }}"
+        )
+        compile_to(tmp_path / f"{number}.so", extra)
+    lines = """
+from rpcnb.runtime.files import SessionFiles
+files, modules = SessionFiles(), []
+for number in (1, 2, 1, 1):
+    files.write("m.so", path.with_name(f"{number}.so").read_bytes())
+    modules.append(load_library(files.path("m.so"), files.pin))
+print([one.get_function("version")() for one in modules], modules[0] is modules[2] is modules[3], files.listdir(""))
+files.close()
+"""
+    assert in_a_process(tmp_path / "m.so", lines) == "[1, 2, 1, 1] True ['m.so']"
+
+
+def test_what_is_refused_after_it_was_pinned_has_its_own_name(
+    ffi: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "_install_backend", lambda: None)
+    path = compile_to(tmp_path / "m.so")
+    (tmp_path / "other").write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(LibraryError, match=r"^cannot load m\.so: it is an ELF .* whose end is missing"):
+        load_library(path, lambda path: tmp_path / "other")
+    assert ffi.loaded == []
+
+
 def test_a_library_with_a_slot_that_nobody_fills_is_refused_by_name(tmp_path: Path) -> None:
     path = compile_to(tmp_path / "m.so", NULL_SLOT)
     assert in_a_process(path, "load_library(path)").endswith(
@@ -204,14 +233,17 @@ def test_a_file_that_is_no_library_is_refused_with_the_loaders_words(
 
     ffi.load_module = refuse
     monkeypatch.setattr(libraries, "_install_backend", lambda: None)
-    (tmp_path / "m.so").write_bytes(b"no library")
+    (tmp_path / "t.so").write_bytes(b"no library")
+    with pytest.raises(LibraryError, match=r"^cannot load t\.so: it is a text file; expected .* here$"):
+        load_library(tmp_path / "t.so")
     with pytest.raises(LibraryError, match=r"^cannot load m\.so: file too short$"):
-        load_library(tmp_path / "m.so")
+        load_library(compile_to(tmp_path / "m.so"))
 
 
 def test_a_slot_that_is_filled_passes(tmp_path: Path) -> None:
     filled = "static int x; void* __TVMBackendFilled = &x;"
-    libraries._check_slots(compile_to(tmp_path / "m.so", filled))
+    path = compile_to(tmp_path / "m.so", filled)
+    libraries._check_slots(path, path)
 
 
 # -- linking ---------------------------------------------------------------------------------------------------------

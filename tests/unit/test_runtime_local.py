@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import enum
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -257,6 +258,30 @@ def test_other_results_are_handles_under_stocks_type_index(client: Client, value
     got = give(client, value)
     assert got[0] == index
     assert handle_of(got) != 0
+
+
+def test_an_enum_without_a_base_that_travels_is_no_result(client: Client) -> None:
+    class Colour(enum.Enum):
+        RED = 1
+
+    client.environment.registry.register("give", lambda: Colour.RED)
+    assert client.call_error("give") == ("the result is a member of the enum Colour, which cannot travel; pass .value")
+
+
+def test_an_array_of_a_subclass_is_a_plain_result_and_a_masked_one_is_refused(client: Client) -> None:
+    class Own(np.ndarray[Any, Any]):
+        pass
+
+    for array in (
+        np.array([[1.0, 2.0]]).view(np.matrix),
+        np.ma.masked_array([[1.0, 2.0]]),
+        np.array([[1.0, 2.0]]).view(Own),
+    ):
+        index, meta, _ = give(client, array)
+        assert (index, meta.shape) == (70, (1, 2))
+        assert np.frombuffer(client.read(meta)).tolist() == [1.0, 2.0]
+    client.environment.registry.register("give", lambda: np.ma.masked_array([1.0], mask=[True]), override=True)
+    assert "pass .filled(value)" in client.call_error("give")
 
 
 def test_equal_objects_give_equal_handles_counted(client: Client) -> None:

@@ -13,8 +13,9 @@ from runtime_wire import Client, Loop
 import rpcnb
 from rpcnb.errors import RemoteProtocolError
 from rpcnb.protocol.codes import Code
-from rpcnb.protocol.messages import CallFunc, Raised, Return, Syscall
-from rpcnb.protocol.records import read_records, write_record
+from rpcnb.protocol.messages import CallFunc, InitServer, Raised, Return, Syscall
+from rpcnb.protocol.peerlimits import PeerLimits
+from rpcnb.protocol.records import Emitted, read_records, write_record
 from rpcnb.runtime import tasks
 from rpcnb.runtime.current import CALL
 from rpcnb.runtime.environment import Environment
@@ -322,6 +323,55 @@ def test_an_outcome_that_cannot_be_packed_is_an_error(server: Server) -> None:
     call((1, object()))
     ((_, reply),) = server.outcomes()
     assert isinstance(reply, Raised)
+
+
+def test_outcomes_come_in_as_many_answers_as_the_client_takes(server: Server) -> None:
+    calls = server.client.local.calls
+    calls.takes = PeerLimits(text=1000, bytes=1000)
+    for number in (1, 2, 3):
+        server.start(number, "wait", "x" * 300)
+    server.start(4, "wait", b"x" * 990)
+    server.start(5, "wait", "x" * 1001)
+    server.loop.run()
+    first, second = dict(server.outcomes()), dict(server.outcomes())
+    assert [*first, *second][:3] == [1, 2, 3]
+    rest = first | second
+    while 5 not in rest:
+        rest |= dict(server.outcomes())
+    assert rest[1] == Return((65, "x" * 300))
+    assert "the encoded result of 1038 bytes exceeds the client's bytes_argument=1000" in rest[4].text
+    assert "the text result of 1001 bytes exceeds the client's text=1000" in rest[5].text
+    assert server.client.ask(server.request(NEXT)) is None
+
+
+def test_the_client_of_a_handshake_tells_what_its_records_may_hold() -> None:
+    client = Client(extended=True, init=None)
+    client.servant.endpoint.takes = PeerLimits(text=1000, bytes=2000)
+    assert client.ask(InitServer()) == Return((None,))
+    assert client.local.calls.takes == PeerLimits(text=500, bytes=2000)
+    client.servant.cancel()
+
+
+def test_output_that_the_client_does_not_take_ends_its_call(server: Server) -> None:
+    server.start(1, "keep")
+    calls = server.client.local.calls
+    calls.takes = PeerLimits(text=1000, bytes=1000)
+    (call,) = calls.running
+    call.emit(b"x" * 900)
+    call.emit(b"x" * 1000)
+    outcomes = server.outcomes() + server.outcomes()
+    assert outcomes[0] == (1, Emitted(b"x" * 900))
+    assert "the shown result of 1036 bytes exceeds the client's bytes_argument=1000" in outcomes[1][1].text
+    assert calls.running == []
+
+
+def test_an_errors_text_is_made_printable_in_a_record(server: Server) -> None:
+    session = server.client.local
+    session.calls.start(_Outcome(), (1, 0.0, server.handles["keep"]))
+    (call,) = session.calls.running
+    call.error(ValueError("a\0b\ud800"))
+    ((_, reply),) = server.outcomes()
+    assert reply.text == "a\\x00b\\ud800"
 
 
 def test_an_error_without_a_text_is_an_outcome_too(server: Server) -> None:

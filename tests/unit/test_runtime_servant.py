@@ -26,6 +26,7 @@ from rpcnb.protocol.messages import (
     Shutdown,
     Syscall,
 )
+from rpcnb.protocol.peerlimits import PeerLimits
 from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.registry import Registry
@@ -371,6 +372,33 @@ class Driver:
         return self.client.next_message()
 
 
+class Wide(ServingSession):
+    """Its memory is seen in items of 4 bytes, and is as long as it is."""
+
+    def __init__(self) -> None:
+        self.memory = bytearray(8)
+
+    def direct(self, meta: TensorMeta, nbytes: int) -> memoryview:
+        return memoryview(self.memory).cast("i")
+
+
+def test_memory_for_the_socket_is_counted_in_bytes_and_must_have_the_size_of_the_copy() -> None:
+    driver = Driver(environment=Environment(local_session=Wide))
+    driver.send(InitServer())
+    assert driver.reply() == VOID
+    meta = META._replace(shape=(8,))
+    driver.send(CopyToRemote(meta, 8, b"abcdefgh"))
+    assert driver.reply() == VOID
+    into = bytearray(8)
+    driver.send(CopyFromRemote(meta, 8, memoryview(into)))
+    driver.reply()
+    assert into == b"abcdefgh"
+    for request in (CopyFromRemote(meta, 4, memoryview(bytearray(4))), CopyToRemote(meta, 4, b"abcd")):
+        driver.send(request)
+        assert driver.reply() == Raised("Wide has 8 bytes for a copy of 4 bytes")
+    driver.servant.cancel()
+
+
 class Async(ServingSession):
     is_async = True
 
@@ -450,6 +478,19 @@ def short(client: Client, handle: int, *args: Any) -> bytes:
     reply, served = quickly(client, data)
     assert served in (0, len(data))
     return reply
+
+
+def test_the_short_way_keeps_to_what_the_client_takes(registry: Registry) -> None:
+    registry.register("text", lambda n: "x" * n)
+    client = Client(Environment(registry=registry))
+    client.servant.endpoint.takes = PeerLimits(text=1000, bytes=1000)
+    handle = client.find("text")
+    data = packet(CallFunc(handle, (1001,)))
+    assert quickly(client, data) == (b"", len(data))
+    output = b"".join(bytes(part) for part in client.servant.output.first(10))
+    assert b"the text result of 1001 bytes exceeds the client's text=1000" in output
+    client.servant.output.clear()
+    client.send(Shutdown())
 
 
 def test_the_short_way_answers_plain_calls_with_the_same_bytes(registry: Registry) -> None:

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import enum
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 
-from rpcnb.values import CPU, NULL, Device, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, device, dtype
+from rpcnb.values import (
+    CPU,
+    NULL,
+    Device,
+    DType,
+    FunctionRef,
+    ModuleRef,
+    ObjectRef,
+    Pointer,
+    StaysHere,
+    TensorMeta,
+    device,
+    dtype,
+    is_array,
+    is_bare_enum,
+    plain,
+)
 
 DTYPES = {
     "int8": (0, 8, 1),
@@ -106,3 +130,94 @@ def test_a_tensor_knows_its_size(shape: tuple[int, ...], size: int) -> None:
     assert (meta.size, meta.nbytes) == (size, 2 * size)
     assert meta.at(10) == TensorMeta(7, CPU, shape, dtype("int16"), 14)
     assert TensorMeta(7, CPU, shape, dtype("int16")).byte_offset == 0
+
+
+class Mode(str, enum.Enum):
+    FAST = "fast"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+class Label(str):
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "shown"
+
+
+class Number(int):
+    def __int__(self) -> int:
+        return -1
+
+
+class Ratio(float):
+    def __float__(self) -> float:
+        return -1.0
+
+
+class Raw(bytes):
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __bytes__(self) -> bytes:
+        return b"other"
+
+
+class Growing(bytearray):
+    def __len__(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("value", "base"),
+    [
+        (Mode.FAST, "fast"),
+        (Level.HIGH, 3),
+        (Label("real"), "real"),
+        (Number(7), 7),
+        (Ratio(2.5), 2.5),
+        (Raw(b"raw"), b"raw"),
+        (Growing(b"grown"), bytearray(b"grown")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_value_of_a_subclass_is_what_it_holds(value: object, base: object) -> None:
+    assert plain(value) == base
+    assert type(plain(value)) is type(base)
+
+
+@pytest.mark.parametrize("value", ["x", 1, True, 1.5, b"x", None, Colour.RED, NULL, CPU, [1]], ids=repr)
+def test_anything_else_stays_what_it_is(value: object) -> None:
+    assert plain(value) is value
+
+
+def test_an_enum_without_a_base_that_travels_is_told_from_one_with() -> None:
+    assert [is_bare_enum(value) for value in (Colour.RED, Mode.FAST, Level.HIGH, "red")] == [True, False, False, False]
+
+
+def test_an_array_is_known_without_loading_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.ma.masked_array([1])
+    assert is_array(array)
+    assert not is_array([1])
+    monkeypatch.delitem(sys.modules, "numpy")
+    assert not is_array(array)
+
+
+class Thing(StaysHere):
+    __slots__ = ("freed",)
+
+    _instead = "make one there"
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps, lambda thing: copy.deepcopy([{"a": thing}])])
+def test_what_stays_here_is_neither_copied_nor_pickled(take: Callable[[Any], Any]) -> None:
+    with pytest.raises(
+        TypeError, match=r"^a Thing belongs to this process and cannot be copied or pickled; make one there$"
+    ):
+        take(Thing())
