@@ -207,13 +207,12 @@ class Cells:
     def execute(self, session: LocalServingSession, cell: _Cell) -> dict[str, Any]:
         """Run a cell's source; returns its outcome. An interrupt may come at any moment."""
         filename = f"<{cell.name} #{cell.id}>"
-        linecache.cache[filename] = (len(cell.source), None, cell.source.splitlines(True), filename)
-        weakref.finalize(session, linecache.cache.pop, filename, None)
+        source = _Source(cell.source, filename)
         try:
-            with output_to(cell.output):
+            with source, output_to(cell.output):
                 prepare_display()
                 with figures_shown(cell.output) as shown:
-                    value = _run(cell.source, filename, self.namespace(session))
+                    value = _run(source, self.namespace(session))
                     shown.value = value
                 data, metadata = mime_bundle(value)
             return {"data": mime_json(data), "metadata": metadata, "error": None}
@@ -227,16 +226,48 @@ def _own(namespace: dict[str, Any]) -> list[str]:
     return [name for name, value in namespace.items() if not name.startswith("_") and hidden.get(name) is not value]
 
 
-def _run(source: str, filename: str, namespace: dict[str, Any]) -> Any:
+class _Source:
+    """A cell's source, which tracebacks show as long as code of it exists: a function that it has defined, say."""
+
+    def __init__(self, text: str, filename: str) -> None:
+        self.text = text
+        self.filename = filename
+        self._pieces = 0  # of code, and one while the cell runs
+        linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
+
+    def compile(self, tree: Any, mode: str) -> CodeType:
+        """Compile part of it."""
+        code: CodeType = compile(tree, self.filename, mode, _FLAGS, True)
+        todo = [code]
+        while todo:
+            piece = todo.pop()
+            todo += [one for one in piece.co_consts if isinstance(one, type(code))]
+            self._pieces += 1
+            weakref.finalize(piece, self._one_is_gone).atexit = False
+        return code
+
+    def _one_is_gone(self) -> None:
+        self._pieces -= 1
+        if not self._pieces:
+            linecache.cache.pop(self.filename, None)
+
+    def __enter__(self) -> None:
+        self._pieces += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._one_is_gone()
+
+
+def _run(source: _Source, namespace: dict[str, Any]) -> Any:
     """Run statements, and return the value of a last expression; ``await`` works at the top."""
-    tree = ast.parse(source, filename)
-    last = tree.body[-1] if tree.body and not _silent(source) else None
+    tree = ast.parse(source.text, source.filename)
+    last = tree.body[-1] if tree.body and not _silent(source.text) else None
     if not isinstance(last, ast.Expr):
-        _perform(compile(tree, filename, "exec", _FLAGS, True), namespace)
+        _perform(source.compile(tree, "exec"), namespace)
         return None
     tree.body.pop()
-    _perform(compile(tree, filename, "exec", _FLAGS, True), namespace)
-    value = namespace["_"] = _perform(compile(ast.Expression(last.value), filename, "eval", _FLAGS, True), namespace)
+    _perform(source.compile(tree, "exec"), namespace)
+    value = namespace["_"] = _perform(source.compile(ast.Expression(last.value), "eval"), namespace)
     return value
 
 

@@ -13,6 +13,7 @@ from rpcnb.errors import DeadlineExceeded, RpcError
 from rpcnb.link.aiorunning import await_flow
 from rpcnb.link.control import Route, StartedTicket
 from rpcnb.link.order import moves_data, release_when_drained
+from rpcnb.transport.within import within
 from rpcnb.values import StaysHere
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class AsyncOperation(StaysHere):
             if self._timeout is None:
                 result = await self._perform(before)
             else:
-                result = await asyncio.wait_for(self._perform(before), self._timeout)
+                result = await within(self._perform(before), self._timeout)
         except BaseException as error:
             failure: BaseException = error
             if isinstance(error, asyncio.TimeoutError) and not isinstance(error, RpcError):  # a session's time limit is

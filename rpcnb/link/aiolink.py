@@ -18,6 +18,7 @@ from rpcnb.link.wire import Ticket, Wire, stop_waiting
 from rpcnb.protocol.shortcut import write_call
 from rpcnb.transport import forks
 from rpcnb.transport.sockets import tune
+from rpcnb.transport.within import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,7 +222,7 @@ async def dial(address: Address, key: ClientKey, deadline: Deadline) -> tuple[so
     """Resolve, connect and shake hands within ``deadline``."""
     sock = await connect_awaiting(address, deadline)
     try:
-        return sock, await asyncio.wait_for(_shake_hands(sock, key, str(address)), deadline.left())
+        return sock, await within(_shake_hands(sock, key, str(address)), deadline.left())
     except (asyncio.TimeoutError, DeadlineExceeded):
         sock.close()
         raise expired(str(address), "handshake", deadline.exceeded()) from None
@@ -239,13 +240,13 @@ async def connect_awaiting(address: Address, deadline: Deadline) -> Any:
 async def _connect_awaiting(address: Address, deadline: Deadline) -> Any:
     phase = "resolve"
     try:
-        found = found_hosts(address, await asyncio.wait_for(_look_up(address), deadline.left()))
+        found = found_hosts(address, await within(_look_up(address), deadline.left()))
         phase = "connect"
         sock = await _connect(found, address, deadline)
         if not address.is_web:
             return sock
         phase = "handshake"
-        return await asyncio.wait_for(_upgrade(sock, address, deadline), deadline.left())
+        return await within(_upgrade(sock, address, deadline), deadline.left())
     except (asyncio.TimeoutError, DeadlineExceeded):
         raise expired(str(address), phase, deadline.exceeded()) from None
 

@@ -12,6 +12,7 @@ from rpcnb.link.dial import expired, explain_init
 from rpcnb.link.wire import make_wire
 from rpcnb.protocol.flows import Send, SendCalls, Wait
 from rpcnb.protocol.messages import CallFunc
+from rpcnb.transport.within import within
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -82,7 +83,7 @@ async def open_link(
     link = AsyncLink(make_wire(sock, answer, address, depth, key.limits))
     try:
         seconds = None if deadline.at is None else deadline.left()
-        return link, answer, await asyncio.wait_for(await_flow(link, flow), seconds)
+        return link, answer, await within(await_flow(link, flow), seconds)
     except (asyncio.TimeoutError, DeadlineExceeded):
         link.close()
         raise expired(where, "init", deadline.exceeded()) from None

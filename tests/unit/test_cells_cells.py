@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import builtins
 import enum
+import gc
 import io
 import json
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -162,6 +164,23 @@ def test_an_exception_is_told_with_the_cells_own_lines(board: Board) -> None:
     assert "return 1 / 0" in error["traceback"]
     assert 'File "<In[3] #' in error["traceback"]
     assert "cells.py" not in error["traceback"]
+
+
+def test_a_cells_source_is_kept_as_long_as_code_of_it_exists(board: Board) -> None:
+    def kept() -> int:
+        gc.collect()
+        return sum(name.startswith("<kept #") for name in linecache.cache)
+
+    for source in ("1 + 1", "x = 5", "x = = 1", "raise KeyError", "[f() for f in [lambda: 3]]"):
+        board.run(source, "kept")
+        assert kept() == 0, source
+    board.run("def f():\n    def g():\n        return 1 / 0\n    return g", "kept")
+    assert kept() == 1
+    board.run("g = f()\ndel f", "kept")
+    assert kept() == 1
+    assert "return 1 / 0" in board.run("g()", "kept")["error"]["traceback"]
+    board.run("del g", "kept")
+    assert kept() == 0
 
 
 def test_what_cannot_be_parsed_or_told_is_an_error_too(board: Board) -> None:
