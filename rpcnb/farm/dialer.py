@@ -11,7 +11,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, KeyMismatch
-from rpcnb.farm.messages import request_board
+from rpcnb.farm.messages import can_be_listed, request_board
 from rpcnb.farm.trackerlink import TrackerLink, converse
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import OPEN_SECONDS, Dialer
@@ -139,7 +139,13 @@ class TrackedDialer(Dialer):
         return request_board(self.tracker.key, user, self._priority, told), waiting
 
     def _aim(self, host: str, port: int, match_key: str) -> None:
-        """Take what the tracker has handed out."""
+        """Take what the tracker has handed out.
+
+        Raises:
+            ConnectFailed: It cannot be used: a stock tracker passes on whatever a board has said.
+        """
+        if not (host.isprintable() and can_be_listed(match_key)):
+            raise ConnectFailed(str(self.tracker), "queue", f"the board offered itself as {host[:40]!r} in a wrong way")
         token = token_for(host, port, self.tracker.key, self._token)
         self.address = Address(host, port, self.tracker.key)
         self.key = ClientKey(match_key, self._session_timeout, token, self._extensions)
@@ -160,10 +166,11 @@ class TrackedDialer(Dialer):
         while True:
             flow, waiting = self._ask()
             try:
-                self._aim(*converse(self.tracker, flow, deadline, guard, waiting.no_word))
+                found = converse(self.tracker, flow, deadline, guard, waiting.no_word)
             finally:
                 waiting.over = True
             try:
+                self._aim(*found)
                 return super().open(_sooner(deadline, f"connect to {self.address}"), guard)
             except ConnectFailed as error:
                 self._note_failure(error)
@@ -174,10 +181,11 @@ class TrackedDialer(Dialer):
         while True:
             flow, waiting = self._ask()
             try:
-                self._aim(*await converse_awaiting(self.tracker, flow, deadline))
+                found = await converse_awaiting(self.tracker, flow, deadline)
             finally:
                 waiting.over = True
             try:
+                self._aim(*found)
                 return await super().open_awaiting(_sooner(deadline, f"connect to {self.address}"))
             except ConnectFailed as error:
                 self._note_failure(error)

@@ -25,6 +25,8 @@ import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from tornado.ioloop import PeriodicCallback
+
 from rpcnb import events, parts
 from rpcnb.errors import AccessDenied
 from rpcnb.protocol.codes import Limits
@@ -36,9 +38,11 @@ from rpcnb.server.lanes import Lanes
 from rpcnb.server.workers import WorkerPool
 from rpcnb.transport import interval
 from rpcnb.transport.address import is_loopback, parse_address, show_address
+from rpcnb.transport.halfopen import within_descriptors
 from rpcnb.transport.kernel import BUSY_AFTER, KernelLoop
 from rpcnb.transport.listen import Acceptor, listen
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
+from rpcnb.transport.refusals import Refusals
 from rpcnb.transport.watcher import make_watcher
 
 if TYPE_CHECKING:
@@ -206,6 +210,7 @@ class Server:
             self.environment.cells = Cells(Worker() if allow_exec is True else allow_exec)
         self._install_constructors()
         self.observers = events.Observers(events.observers)
+        self.refusals = Refusals(log, time.monotonic)
         self._connections: dict[Connection, None] = {}  # in order of arrival
         self._half_open: Counter[str] = Counter()
         self._sessions = 0
@@ -273,6 +278,8 @@ class Server:
         tracker: tuple[str, int] | None,
     ) -> None:
         self.watcher = make_watcher(self.io_loop)
+        self._sweeper = PeriodicCallback(self.refusals.sweep, 5000)
+        self._sweeper.start()
         if web_port is not None:
             self._open_web(web_port, allow_origin)
         self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._drop_oldest_half_open)
@@ -290,11 +297,11 @@ class Server:
         host = str(address[0])
         exempt = self.limits.exempt_loopback and is_loopback(host)
         if not exempt and self._half_open[host] >= self.limits.half_open_per_address:
-            log.warning("%s: refused %s: too many unfinished handshakes", self.name, connection.peer)
+            self.refusals.note(host, f"{self.name}: refused {connection.peer}: too many unfinished handshakes")
             connection.closed = True
             sock.close()
             return
-        if self._half_open.total() >= self.limits.half_open:
+        if self._half_open.total() >= within_descriptors(self.limits.half_open):
             self._drop_oldest_half_open()
         self._half_open[host] += 1
         self._connections[connection] = None
@@ -306,7 +313,7 @@ class Server:
 
         names = [*allow_origin, *([self.custom_addr] if self.custom_addr else [])]
         host = self.host if self._proxy is None else "127.0.0.1"
-        self._web = WebPort(host, port, self._admit, names, name=self.name)
+        self._web = WebPort(host, port, self._admit, names, (), self.name, self.limits, self.refusals)
 
     def adopt(self, connection: Connection) -> None:
         """Take a connection that the server has dialled."""
@@ -533,6 +540,7 @@ class Server:
         for part in (self._registration, self._dial_out, self._web, self._acceptor):
             if part is not None:
                 part.close()
+        self._sweeper.stop()
         for connection in list(self._connections):
             connection.close()
         self.watcher.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import deque
 from typing import Any
@@ -28,11 +29,17 @@ class FakePeer:
     def __init__(self, tracking: Tracking, host: str = "10.0.0.1") -> None:
         self.host = host
         self.got: list[Any] = []
+        self.frames: list[bytes] = []
         self.tracking = tracking
         tracking.arrive(self)
 
     def send(self, value: Any) -> None:
         self.got.append(value)
+
+    def send_frame(self, frame: bytes) -> None:
+        assert len(frame) - 4 <= 1 << 20, "what our own client can read"
+        self.frames.append(frame)
+        self.got.append(json.loads(frame[4:]))
 
     def ask(self, request: Any) -> list[Any]:
         """Make a request; returns what has come since the last one."""
@@ -281,6 +288,9 @@ def test_the_queue_keeps_the_order_of_priorities_and_arrival(data: st.DataObject
 
         def send(self, value: Any) -> None:
             """Nothing is sent by a queue."""
+
+        def send_frame(self, frame: bytes) -> None:
+            """Nor that."""
 
     queue, model = BoardQueue(), Model()
     pairs: list[tuple[int, int]] = []
