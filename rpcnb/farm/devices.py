@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["device_rows", "show_devices"]
 
 _CELL = 80  # letters
+_PARTS = {"server_info": "servers", "boards": "states of servers", "queue_info": "keys"}
 
 
 def show_devices(summary: Any) -> str:
@@ -31,8 +32,9 @@ def show_devices(summary: Any) -> str:
     ]
     servers = _table(("server", "key", "state", "since", "holder", "limit"), boards) if boards else "no server"
     waiting = _table(("key", "total", "free", "waiting"), queues) if queues else "no queue"
-    more = ", ".join(f"{count} of {_visible(name)}" for name, count in summary.get("left_out", {}).items())
-    return f"{servers}\n\n{waiting}\n" + (f"\nleft out: {more}\n" if more else "")
+    left_out = summary.get("left_out", {})
+    more = ", ".join(f"{left_out[name]} {what}" for name, what in _PARTS.items() if left_out.get(name))
+    return f"{servers}\n\n{waiting}\n" + (f"\nleft out, as they are too many: {more}\n" if more else "")
 
 
 def device_rows(summary: Any) -> list[tuple[str, str, str, str, str, str]]:

@@ -11,7 +11,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, KeyMismatch
-from rpcnb.farm.messages import can_be_listed, request_board
+from rpcnb.farm.messages import is_word, request_board
 from rpcnb.farm.trackerlink import TrackerLink, converse
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import OPEN_SECONDS, Dialer
@@ -144,8 +144,10 @@ class TrackedDialer(Dialer):
         Raises:
             ConnectFailed: It cannot be used: a stock tracker passes on whatever a board has said.
         """
-        if not (host.isprintable() and can_be_listed(match_key)):
-            raise ConnectFailed(str(self.tracker), "queue", f"the board offered itself as {host[:40]!r} in a wrong way")
+        if not (is_word(host) and is_word(match_key)):
+            raise ConnectFailed(
+                str(self.tracker), "queue", f"address or match key of a board at {host[:40]!r} is not one"
+            )
         token = token_for(host, port, self.tracker.key, self._token)
         self.address = Address(host, port, self.tracker.key)
         self.key = ClientKey(match_key, self._session_timeout, token, self._extensions)

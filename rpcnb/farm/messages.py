@@ -58,6 +58,7 @@ __all__ = [
     "can_be_listed",
     "encode_frame",
     "frame_of",
+    "is_word",
     "parse_request",
     "put_board",
     "request_board",
@@ -69,8 +70,10 @@ PLACE = 100  # rpcnb's: the place in the queue, while a REQUEST waits
 _INT = struct.Struct("<i")
 GREETING = _INT.pack(TRACKER_MAGIC)
 NOTHING = object()  # no whole frame has arrived
-_FRAME, _KEY, _INFO = 1 << 20, 4096, 16384  # bytes
-_FRAME_OF_STOCK = 16 << 20  # a stock tracker's summary has no limit
+# Bytes. A request of more than 64 KiB is none; a megabyte of JSON would take the tracker 0.1 s to look at. A stock
+# tracker's summary has no limit.
+_REQUEST, _REPLY, _INFO = 64 << 10, 16 << 20, 16384
+_KEY = 4096  # letters
 _HOST = 255  # letters
 _MATCH_KEY = 1000  # bytes as JSON: a board that offers all it may can be told its match keys in one frame
 _PLACES = 1 << 31
@@ -114,7 +117,7 @@ class Frames:
 
     def __init__(self, of_tracker: bool = False) -> None:
         self._buffer = bytearray()
-        self._limit = _FRAME_OF_STOCK if of_tracker else _FRAME
+        self._limit = _REPLY if of_tracker else _REQUEST
         self._read_constant = _drop_constant if of_tracker else _refuse_constant
         self.greeted = False
 
@@ -256,14 +259,19 @@ def _host(value: Any) -> str | None:
     if value is None or value == "":
         return None
     host = _text(value, _HOST)
-    if " " in host or not host.isprintable():
+    if not is_word(host):
         raise ValueError
     return host
 
 
+def is_word(text: str) -> bool:
+    """Tell whether this can be an address or a match key: a word, without control characters."""
+    return text.isprintable() and " " not in text
+
+
 def can_be_listed(match_key: str) -> bool:
-    """Tell whether a tracker takes a board with this match key: it is the first word of a key text."""
-    return len(json.dumps(match_key)) <= _MATCH_KEY and match_key.isprintable() and " " not in match_key
+    """Tell whether a tracker takes a board with this match key."""
+    return is_word(match_key) and len(json.dumps(match_key)) <= _MATCH_KEY
 
 
 def _match_key(value: Any) -> str:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 _SILENT = 5.0  # seconds after which a board that asked for its keys every two seconds, and stopped, is unhealthy
 _INFO = 16384  # bytes of a connection's info
 _PENDING = 1024  # boards, keys, and requests that wait, of one connection
+_AT_ONCE = 250  # places told per sweep, 4 ms; the others the next time
 _NAME = 256  # letters of who has a board
 _SHOWN = 64  # keys of one connection that are described
 # A summary that takes longer to make than that many seconds is kept for twenty times as long as it took: whoever asks
@@ -79,9 +80,13 @@ class Waiter:
     request: RequestBoard
     number: int
     told: int = 0  # the place last told
+    order: tuple[float, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = -self.request.priority, self.number
 
     def __lt__(self, other: Waiter) -> bool:
-        return (-self.request.priority, self.number) < (-other.request.priority, other.number)
+        return self.order < other.order
 
 
 class BoardQueue:
@@ -304,7 +309,7 @@ class Tracking:
             return
         record.asked[request.key] += 1
         if request.tells_place:
-            self._tell_place(waiter, sum(one < waiter for one in queue.waiting) + 1, len(queue.waiting))
+            self._tell_place(waiter, sum(one.order < waiter.order for one in queue.waiting) + 1, len(queue.waiting))
 
     def _give(self, board: Board, waiter: Waiter) -> None:
         owner = self._records[board.owner]
@@ -313,10 +318,13 @@ class Tracking:
         owner.given[board.key] = _Holder((waiter.request.user or waiter.peer.host)[:_NAME], self._clock())
         waiter.peer.send([TrackerCode.SUCCESS, [board.host, board.port, board.match_key]])
 
-    def _tell_place(self, waiter: Waiter, place: int, length: int) -> None:
-        if waiter.told != place:
-            waiter.told = place
-            waiter.peer.send([PLACE, {"place": place, "of": length}])
+    def _tell_place(self, waiter: Waiter, place: int, length: int) -> bool:
+        """Tell a place if it is another than before; returns whether."""
+        if waiter.told == place:
+            return False
+        waiter.told = place
+        waiter.peer.send([PLACE, {"place": place, "of": length}])
+        return True
 
     def _update(self, peer: Peer, record: _Record, info: Any) -> None:
         address = info.get("addr")
@@ -340,11 +348,12 @@ class Tracking:
 
     def sweep(self) -> None:
         """Tell who waits of a new place, and take boards that have fallen silent out; call twice a second."""
+        left = _AT_ONCE
         for queue in self._queues.values():
-            if any(waiter.request.tells_place for waiter in queue.waiting):
+            if left and any(waiter.request.tells_place for waiter in queue.waiting):
                 for place, waiter in enumerate(sorted(queue.waiting), 1):
-                    if waiter.request.tells_place:
-                        self._tell_place(waiter, place, len(queue.waiting))
+                    if left and waiter.request.tells_place:
+                        left -= self._tell_place(waiter, place, len(queue.waiting))
         for peer, record in self._records.items():
             if record.polls and record.pending and not record.withheld and self._is_silent(record):
                 self._changes += 1

@@ -99,7 +99,7 @@ def test_what_is_no_json_is_refused(text: bytes) -> None:
 
 
 def test_json_that_is_deep_beyond_the_interpreters_depth_is_refused() -> None:
-    frames = Frames()
+    frames = Frames(of_tracker=True)
     text = b"[" * 300_000 + b"]" * 300_000
     frames.receive_data(GREETING + struct.pack("<i", len(text)) + text)
     with pytest.raises(RemoteProtocolError, match="expected JSON"):
