@@ -341,7 +341,7 @@ class Proxy(Service):
     def _is_full(self) -> bool:
         """Tell whether no other peer may wait, or the process has few descriptors left."""
         waiting = len(self._half_open) + self.waiting
-        return waiting >= within_descriptors(_PEERS, 0.5) or len(self._sides) >= within_descriptors(_SIDES, 0.75)
+        return waiting >= within_descriptors(_PEERS, 0.4) or len(self._sides) >= within_descriptors(_SIDES, 0.6)
 
     def _turn_away(self, sock: Any, host: str, why: str) -> None:
         self.refusals.note(host, f"proxy: refused {host}: {why}")

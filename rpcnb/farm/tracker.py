@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ _RATE, _BURST = 1000.0, 2000.0  # requests a second of one connection, and at on
 _PAGE = 4096.0  # bytes, said or answered, that cost as much as a request
 _TURN = 0.002  # seconds that one connection may keep the others waiting
 _CONNECTIONS = 16384
+_LOOKED_AT = 512  # connections, of which one is ended when there are too many: all would take milliseconds
 
 
 class _Client:
@@ -206,12 +208,15 @@ class Tracker(Service):
         self._clients[client] = asyncio.ensure_future(client.run())
 
     def _give_way(self) -> bool:
-        """End the oldest connection that neither offers nor asks."""
-        for client in self._clients:
-            if self.tracking.is_idle(client):
-                client.close()
-                return True
-        return False
+        """End the oldest connection that is of the least use; never one that offers or asks."""
+        clients = list(self._clients)
+        if len(clients) > _LOOKED_AT:
+            clients = random.sample(clients, _LOOKED_AT)
+        least = min(clients, key=self.tracking.use_of, default=None)
+        if least is None or self.tracking.use_of(least) > 1:
+            return False
+        least.close()
+        return True
 
     def forget(self, client: _Client) -> None:
         """Note that a connection has ended."""

@@ -218,10 +218,12 @@ class Tracking:
             self._queues[key].leave(peer)
             self._drop_idle(key, key in record.keys)
 
-    def is_idle(self, peer: Peer) -> bool:
-        """Tell whether a connection has neither offered, nor asked, nor said anything of itself."""
+    def use_of(self, peer: Peer) -> int:
+        """Return 2 for a connection that has offered or asks, 1 for one that has only said who it is, else 0."""
         record = self._records.get(peer)
-        return record is None or not (record.info or record.keys or record.asked)
+        if record is None:
+            return 0
+        return 2 if record.keys or record.asked else int(bool(record.info))
 
     def _drop_idle(self, key: str, offered: bool) -> None:
         """Forget a key for which nobody offers or waits any more: strangers must not fill the memory with them."""

@@ -70,9 +70,9 @@ class WebPort:
         limits: Limits | None = None,
         refusals: Refusals | None = None,
     ) -> None:
-        listeners = listen(host, port, port + 1)
+        self.listeners = listen(host, port, port + 1)
         self.host = host
-        self.port = int(listeners[0].getsockname()[1])
+        self.port = int(self.listeners[0].getsockname()[1])
         self.admit = admit
         self.name = name
         self._allowed: set[str] = set()
@@ -94,7 +94,7 @@ class WebPort:
         )
         self.refusals = refusals or Refusals(log, time.monotonic)
         self.keep_alive = KeepAlive()
-        self._acceptor = Acceptor(IOLoop.current(), listeners, name, self._serve, self._streams.drop_oldest)
+        self._acceptor = Acceptor(IOLoop.current(), self.listeners, name, self._serve, self._streams.drop_oldest)
 
     def _serve(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         """Speak HTTP on a new connection; until it is a WebSocket, a stranger may hold it for nothing."""

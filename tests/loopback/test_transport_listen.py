@@ -119,11 +119,14 @@ def test_a_server_is_reached_beside_many_that_say_nothing(tmp_path: Path, which:
         assert len(log.read_text()) < 5000
 
 
-@pytest.mark.parametrize("say", [b"", GREETING], ids=["silent", "greeted"])
+FAKE = GREETING + encode_frame([5, {"key": "server:fake", "addr": ["h", 1]}])
+
+
+@pytest.mark.parametrize("say", [b"", GREETING, FAKE], ids=["silent", "greeted", "telling"])
 def test_a_tracker_is_reached_beside_many_that_say_nothing(tmp_path: Path, say: bytes) -> None:
     with running(tmp_path, "tracker") as (info, log):
         with many(info["port"], say):
-            assert rpcnb.connect_tracker("127.0.0.1", info["port"]).summary()["server_info"] == []
+            assert rpcnb.connect_tracker("127.0.0.1", info["port"]).summary()["queue_info"] == {}
         assert len(log.read_text()) < 5000
 
 
@@ -146,9 +149,11 @@ def test_boards_of_a_tracker_stay_beside_many_that_offer_nothing(tmp_path: Path)
         socket.create_connection(("127.0.0.1", info["port"]), 10) as board,
     ):
         board.sendall(GREETING + encode_frame([5, {"key": "server:rpi", "addr": [None, 1]}]))
-        assert board.recv(4) == GREETING
-        assert board.recv(100) == encode_frame(0)
-        with many(info["port"], GREETING):
+        board.sendall(encode_frame([3, "rpi", [1, "rpi:1"], None]))
+        answer = GREETING + encode_frame(0) * 2
+        assert b"".join(board.recv(1) for _ in answer) == answer
+        with many(info["port"], FAKE):
             summary = rpcnb.connect_tracker("127.0.0.1", info["port"]).summary()
-            assert [one["key"] for one in summary["server_info"]] == ["server:rpi"]
+            assert "server:rpi" in [one["key"] for one in summary["server_info"]]
+            assert summary["queue_info"]["rpi"] == {"free": 1, "pending": 0}
         assert not is_ended(board)

@@ -182,14 +182,14 @@ def test_who_waits_twice_for_a_key_is_answered_twice(tracking: Tracking) -> None
     assert tracking.summary()["queue_info"] == {"k": {"free": 1, "pending": 0}}
 
 
-def test_who_neither_offers_nor_asks_is_idle(tracking: Tracking) -> None:
+def test_who_neither_offers_nor_asks_is_of_little_use(tracking: Tracking) -> None:
     peers = [FakePeer(tracking) for _ in range(5)]
     peers[0].ask(Ping())
     peers[1].ask(UpdateInfo({"key": "server:k"}))
     peers[2].ask(Put("k", 1, "k:1"))
     peers[3].ask(RequestBoard("other"))
     tracking.leave(peers[4])
-    assert [tracking.is_idle(peer) for peer in peers] == [True, False, False, False, True]
+    assert [tracking.use_of(peer) for peer in peers] == [0, 1, 2, 2, 0]
 
 
 # -- the summary, of strangers too ---------------------------------------------------------------------------------
