@@ -118,7 +118,8 @@ def devices(options: argparse.Namespace) -> int:
         text = json.dumps(summary) + "\n" if options.json else show_devices(summary)
         if options.watch and not options.json and sys.stdout.isatty():
             text = f"\x1b[H\x1b[2J{text}"  # a fresh screen
-        sys.stdout.write(text)
+        encoding = sys.stdout.encoding or "utf-8"  # a key with letters that a terminal does not have hides no others
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
         if not options.watch:
             return 0

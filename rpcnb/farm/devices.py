@@ -1,10 +1,11 @@
-"""A tracker's summary as tables, for terminals."""
+"""A tracker's summary as tables, for terminals. What strangers say of themselves is shown, and does nothing."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.farm.summary import read_summary
 from rpcnb.transport.address import show_address
 
 if TYPE_CHECKING:
@@ -12,51 +13,70 @@ if TYPE_CHECKING:
 
 __all__ = ["device_rows", "show_devices"]
 
+_CELL = 80  # letters
+_PARTS = {"server_info": "servers", "boards": "states of servers", "queue_info": "keys"}
 
-def show_devices(summary: dict[str, Any]) -> str:
+
+def show_devices(summary: Any) -> str:
     """Return a table of the servers and one of the queues.
 
     Args:
         summary: What :meth:`TrackerSession.summary` returned, of an rpcnb or a stock tracker.
     """
+    summary = read_summary(summary)
     boards = device_rows(summary)
-    totals = Counter(row[1] for row in boards)
+    totals = Counter(_served(server) for server in summary["server_info"])
     queues = [
-        (key, str(totals[key]), str(queue["free"]), str(queue["pending"]))
+        (_visible(key), str(totals[key]), str(queue["free"]), str(queue["pending"]))
         for key, queue in sorted(summary["queue_info"].items())
     ]
     servers = _table(("server", "key", "state", "since", "holder", "limit"), boards) if boards else "no server"
     waiting = _table(("key", "total", "free", "waiting"), queues) if queues else "no queue"
-    return f"{servers}\n\n{waiting}\n"
+    left_out = summary.get("left_out", {})
+    more = ", ".join(f"{left_out[name]} {what}" for name, what in _PARTS.items() if left_out.get(name))
+    return f"{servers}\n\n{waiting}\n" + (f"\nleft out, as they are too many: {more}\n" if more else "")
 
 
-def device_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+def device_rows(summary: Any) -> list[tuple[str, str, str, str, str, str]]:
     """Return address, key, state, age of the state, holders and time limit of every board, sorted by key."""
+    summary = read_summary(summary)
     states = {_where(board): board for board in summary.get("boards", [])}
-    servers = sorted(summary["server_info"], key=lambda server: str(server.get("key")))
-    return [
-        (_where(server), str(server.get("key", "")).partition(":")[2], *_state(states.get(_where(server)), server))
-        for server in servers
+    rows = [
+        (_where(server), _served(server), *_state(states.get(_where(server)), server))
+        for server in sorted(summary["server_info"], key=lambda server: server["key"])
     ]
+    return [tuple(map(_visible, row)) for row in rows]  # type: ignore[misc]  # six as before
+
+
+def _served(server: dict[str, Any]) -> str:
+    """Return the key that a server serves: what it says is ``server:KEY``."""
+    key: str = server["key"]
+    return key.partition(":")[2]
 
 
 def _where(info: dict[str, Any]) -> str:
-    address = info.get("addr")
-    if isinstance(address, list) and len(address) == 2 and isinstance(address[1], int):
-        return show_address(str(address[0]), address[1])
-    return "?"
+    return "?" if info["addr"] is None else show_address(*info["addr"])
 
 
 def _state(board: dict[str, Any] | None, server: dict[str, Any]) -> tuple[str, str, str, str]:
     """Return state, age, holders and time limit; as far as the tracker knows them."""
     told = (board or server).get("rpcnb") or {}
-    sessions = told.get("sessions", []) if isinstance(told, dict) else []
-    limits = ", ".join(f"{session['limit']:g} s" for session in sessions if session.get("limit"))
+    sessions = told.get("sessions", [])
+    limits = ", ".join(f"{session['limit']:g} s" for session in sessions if session["limit"])
     if board is None:
-        return ("busy" if sessions else "?", "", "", limits)
+        state = "draining" if told.get("draining") else "busy" if sessions else "?"
+        return (state, "", "", limits)
     holders = board["holders"]
     since = f"{max(holder['since'] for holder in holders):.0f} s" if holders else ""
     return board["state"], since, ", ".join(holder["name"] for holder in holders), limits
+
+
+def _visible(text: str) -> str:
+    """Return ``text`` with its control characters written out, and not too long for a cell."""
+    shown = text[: _CELL + 1]
+    if not shown.isprintable():
+        shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in shown)
+    return shown if len(shown) <= _CELL else f"{shown[: _CELL - 3]}..."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

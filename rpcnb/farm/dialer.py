@@ -11,7 +11,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, KeyMismatch
-from rpcnb.farm.messages import request_board
+from rpcnb.farm.messages import is_word, request_board
 from rpcnb.farm.trackerlink import TrackerLink, converse
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import OPEN_SECONDS, Dialer
@@ -142,7 +142,15 @@ class TrackedDialer(Dialer):
         return request_board(self.tracker.key, user, self._priority, told), waiting
 
     def _aim(self, host: str, port: int, match_key: str) -> None:
-        """Take what the tracker has handed out."""
+        """Take what the tracker has handed out.
+
+        Raises:
+            ConnectFailed: It cannot be used: a stock tracker passes on whatever a board has said.
+        """
+        if not (is_word(host) and is_word(match_key)):
+            raise ConnectFailed(
+                str(self.tracker), "queue", f"address or match key of a board at {host[:40]!r} is not one"
+            )
         token = token_for(host, port, self.tracker.key, self._token)
         self.address = Address(host, port, self.tracker.key)
         self.key = ClientKey(match_key, self._session_timeout, token, self._extensions, self.key.limits)
@@ -163,10 +171,11 @@ class TrackedDialer(Dialer):
         while True:
             flow, waiting = self._ask()
             try:
-                self._aim(*converse(self.tracker, flow, deadline, guard, waiting.no_word))
+                found = converse(self.tracker, flow, deadline, guard, waiting.no_word)
             finally:
                 waiting.over = True
             try:
+                self._aim(*found)
                 return super().open(_sooner(deadline, f"connect to {self.address}"), guard)
             except ConnectFailed as error:
                 self._note_failure(error)
@@ -177,10 +186,11 @@ class TrackedDialer(Dialer):
         while True:
             flow, waiting = self._ask()
             try:
-                self._aim(*await converse_awaiting(self.tracker, flow, deadline))
+                found = await converse_awaiting(self.tracker, flow, deadline)
             finally:
                 waiting.over = True
             try:
+                self._aim(*found)
                 return await super().open_awaiting(_sooner(deadline, f"connect to {self.address}"))
             except ConnectFailed as error:
                 self._note_failure(error)

@@ -21,6 +21,7 @@ from rpcnb.protocol.peerlimits import extension
 from rpcnb.server.connection import Connection
 from rpcnb.transport.backoff import Backoff
 from rpcnb.transport.deadline import Deadline
+from rpcnb.transport.keepalive import KeepAlive
 
 if TYPE_CHECKING:
     from typing import Any
@@ -50,7 +51,7 @@ class _Dialled(Connection):
         key = KeyText.parse(text)
         refusal = self.why_full()
         if not self.server.gate.has_token(text):
-            log.warning("%s: refused a client behind %s: wrong key or token", self.server.name, self.peer)
+            self.note_refusal(f"refused a client behind {self.peer}: wrong key or token")
             refusal = WRONG_TOKEN
         self._settle("paired")  # before anything that may end the connection
         self._begin(key, {}, refusal)
@@ -84,6 +85,7 @@ class DialOut:
         self.waiting = False
         self._server = server
         self._room = asyncio.Event()
+        self._keep_alive = KeepAlive()
         self._closed = False
         self._task = asyncio.ensure_future(self._run())
 
@@ -118,7 +120,8 @@ class DialOut:
                 told = ""
                 continue
             if problem != told:  # once, not at every try
-                log.warning("%s: not waiting at the proxy %s: %s", self._server.name, self.proxy, problem)
+                text = f"{self._server.name}: not waiting at the proxy {self.proxy}: {problem}"
+                self._server.refusals.note(f"proxy {self.proxy}", text)
                 told = problem
             await asyncio.sleep(backoff.next())
 
@@ -130,6 +133,8 @@ class DialOut:
                 raise asyncio.CancelledError
             connection = _Dialled(self._server, sock, (self.proxy.host, self.proxy.port))
             self._server.adopt(connection)
+            if self.proxy.is_web:
+                self._keep_alive.add(sock)
         except BaseException:
             sock.close()
             raise
@@ -145,4 +150,5 @@ class DialOut:
     def close(self) -> None:
         """End it; on the loop."""
         self._closed = True
+        self._keep_alive.close()
         self._task.cancel()

@@ -14,7 +14,8 @@ GET_PENDING..  ``[7]``                                         match keys of thi
 
 What rpcnb adds travels where stock does not look: REQUEST and SUMMARY may end with ``{"rpcnb": "1.0"}``. A tracker
 that knows it answers the first with ``[100, {"place": 2, "of": 5}]`` while the client waits, and adds ``"boards"`` to
-the summary. A board's info may hold ``"rpcnb"``: its instance, and who uses it.
+the summary. A board's info may hold ``"rpcnb"``: its instance, and who uses it. A summary of which something had to be
+left out says how much in ``"left_out"``.
 
 Source:
     python/tvm/rpc/tracker.py, client.py and server.py of TVM 0.27.
@@ -30,6 +31,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rpcnb.errors import RemoteProtocolError
+from rpcnb.farm.summary import is_plain, read_port, read_summary, read_told
 from rpcnb.protocol.handshake import EXTENSION
 
 if TYPE_CHECKING:
@@ -53,7 +55,10 @@ __all__ = [
     "UpdateInfo",
     "ask_pending_keys",
     "ask_summary",
+    "can_be_listed",
     "encode_frame",
+    "frame_of",
+    "is_word",
     "parse_request",
     "put_board",
     "request_board",
@@ -65,7 +70,13 @@ PLACE = 100  # rpcnb's: the place in the queue, while a REQUEST waits
 _INT = struct.Struct("<i")
 GREETING = _INT.pack(TRACKER_MAGIC)
 NOTHING = object()  # no whole frame has arrived
-_FRAME, _KEY, _INFO = 1 << 20, 4096, 16384
+# Bytes. A request of more than 64 KiB is none; a megabyte of JSON would take the tracker 0.1 s to look at. A stock
+# tracker's summary has no limit.
+_REQUEST, _REPLY, _INFO = 64 << 10, 16 << 20, 16384
+_KEY = 4096  # letters
+_HOST = 255  # letters
+_MATCH_KEY = 1000  # bytes as JSON: a board that offers all it may can be told its match keys in one frame
+_PLACES = 1 << 31
 _OURS = {"rpcnb": EXTENSION}
 
 
@@ -85,20 +96,29 @@ class TrackerCode(IntEnum):
 
 def encode_frame(value: Any) -> bytes:
     """Return a frame; the same bytes as stock's for the same value."""
-    data = json.dumps(value).encode()
+    return frame_of(json.dumps(value))
+
+
+def frame_of(text: str) -> bytes:
+    """Return a frame with this JSON."""
+    data = text.encode()
     return _INT.pack(len(data)) + data
 
 
 class Frames:
     """Reads the other side's magic word and frames, in any cut.
 
+    Nothing is reserved for what is only announced.
+
     Args:
-        limit: Bytes of a frame; nothing is reserved for what is only announced.
+        of_tracker: The other side is a tracker. Stock's passes on what strangers gave it: any length, and numbers that
+            are none (which become null).
     """
 
-    def __init__(self, limit: int = _FRAME) -> None:
+    def __init__(self, of_tracker: bool = False) -> None:
         self._buffer = bytearray()
-        self._limit = limit
+        self._limit = _REPLY if of_tracker else _REQUEST
+        self._read_constant = _drop_constant if of_tracker else _refuse_constant
         self.greeted = False
 
     def receive_data(self, data: bytes) -> None:
@@ -133,13 +153,17 @@ class Frames:
         data = bytes(self._buffer[_INT.size : end])
         del self._buffer[:end]
         try:
-            return json.loads(data.decode(), parse_constant=_refuse_constant)
+            return json.loads(data.decode(), parse_constant=self._read_constant)
         except (ValueError, RecursionError) as error:
             raise RemoteProtocolError(f"expected JSON, got {data[:40]!r} ({error})") from None
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _drop_constant(name: str) -> None:
+    """Read a number that is none as null."""
 
 
 # -- requests, as the tracker reads them ---------------------------------------------------------------------------
@@ -210,31 +234,62 @@ def parse_request(value: Any) -> TrackerRequest:
     code, *args = value
     try:
         made: TrackerRequest = _PARSERS[code](*args)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         raise RemoteProtocolError(f"expected a request of a known shape, got {_show(value)}") from None
     return made
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "something deep"
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _text(value: Any, limit: int = _KEY) -> str:
     if type(value) is not str or len(value) > limit:
         raise ValueError
+    value.encode()  # JSON can hold halves of letters, which cannot be sent or shown
     return value
+
+
+def _host(value: Any) -> str | None:
+    """Read where a board is to be reached; None is where its connection comes from."""
+    if value is None or value == "":
+        return None
+    host = _text(value, _HOST)
+    if not is_word(host):
+        raise ValueError
+    return host
+
+
+def is_word(text: str) -> bool:
+    """Tell whether this can be an address or a match key: a word, without control characters."""
+    return text.isprintable() and " " not in text
+
+
+def can_be_listed(match_key: str) -> bool:
+    """Tell whether a tracker takes a board with this match key."""
+    return is_word(match_key) and len(json.dumps(match_key)) <= _MATCH_KEY
+
+
+def _match_key(value: Any) -> str:
+    match_key = _text(value)
+    if not can_be_listed(match_key):
+        raise ValueError
+    return match_key
 
 
 def _port(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 65536:
+    if type(value) is not int:
         raise ValueError
-    return value
+    return read_port(value)
 
 
 def _put(key: Any, value: Any, host: Any = None, *_: Any) -> Put:
     port, match_key = value
-    return Put(_text(key), _port(port), _text(match_key), None if host is None else _text(host))
+    return Put(_text(key), _port(port), _match_key(match_key), _host(host))
 
 
 def _request(key: Any, user: Any, priority: Any, extra: Any = None, *_: Any) -> RequestBoard:
@@ -244,13 +299,15 @@ def _request(key: Any, user: Any, priority: Any, extra: Any = None, *_: Any) -> 
 
 
 def _info(info: Any, *_: Any) -> UpdateInfo:
-    if type(info) is not dict or len(json.dumps(info)) > _INFO:
+    if type(info) is not dict or len(json.dumps(info)) > _INFO or not is_plain(info):
         raise ValueError
     if "key" in info:
         _text(info["key"])
     if "addr" in info:
         host, port = info["addr"]
-        info = {**info, "addr": [None if host is None else _text(host), _port(port)]}
+        info = {**info, "addr": [_host(host), read_port(port)]}
+    if "rpcnb" in info:
+        info = {**info, "rpcnb": read_told(info["rpcnb"])}
     return UpdateInfo(info)
 
 
@@ -305,7 +362,7 @@ def _place(reply: list[Any]) -> tuple[int, int]:
     try:
         (_, info) = reply
         place, length = info["place"], info["of"]
-        if type(place) is not int or type(length) is not int:
+        if not all(type(one) is int and 0 <= one < _PLACES for one in (place, length)):
             raise ValueError
     except (TypeError, ValueError, KeyError):
         expected = f'[{PLACE}, {{"place": ..., "of": ...}}]'
@@ -324,7 +381,7 @@ def ask_summary(boards: bool = True) -> Flow:
             or type(found["server_info"]) is not list
         ):
             raise ValueError
-        return found
+        return read_summary(found)
     except (TypeError, ValueError, KeyError):
         raise RemoteProtocolError(f"expected [0, summary] from the tracker, got {_show(reply)}") from None
 

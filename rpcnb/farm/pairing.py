@@ -13,6 +13,7 @@ import secrets
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from rpcnb.errors import RemoteProtocolError
+from rpcnb.farm.messages import can_be_listed
 from rpcnb.protocol.handshake import KeyText
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ P = TypeVar("P")
 
 WAITS, DUPLICATE, MISMATCH = "waits", "duplicate", "mismatch"
 _OTHER = {"client": "server", "server": "client"}
+
+
+def _match_key(key: str) -> str:
+    return f"{key}:{secrets.token_urlsafe(16)}"
 
 
 class Pairing(Generic[P]):
@@ -66,6 +71,8 @@ class Pairing(Generic[P]):
 
     def _arrive_tracked(self, peer: P, key: KeyText) -> P | str:
         if key.role == "server":
+            if not can_be_listed(_match_key(key.key)):
+                raise RemoteProtocolError(f"expected a key that a tracker lists, got {key.key[:40]!r}")
             self._servers[peer] = key.key
             return WAITS
         server = self._match_keys.pop(key.key, None)
@@ -96,7 +103,7 @@ class Pairing(Generic[P]):
         offered = set(map(id, self._match_keys.values()))
         for server, key in self._servers.items():
             if id(server) not in offered:
-                match_key = f"{key}:{secrets.token_urlsafe(16)}"
+                match_key = _match_key(key)
                 self._match_keys[match_key] = server
                 return key, match_key
         return None

@@ -23,6 +23,7 @@ from rpcnb.errors import RemoteProtocolError
 from rpcnb.farm.pairing import DUPLICATE, MISMATCH, WAITS, Pairing
 from rpcnb.farm.registration import Offer, Registration
 from rpcnb.protocol.handshake import Handshake, KeyText, hello, refusal
+from rpcnb.transport.halfopen import HalfOpen, within_descriptors
 from rpcnb.transport.listen import Service
 from rpcnb.transport.sockets import tune
 
@@ -40,6 +41,9 @@ _TURNS = 4  # pieces per turn of the loop, so that one pair does not keep the ot
 _HANDSHAKE = 10.0  # seconds for the key
 _LINGER = 30.0  # seconds for the last bytes of a pair
 _PEERS = 4096  # that shake hands or wait
+_HALF_OPEN = 1024  # of them, that shake hands: a whole farm may come at once
+_SIDES = 65536  # in all
+_SHOWN = 1000  # letters of the keys that a tracker is told: it takes 4096, and 16 KiB of JSON
 _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
 
 
@@ -48,6 +52,7 @@ class _Side:
 
     def __init__(self, proxy: Proxy, sock: Any, address: tuple[Any, ...]) -> None:
         self.name = f"{address[0]}:{address[1]}" if address else "local"
+        self.host = str(address[0]) if address else "local"
         self.text = ""
         self.other: _Side | None = None
         self.closed = False
@@ -75,7 +80,7 @@ class _Side:
             else:
                 self._shake_hands()
         except RemoteProtocolError as error:
-            log.warning("proxy: %s: %s", self.name, error)
+            self._proxy.refusals.note(self.host, f"proxy: {self.name}: {error}")
             self.close()
         except OSError as error:
             log.debug("proxy: %s: %s", self.name, error)
@@ -208,7 +213,9 @@ class _ProxyRegistration(Registration):
         super().__init__("proxy", tracker, level)
 
     def _info(self) -> dict[str, Any]:
-        return {"key": f"server:proxy[{','.join(self._proxy.pairing.keys)}]", "addr": [None, self._proxy.port]}
+        keys = ",".join(self._proxy.pairing.keys)
+        shown = keys if len(keys) <= _SHOWN else f"{keys[:_SHOWN]}..."
+        return {"key": f"server:proxy[{shown}]", "addr": [None, self._proxy.port]}
 
     def _next_offer(self) -> Offer | None:
         found = self._proxy.pairing.issue()
@@ -274,6 +281,7 @@ class Proxy(Service):
         self.forwarded = 0
         self.pairing: Pairing[_Side] = Pairing(tracked=tracker_addr is not None)
         self._sides: set[_Side] = set()
+        self._half_open: HalfOpen[_Side] = HalfOpen(_Side.close, _HALF_OPEN)
         self._timeouts = {"client": timeout_client, "server": timeout_server}
         self._tracker = None if tracker_addr is None else (tracker_addr[0], int(tracker_addr[1]))
         self._registration: _ProxyRegistration | None = None
@@ -303,22 +311,48 @@ class Proxy(Service):
         if self._web_port is not None:
             from rpcnb.server.web import WebPort
 
-            self._web = WebPort(self.host, self._web_port, self._admit, self._allow_origin, self._pages, "proxy")
+            self._web = WebPort(
+                self.host,
+                self._web_port,
+                self._admit,
+                self._allow_origin,
+                self._pages,
+                "proxy",
+                refusals=self.refusals,
+            )
         if self._tracker is not None:
             self._registration = _ProxyRegistration(self, self._tracker, self._level)
 
     def _admit(self, sock: Any, address: tuple[Any, ...]) -> None:
-        if len(self._sides) - 2 * self.pairs >= _PEERS:
-            log.warning("proxy: refused a connection: %d peers wait", _PEERS)
-            sock.close()
-            return
-        try:
-            self._sides.add(_Side(self, sock, address))
-        except OSError:
-            sock.close()
+        host = str(address[0]) if address else "local"
+        if not self._half_open.admits(host):
+            self._turn_away(sock, host, "too many unfinished handshakes")
+        elif self._is_full() and not self._half_open.drop_oldest():
+            self._turn_away(sock, host, f"{self.waiting} peers wait, {self.pairs} pairs are joined")
+        else:
+            try:
+                side = _Side(self, sock, address)
+            except OSError:
+                sock.close()
+                return
+            self._sides.add(side)
+            self._half_open.add(side, host)
+
+    def _is_full(self) -> bool:
+        """Tell whether no other peer may wait, or the process has few descriptors left."""
+        waiting = len(self._half_open) + self.waiting
+        return waiting >= within_descriptors(_PEERS, 0.4) or len(self._sides) >= within_descriptors(_SIDES, 0.6)
+
+    def _turn_away(self, sock: Any, host: str, why: str) -> None:
+        self.refusals.note(host, f"proxy: refused {host}: {why}")
+        sock.close()
+
+    def _give_way(self) -> bool:
+        return self._half_open.drop_oldest()
 
     def greeted(self, side: _Side) -> None:
         """Join a peer that has presented its key with another, or let it wait."""
+        self._half_open.forget(side)
         found = self.pairing.arrive(side, side.text)
         if isinstance(found, _Side):
             log.log(self._level, "proxy: joins %s and %s", side.name, found.name)
@@ -329,7 +363,7 @@ class Proxy(Service):
             self._changed(side)
         else:
             assert found in (DUPLICATE, MISMATCH)
-            log.warning("proxy: refused %s: %s", side.name, found)
+            self.refusals.note(side.host, f"proxy: refused {side.name}: {found}")
             side.refuse(duplicate=found == DUPLICATE)
 
     def _changed(self, side: _Side) -> None:
@@ -340,6 +374,7 @@ class Proxy(Service):
     def forget(self, side: _Side) -> None:
         """Note that a connection has ended."""
         self._sides.discard(side)
+        self._half_open.forget(side)
         match_keys = list(self.pairing.match_keys_of(side))
         self.pairing.leave(side)
         if self._registration is not None and side.other is None:

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 _POLL = 1.5  # seconds between two looks at the own keys
 _UNUSED = 4  # looks at which a key was gone and nobody had come, after which it is replaced
 _CONNECT = 5.0  # seconds
+_TOLD = 64  # sessions that are told of: a tracker takes 16 KiB of info
+_OFFERS = 1000  # at once; a tracker takes 1,024
 
 
 class Offer(NamedTuple):
@@ -121,7 +123,7 @@ class Registration:
             link.close()
 
     async def _put_missing(self, link: TrackerLink) -> None:
-        while (offer := self._next_offer()) is not None:
+        while len(self._offers) < _OFFERS and (offer := self._next_offer()) is not None:
             self._offers[offer.match_key] = 0  # before the tracker knows it: a client may come at once
             await link.run(put_board(*offer))
 
@@ -184,9 +186,10 @@ class ServerRegistration(Registration):
 
     def _info(self) -> dict[str, Any]:
         server = self._server
-        own = {"instance": self._instance, "token": server.token is not None, "sessions": list(self._busy.values())}
+        sessions = list(self._busy.values())[:_TOLD]
+        own = {"instance": self._instance, "token": server.token is not None, "sessions": sessions}
         if server.draining:
-            own["draining"] = [one.function for one in server.draining.values()]
+            own["draining"] = [one.function for one in server.draining.values()][:_TOLD]
         return {"key": f"server:{server.key}", "addr": [server.custom_addr, self._port], "rpcnb": own}
 
     def _next_offer(self) -> Offer | None:

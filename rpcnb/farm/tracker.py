@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from tornado.iostream import IOStream, StreamClosedError
 from rpcnb.errors import RemoteProtocolError
 from rpcnb.farm.messages import GREETING, NOTHING, Frames, encode_frame, parse_request
 from rpcnb.farm.tracking import Tracking
+from rpcnb.transport.halfopen import within_descriptors
 from rpcnb.transport.listen import Service
 from rpcnb.transport.sockets import tune
 
@@ -38,11 +40,14 @@ _SWEEP = 0.5  # seconds
 _HANDSHAKE = 10.0  # seconds for the magic word
 _UNREAD = 4 << 20  # bytes of replies that a peer may leave unread
 _RATE, _BURST = 1000.0, 2000.0  # requests a second of one connection, and at once
+_PAGE = 4096.0  # bytes, said or answered, that cost as much as a request
+_TURN = 0.002  # seconds that one connection may keep the others waiting
 _CONNECTIONS = 16384
+_LOOKED_AT = 512  # connections, of which one is ended when there are too many: all would take milliseconds
 
 
 class _Client:
-    """One connection; it reads as fast as it may ask."""
+    """One connection; it is read as fast as it may ask, by number and by bytes."""
 
     def __init__(self, tracker: Tracker, sock: socket.socket, address: tuple[Any, ...]) -> None:
         self.host = str(address[0]) if address else ""
@@ -50,7 +55,8 @@ class _Client:
         self._tracker = tracker
         self._frames = Frames()
         self._known = False
-        self._allowance, self._since = _BURST, time.monotonic()
+        self._allowance = _BURST
+        self._since = self._turn = time.monotonic()
         tune(sock)
         self._stream: IOStream = IOStream(sock, max_write_buffer_size=_UNREAD)
         self._overtime = tracker.io_loop.call_later(_HANDSHAKE, self._greeting_late)
@@ -61,21 +67,31 @@ class _Client:
 
     def send(self, value: Any) -> None:
         """Send a value; a peer that does not read is dropped."""
+        self.send_frame(encode_frame(value))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send a frame that has been made already; likewise."""
         if self._stream.closed():
             return
+        self._allowance -= len(frame) / _PAGE
         try:
-            sent = self._stream.write(encode_frame(value))
+            sent = self._stream.write(frame)
         except Exception as error:  # a full buffer, a closed socket
-            log.warning("tracker: %s dropped: %s", self.name, error or type(error).__name__)
+            self._refused(f"dropped: {error or type(error).__name__}")
             self._stream.close()  # the reader notices, and forgets the rest
             return
         sent.add_done_callback(lambda future: future.exception())
+
+    def _refused(self, text: str) -> None:
+        self._tracker.refusals.note(self.host, f"tracker: {self.name} {text}")
 
     async def run(self) -> None:
         """Serve this connection until its end."""
         try:
             while True:
-                self._frames.receive_data(await self._stream.read_bytes(65536, partial=True))
+                data = await self._stream.read_bytes(65536, partial=True)
+                self._allowance -= len(data) / _PAGE
+                self._frames.receive_data(data)
                 if self._frames.greeted and not self._known:
                     self._known = True
                     self._stream.write(GREETING).add_done_callback(lambda future: future.exception())
@@ -85,8 +101,9 @@ class _Client:
                     if self._stream.closed():
                         return
                     self._tracker.tracking.handle(self, parse_request(value))
+                await self._let_others()
         except RemoteProtocolError as error:
-            log.warning("tracker: %s: %s", self.name, error)
+            self._refused(f"was refused: {error}")
         except StreamClosedError:
             pass
         except Exception:
@@ -95,12 +112,19 @@ class _Client:
             self.close()
 
     async def _wait_for_allowance(self) -> None:
-        """Wait while this peer has asked more often than it may."""
+        """Wait while this peer has asked for more than it may."""
         now = time.monotonic()
         self._allowance = min(_BURST, self._allowance + (now - self._since) * _RATE) - 1
         self._since = now
         if self._allowance < 0:
             await asyncio.sleep(-self._allowance / _RATE)
+        await self._let_others()
+
+    async def _let_others(self) -> None:
+        """Let the loop serve others, now and then: what has come already is read and answered without a pause."""
+        if time.monotonic() - self._turn > _TURN:
+            await asyncio.sleep(0)
+            self._turn = time.monotonic()
 
     def close(self) -> None:
         """End the connection; what it offered and asked for goes with it."""
@@ -170,8 +194,9 @@ class Tracker(Service):
                 log.exception("tracker: looking after the queues failed")
 
     def _admit(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
-        if len(self._clients) >= _CONNECTIONS:
-            log.warning("tracker: refused a connection: %d are open", _CONNECTIONS)
+        if len(self._clients) >= within_descriptors(_CONNECTIONS, 0.75) and not self._give_way():
+            host = str(address[0]) if address else "local"
+            self.refusals.note(host, f"tracker: refused {host}: {len(self._clients)} connections are open")
             sock.close()
             return
         try:
@@ -181,6 +206,17 @@ class Tracker(Service):
             return
         self._clients[client] = None
         self._clients[client] = asyncio.ensure_future(client.run())
+
+    def _give_way(self) -> bool:
+        """End the oldest connection that is of the least use; never one that offers or asks."""
+        clients = list(self._clients)
+        if len(clients) > _LOOKED_AT:
+            clients = random.sample(clients, _LOOKED_AT)
+        least = min(clients, key=self.tracking.use_of, default=None)
+        if least is None or self.tracking.use_of(least) > 1:
+            return False
+        least.close()
+        return True
 
     def forget(self, client: _Client) -> None:
         """Note that a connection has ended."""

@@ -78,7 +78,7 @@ class _Blocking:
         self._deadline = deadline
         self._guard = guard
         self._waits = waits
-        self._frames = Frames()
+        self._frames = Frames(of_tracker=True)
         self._poll = select.poll()
 
     def run(self, flow: Flow) -> Any:
@@ -129,7 +129,7 @@ class TrackerLink:
     def __init__(self, sock: socket.socket, address: Address) -> None:
         self._sock = sock
         self._address = address
-        self._frames = Frames()
+        self._frames = Frames(of_tracker=True)
         self._loop = asyncio.get_running_loop()
         self._turn = asyncio.Lock()
 

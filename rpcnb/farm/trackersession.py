@@ -92,7 +92,8 @@ class TrackerSession(_TrackerSessionBase):
             connection that offers some, ``key`` (a list), ``addr``, ``state`` (``free``, ``busy``, ``unhealthy``),
             ``free`` (how many sessions), ``holders`` (``name``, ``key``, ``since`` in seconds) and ``rpcnb`` (what an
             rpcnb server says of itself: ``instance``, and of each of its ``sessions`` the ``peer`` and the ``limit``
-            in seconds).
+            in seconds). If more is known than fits into an answer, ``left_out`` says how many entries of each there are
+            besides. What boards say of themselves in another shape than this is left out.
 
         Raises:
             ConnectFailed: There is no tracker.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, DeadlineExceeded, NotAnRpcServer, RpcError, WrongLoop
@@ -47,6 +48,7 @@ class AsyncLink:
         self.on_tick: Callable[[], object] | None = None  # called ten times a second
         self.loop = asyncio.get_running_loop()
         self._writing = False
+        self._keep_alive: Callable[[float], object] | None = getattr(wire.sock, "keep_alive", None)  # a WebSocket's
         self._descriptor = wire.sock.fileno()
         wire.before_close = self._stop_watching
         if wire.is_stock:
@@ -189,6 +191,8 @@ class AsyncLink:
             self.on_tick()
         if self.wire.ended is not None or self.loop.is_closed():
             return
+        if self._keep_alive is not None:
+            self._keep_alive(time.monotonic())
         if self.garbage:
             with self.wire.lock:
                 self.wire.queue_garbage()

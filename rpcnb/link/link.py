@@ -77,6 +77,7 @@ class Link:
         self._poll.register(self._wake_reader, select.POLLIN)
         self._polls_write = False
         self._look_at = 0.0  # when an idle connection is looked at again
+        self._keep_alive: Callable[[float], object] | None = getattr(wire.sock, "keep_alive", None)  # a WebSocket's
         forks.tell(self)
 
     # -- sending -----------------------------------------------------------------------------------------------
@@ -476,6 +477,8 @@ class Link:
         if self.on_tick is not None:
             self.on_tick()
         self._look_for_end()
+        if self._keep_alive is not None and self.wire.ended is None:
+            self._keep_alive(time.monotonic())
         if not self.garbage and not self.wire.out:
             return
         with self.wire.lock:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from rpcnb.runtime.environment import Environment
     from rpcnb.server.lanes import Lanes
     from rpcnb.server.workers import WorkerPool
+    from rpcnb.transport.refusals import Refusals
     from rpcnb.transport.watcher import EpollWatcher, LoopWatcher
 
 __all__ = ["ClientState", "Connection", "Draining", "Host"]
@@ -73,6 +74,7 @@ class Host(Protocol):
     gate: Gate
     io_loop: IOLoop
     lanes: Lanes[Any]
+    refusals: Refusals
     watcher: EpollWatcher | LoopWatcher
     workers: WorkerPool
 
@@ -253,7 +255,7 @@ class Connection:
             else:
                 self._serve()
         except RemoteProtocolError as error:
-            log.warning("%s: %s: %s", self.server.name, self.peer, error)
+            self.note_refusal(f"{self.peer}: {error}")
             self.close()
         except Exception:
             log.exception("%s: connection of %s failed", self.server.name, self.peer)
@@ -278,6 +280,11 @@ class Connection:
         else:
             self.server.watcher.arm(self.fd, READ)
 
+    def note_refusal(self, text: str) -> None:
+        """Log what this client, maybe a stranger, was refused; summed up if there are many."""
+        host = str(self.address[0]) if self.address else "local"
+        self.server.refusals.note(host, f"{self.server.name}: {text}")
+
     def _refused(self, word: int) -> None:
         raise RemoteProtocolError(f"expected a client, got the word {word:#x}")
 
@@ -288,7 +295,7 @@ class Connection:
             self._accept_lane(key)
             return
         if not server.admits(text, self.address):
-            log.warning("%s: refused %s: wrong key or token", server.name, self.peer)
+            self.note_refusal(f"refused {self.peer}: wrong key or token")
             server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong key or token")
             self._send_last(refusal())
             return
@@ -304,7 +311,7 @@ class Connection:
         if not server.full:
             return ""
         why = server.why_full()
-        log.warning("%s: refused %s: %s", server.name, self.peer, why)
+        self.note_refusal(f"refused {self.peer}: {why}")
         server.tell(events.ConnectionRejected, peer=self.peer, reason="draining" if server.draining else "full")
         return f"{why}; try again later"
 
@@ -316,7 +323,7 @@ class Connection:
             self._send_last(refusal())
             return
         if found is None:
-            log.warning("%s: refused %s: wrong session or secret", server.name, self.peer)
+            self.note_refusal(f"refused {self.peer}: wrong session or secret")
             server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong session or secret")
             server.note_failure(self.address)
             self._send_last(refusal())
@@ -576,7 +583,7 @@ class Connection:
                 if hot:
                     self.server.workers.waited()
         except RemoteProtocolError as error:
-            log.warning("%s: %s: %s", self.server.name, self.peer, error)
+            self.note_refusal(f"{self.peer}: {error}")
             self.ended = True
         except Exception:
             log.exception("%s: connection of %s failed", self.server.name, self.peer)

@@ -22,7 +22,6 @@ import logging
 import os
 import time
 import weakref
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rpcnb import events, parts
@@ -36,9 +35,11 @@ from rpcnb.server.lanes import Lanes
 from rpcnb.server.workers import WorkerPool
 from rpcnb.transport import forks, interval
 from rpcnb.transport.address import is_loopback, parse_address, show_address
+from rpcnb.transport.halfopen import HalfOpen
 from rpcnb.transport.kernel import BUSY_AFTER, KernelLoop
 from rpcnb.transport.listen import Acceptor, listen
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
+from rpcnb.transport.refusals import Refusals
 from rpcnb.transport.watcher import make_watcher
 from rpcnb.values import StaysHere
 
@@ -209,8 +210,14 @@ class Server(StaysHere):
             self.environment.cells = Cells(Worker() if allow_exec is True else allow_exec)
         self._install_constructors()
         self.observers = events.Observers(events.observers)
+        self.refusals = Refusals(log, time.monotonic)
         self._connections: dict[Connection, None] = {}  # in order of arrival
-        self._half_open: Counter[str] = Counter()
+        self._half_open: HalfOpen[Connection] = HalfOpen(
+            lambda connection: connection.close(),
+            self.limits.half_open,
+            self.limits.half_open_per_address,
+            self.limits.exempt_loopback,
+        )
         self._sessions = 0
         self.draining: dict[Connection, Draining] = {}
         self._closed = False
@@ -281,7 +288,7 @@ class Server(StaysHere):
         self.io_loop.call_later(_LOOK, self._look)
         if web_port is not None:
             self._open_web(web_port, allow_origin)
-        self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._drop_oldest_half_open)
+        self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._half_open.drop_oldest)
         if tracker is not None:
             self._registration = parts.find("registration")(self, tracker, self.port, self.max_sessions or 1)
         if self._proxy is not None:
@@ -294,15 +301,12 @@ class Server(StaysHere):
             sock.close()
             return
         host = str(address[0])
-        exempt = self.limits.exempt_loopback and is_loopback(host)
-        if not exempt and self._half_open[host] >= self.limits.half_open_per_address:
-            log.warning("%s: refused %s: too many unfinished handshakes", self.name, connection.peer)
+        if not self._half_open.admits(host):
+            self.refusals.note(host, f"{self.name}: refused {connection.peer}: too many unfinished handshakes")
             connection.closed = True
             sock.close()
             return
-        if self._half_open.total() >= self.limits.half_open:
-            self._drop_oldest_half_open()
-        self._half_open[host] += 1
+        self._half_open.add(connection, host)
         self._connections[connection] = None
         self.watcher.add(connection.fd, connection.ready)
         connection.deadline = self.io_loop.call_later(self.limits.handshake_timeout, self._handshake_over, connection)
@@ -312,7 +316,7 @@ class Server(StaysHere):
 
         names = [*allow_origin, *([self.custom_addr] if self.custom_addr else [])]
         host = self.host if self._proxy is None else "127.0.0.1"
-        self._web = WebPort(host, port, self._admit, names, name=self.name)
+        self._web = WebPort(host, port, self._admit, names, (), self.name, self.limits, self.refusals)
 
     def adopt(self, connection: Connection) -> None:
         """Take a connection that the server has dialled."""
@@ -323,12 +327,6 @@ class Server(StaysHere):
         if connection.servant is None:
             log.debug("%s: %s did not finish its handshake in time", self.name, connection.peer)
             connection.close()
-
-    def _drop_oldest_half_open(self) -> None:
-        for connection in self._connections:
-            if connection.servant is None and not connection.dialled:
-                connection.close()
-                return
 
     def admits(self, text: str, address: tuple[Any, ...]) -> bool:
         """Tell whether a client with this key text may enter."""
@@ -372,7 +370,7 @@ class Server(StaysHere):
 
     def opened(self, connection: Connection) -> None:
         """Note that a handshake has succeeded."""
-        self._forget_half_open(connection)
+        self._half_open.forget(connection)
         if connection.deadline is not None:
             self.io_loop.remove_timeout(connection.deadline)
             connection.deadline = None
@@ -385,20 +383,12 @@ class Server(StaysHere):
         self.tell(events.ConnectionAccepted, peer=connection.peer)
         self._hook("tvm.rpc.server.start")
 
-    def _forget_half_open(self, connection: Connection) -> None:
-        if connection.dialled:
-            return
-        host = str(connection.address[0])
-        self._half_open[host] -= 1
-        if not self._half_open[host]:
-            del self._half_open[host]
-
     def closed_connection(self, connection: Connection) -> None:
         """Note that a connection is gone."""
         if self._connections.pop(connection, connection) is connection:
             return
         if connection.servant is None:
-            self._forget_half_open(connection)
+            self._half_open.forget(connection)
             return
         for lane in self.lanes.leave(connection):
             lane.close()
@@ -431,6 +421,7 @@ class Server(StaysHere):
 
     def _look(self) -> None:
         """Look after clients whose sockets nobody reads, and after what still runs; twice a second."""
+        self.refusals.sweep()
         for connection in list(self._connections):
             connection.look()
         for connection, one in list(self.draining.items()):

@@ -11,14 +11,20 @@ import ipaddress
 import logging
 import os
 import socket
-import weakref
+import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tornado.httpserver import HTTPServer
-from tornado.web import Application, RequestHandler
+from tornado.ioloop import IOLoop
+from tornado.iostream import IOStream
+from tornado.web import Application, HTTPError, RequestHandler
 
-from rpcnb.transport.listen import listen
+from rpcnb.protocol.codes import Limits
+from rpcnb.transport.halfopen import HalfOpen
+from rpcnb.transport.keepalive import KeepAlive
+from rpcnb.transport.listen import Acceptor, listen
+from rpcnb.transport.refusals import Refusals
 from rpcnb.transport.websocket import WebSocket, accept_key
 
 if TYPE_CHECKING:
@@ -28,6 +34,7 @@ __all__ = ["WebPort"]
 
 log = logging.getLogger(__name__)
 
+_REQUEST = 10.0  # seconds for a request, and between two of them
 _TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
@@ -48,6 +55,8 @@ class WebPort:
             a hub's, say. ``*`` allows every one.
         pages: Served besides: path, and the file.
         name: For messages.
+        limits: How many connections may be open that have not become a WebSocket.
+        refusals: What is logged of those who were refused.
     """
 
     def __init__(
@@ -58,6 +67,8 @@ class WebPort:
         allowed: Sequence[str] = (),
         pages: Sequence[tuple[str, str]] = (),
         name: str = "web",
+        limits: Limits | None = None,
+        refusals: Refusals | None = None,
     ) -> None:
         self.listeners = listen(host, port, port + 1)
         self.host = host
@@ -70,10 +81,31 @@ class WebPort:
         handlers: list[Any] = [("/ws", _Upgrade, {"web": self})]
         handlers += [(path, _Page, {"web": self, "file": file}) for path, file in pages]
         application = Application(handlers, log_function=lambda handler: None)
-        self._server = _HttpServer(
-            application, max_header_size=65536, max_body_size=1024, idle_connection_timeout=60, no_keep_alive=False
+        self._http = HTTPServer(
+            application,
+            max_header_size=65536,
+            max_body_size=1024,
+            idle_connection_timeout=_REQUEST,
+            body_timeout=_REQUEST,
         )
-        self._server.add_sockets(self.listeners)
+        limits = limits or Limits()
+        self._streams: HalfOpen[_Stream] = HalfOpen(
+            lambda stream: stream.close(), limits.half_open, limits.half_open_per_address, limits.exempt_loopback
+        )
+        self.refusals = refusals or Refusals(log, time.monotonic)
+        self.keep_alive = KeepAlive()
+        self._acceptor = Acceptor(IOLoop.current(), self.listeners, name, self._serve, self._streams.drop_oldest)
+
+    def _serve(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        """Speak HTTP on a new connection; until it is a WebSocket, a stranger may hold it for nothing."""
+        host = str(address[0])
+        if not self._streams.admits(host):
+            self.refusals.note(host, f"{self.name}: refused {host}: too many HTTP connections")
+            sock.close()
+            return
+        stream = _Stream(sock, self._streams.forget)
+        self._streams.add(stream, host)
+        self._http.handle_stream(stream, address)
 
     def refuses(self, request: Any) -> str:
         """Say why a request is refused; empty if it is not."""
@@ -116,21 +148,21 @@ class WebPort:
 
     def close(self) -> None:
         """Stop listening, and end what has not become a WebSocket; on the loop. Those that have belong to others."""
-        self._server.stop()
-        for stream in list(self._server.streams):
-            stream.close()
+        self._acceptor.close()
+        self._streams.clear()
+        self.keep_alive.close()
 
 
-class _HttpServer(HTTPServer):  # type: ignore[misc]  # tornado is not followed
-    """Knows its connections, also those that have never asked for anything."""
+class _Stream(IOStream):  # type: ignore[misc]  # tornado is not followed
+    """Tells when its descriptor is free again; tornado's own callback is used by the HTTP connection."""
 
-    def initialize(self, *args: Any, **options: Any) -> None:
-        super().initialize(*args, **options)
-        self.streams: weakref.WeakSet[Any] = weakref.WeakSet()
+    def __init__(self, sock: socket.socket, freed: Callable[[_Stream], object]) -> None:
+        self._freed = freed
+        super().__init__(sock, max_buffer_size=1 << 20)  # bytes; of a header 64 KiB are read at most
 
-    def handle_stream(self, stream: Any, address: tuple[Any, ...]) -> None:
-        self.streams.add(stream)
-        super().handle_stream(stream, address)
+    def close_fd(self) -> None:
+        super().close_fd()
+        self._freed(self)
 
 
 def _host_of(url: str) -> str:
@@ -154,8 +186,16 @@ class _Checked(RequestHandler):  # type: ignore[misc]  # tornado is not followed
     def prepare(self) -> None:
         reason = self.web.refuses(self.request)
         if reason:
-            log.warning("%s: refused %s: %s", self.web.name, self.request.remote_ip, reason)
+            self._note(f"refused {self.request.remote_ip}: {reason}")
             self.refuse(403, reason)
+
+    def _note(self, text: str) -> None:
+        self.web.refusals.note(str(self.request.remote_ip), f"{self.web.name}: {text}")
+
+    def log_exception(self, kind: Any, value: Any, trace: Any) -> None:
+        """Log what went wrong as what a stranger may have caused: without the request."""
+        if not isinstance(value, HTTPError):
+            self._note(f"an answer to {self.request.remote_ip} failed: {type(value).__name__}: {value}")
 
     def refuse(self, status: int, text: str) -> None:
         self.set_status(status)
@@ -198,7 +238,9 @@ class _Upgrade(_Checked):
         finally:
             stream.close()
         sock.setblocking(False)
-        self.web.admit(WebSocket(sock, client=False), address)
+        web = WebSocket(sock, client=False)
+        self.web.keep_alive.add(web)
+        self.web.admit(web, address)
 
 
 class _Page(_Checked):

@@ -7,12 +7,16 @@ import logging
 import os
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
+
+from tornado.ioloop import PeriodicCallback
 
 from rpcnb.errors import AccessDenied
 from rpcnb.transport import forks
 from rpcnb.transport.address import is_loopback, show_address
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
+from rpcnb.transport.refusals import Refusals
 from rpcnb.values import StaysHere
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _AT_ONCE = 64  # connections accepted per turn of the loop
+_SWEEP = 5.0  # seconds between two looks for refusals to be logged
 
 
 def listen(host: str, port: int, port_end: int) -> list[socket.socket]:
@@ -80,7 +85,7 @@ class Acceptor:
         listeners: Listening sockets, closed with it.
         name: Of the service, for messages.
         admit: Called with each new socket and its address.
-        exhausted: Called when the process has no descriptors left.
+        exhausted: Called when the process has no descriptors left; true if a connection was ended for that.
     """
 
     def __init__(
@@ -89,13 +94,14 @@ class Acceptor:
         listeners: list[socket.socket],
         name: str,
         admit: Callable[[socket.socket, tuple[Any, ...]], object],
-        exhausted: Callable[[], object] = lambda: None,
+        exhausted: Callable[[], object],
     ) -> None:
         self._io_loop = io_loop
         self._listeners = listeners
         self._name = name
         self._admit = admit
         self._exhausted = exhausted
+        self._refusals = Refusals(log, time.monotonic)
         self._closed = False
         for listener in listeners:
             self._resume(listener)
@@ -105,21 +111,26 @@ class Acceptor:
             self._io_loop.add_handler(listener, self._accept, self._io_loop.READ)
 
     def _accept(self, listener: Any, events: int) -> None:
+        spared = False
         for _ in range(_AT_ONCE):
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno in _NO_DESCRIPTORS:
-                    self._pause(listener, error)
+                if error.errno not in _NO_DESCRIPTORS:
+                    return
+                if not spared and self._exhausted():
+                    spared = True
+                    continue
+                self._pause(listener, error)
                 return
+            spared = False
             self._admit(sock, address)
 
     def _pause(self, listener: socket.socket, error: OSError) -> None:
         """Stop accepting for a moment when the process has no descriptors left, instead of spinning."""
-        log.warning("%s: cannot accept: %s; trying again in a moment", self._name, error.strerror)
-        self._exhausted()
+        self._refusals.note("everybody", f"{self._name}: cannot accept: {error.strerror}; trying again in a moment")
         self._io_loop.remove_handler(listener)
         self._io_loop.call_later(0.2, self._resume, listener)
 
@@ -142,6 +153,9 @@ class Service(StaysHere):
         insecure: Allow to listen beyond loopback.
         loop: A running tornado IOLoop to live on; by default one in a daemon thread of its own.
 
+    Attributes:
+        refusals: What is logged of those who were refused.
+
     Raises:
         AccessDenied: Beyond loopback without ``insecure``.
         OSError: No port of the range is free.
@@ -157,6 +171,7 @@ class Service(StaysHere):
         self.host = host
         self.closed = False
         self.ended = threading.Event()
+        self.refusals = Refusals(logging.getLogger(type(self).__module__), time.monotonic)
         listeners = listen(host, port, port_end)
         self.port = int(listeners[0].getsockname()[1])
         self._own_loop = LoopThread(f"rpcnb-{self.kind}") if loop is None else None
@@ -182,13 +197,19 @@ class Service(StaysHere):
 
     def _listen(self, listeners: list[socket.socket]) -> None:
         self._start()
-        self._acceptor = Acceptor(self.io_loop, listeners, self.kind, self._admit)
+        self._acceptor = Acceptor(self.io_loop, listeners, self.kind, self._admit, self._give_way)
+        self._refusals_timer = PeriodicCallback(self.refusals.sweep, _SWEEP * 1000)
+        self._refusals_timer.start()
 
     def _start(self) -> None:
         """Begin; on the loop."""
 
     def _admit(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         """Take a new connection; on the loop."""
+        raise NotImplementedError
+
+    def _give_way(self) -> bool:
+        """End a connection that can be spared, if there is one; on the loop."""
         raise NotImplementedError
 
     def _stop(self) -> None:
@@ -211,6 +232,7 @@ class Service(StaysHere):
         log.log(self._level, "%s on %s closed", self.kind, self.address)
 
     def _end(self) -> None:
+        self._refusals_timer.stop()
         self._acceptor.close()
         self._stop()
         self.ended.set()

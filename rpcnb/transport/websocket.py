@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
     from rpcnb.transport.address import Address
 
-__all__ = ["HEAD_END", "WebSocket", "accept_key", "check_answer", "upgrade_request"]
+__all__ = ["HEAD_END", "PING_EVERY", "WebSocket", "accept_key", "check_answer", "upgrade_request"]
+
+# Seconds without anything sent, after which a ping is: nginx and cloud load balancers cut what is quiet for a minute.
+PING_EVERY = 20.0
 
 HEAD_END = b"\r\n\r\n"
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # of RFC 6455, section 1.3
@@ -97,6 +100,8 @@ class WebSocket:
         self._promised = 0  # payload bytes of the caller's that leave with it (client)
         self._open = 0  # payload bytes that the frame in progress still needs (server)
         self._pong = b""
+        self._sent = True  # since the last look of `keep_alive`
+        self._quiet_since = 0.0
 
     # -- as a socket ---------------------------------------------------------------------------------------------
 
@@ -272,6 +277,29 @@ class WebSocket:
             with contextlib.suppress(OSError):  # it is tried again with the next frame
                 self._unsent = self._unsent[self._sock.send(self._unsent, _NOW) :]
 
+    def keep_alive(self, now: float) -> None:
+        """Send a ping if nothing has been sent for :data:`PING_EVERY` seconds; call now and then, in any thread.
+
+        A pong that waited for a next frame, which may be long in coming, leaves too.
+
+        Args:
+            now: ``time.monotonic()``.
+        """
+        with self._lock:
+            if self._sent:
+                self._sent, self._quiet_since = False, now
+            if self._ended or self._promised or self._open:  # in the middle of a frame: its rest is traffic enough
+                return
+            if now - self._quiet_since >= PING_EVERY:
+                self._quiet_since = now
+                if not self._unsent:  # else the connection takes nothing anyway
+                    self._pong += self._control_frame(_PING, b"")
+            if self._pong and not self._unsent:
+                self._unsent, self._pong = memoryview(self._pong), b""
+            if self._unsent:
+                with contextlib.suppress(OSError):  # who uses the connection finds out
+                    self._unsent = self._unsent[self._sock.send(self._unsent, _NOW) :]
+
     # -- sending -------------------------------------------------------------------------------------------------
 
     def send(self, data: Any, flags: int = 0) -> int:
@@ -288,6 +316,7 @@ class WebSocket:
         """
         views = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
         with self._lock:
+            self._sent = True
             return self._send_masked(views, flags) if self._client else self._send_plainly(views, flags)
 
     def _send_masked(self, views: Sequence[memoryview], flags: int) -> int:

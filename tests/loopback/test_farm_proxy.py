@@ -355,3 +355,55 @@ def test_t8_a_tracker_that_hangs_holds_nobody_up(
         with hole.accept()[0] as heard:
             assert GREETING in heard.recv(10)
     caplog.clear()
+
+
+def test_keys_of_strangers_do_not_take_a_proxy_out_of_the_list(
+    registry: Registry, serve: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.register("add", lambda a, b: a + b)
+    with (
+        rpcnb.Tracker(port=0, silent=True) as tracker,
+        rpcnb.Proxy(port=0, tracker_addr=tracker.address_pair, silent=True) as proxy,
+    ):
+        board = serve(host="127.0.0.1", port=proxy.port, key="x", is_proxy=True)
+        eventually(lambda: board.registered and proxy.waiting, "the server's wait")
+        with dial(proxy, hello(f"server:{'k' * 2000}")) as refused:
+            assert reads(refused, 1) == b""
+        with contextlib.ExitStack() as stack:
+            for number in range(20):
+                stack.enter_context(dial(proxy, hello(f"server:{number}{'k' * 800}")))
+            eventually(lambda: proxy.waiting == 21, "their wait")
+            eventually(lambda: len(tracker.tracking.summary()["queue_info"]) == 21, "their place in the list")
+            assert proxy._registration is not None
+            assert proxy._registration.connected
+            (info,) = tracker.tracking.summary()["server_info"]
+            assert info["key"].endswith("...]")
+            with rpcnb.connect(f"tracker://{tracker.address}/x") as session:
+                assert session.call("add", 1, 2) == 3
+        board.close()
+    assert [record.getMessage().split(": ", 2)[2] for record in caplog.records] == [
+        f"expected a key that a tracker lists, got {'k' * 40!r}"
+    ]
+    caplog.clear()
+
+
+def test_of_too_many_that_shake_hands_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy_module, "_HALF_OPEN", 2)
+    with rpcnb.Proxy(port=0, silent=True) as proxy, dial(proxy) as first, dial(proxy) as second, dial(proxy) as third:
+        assert reads(first, 1) == b""
+        for sock, role in ((second, "server"), (third, "client")):
+            sock.sendall(hello(f"{role}:k"))
+        assert reads(third, len(hello("server:k"))) == hello("server:k")
+
+
+def test_one_address_may_shake_so_many_hands_at_once(
+    proxy: rpcnb.Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(proxy._half_open, "_exempt_loopback", False)
+    monkeypatch.setattr(proxy._half_open, "_per_address", 1)
+    with dial(proxy), dial(proxy) as second:
+        assert reads(second, 1) == b""
+    assert [record.getMessage() for record in caplog.records] == [
+        "proxy: refused 127.0.0.1: too many unfinished handshakes"
+    ]
+    caplog.clear()

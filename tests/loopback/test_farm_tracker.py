@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +24,9 @@ import rpcnb
 from rpcnb.farm import registration
 from rpcnb.farm import tracker as tracker_module
 from rpcnb.farm.messages import GREETING, encode_frame
+from rpcnb.jupyter import bridge
 from rpcnb.runtime.registry import Registry
+from rpcnb.transport.address import Address
 
 
 @pytest.fixture
@@ -135,6 +140,102 @@ def test_t2_a_bad_peer_loses_its_own_connection_alone(
     caplog.clear()
     with rpcnb.connect(f"tracker://{tracker.address}/rpi") as session:
         assert session.call("add", 1, 2) == 3
+
+
+def raw_frame(text: bytes) -> bytes:
+    return struct.pack("<i", len(text)) + text
+
+
+SAID = {
+    "sessions: 5": encode_frame([5, {"key": "server:a", "addr": ["h", 1], "rpcnb": {"sessions": 5}}]),
+    "a number that is none": raw_frame(b'[5, {"key": "server:a", "addr": ["h", 1], "x": 1e999}]'),
+    "half a letter": raw_frame(b'[5, {"key": "server:a", "addr": ["h", 1], "rpcnb": {"instance": "\\ud800"}}]'),
+    "deep": raw_frame(b'[5, {"key": "server:a", "addr": ["h", 1], "x": ' + b"[" * 900 + b"]" * 900 + b"}]"),
+    "escape codes": encode_frame([5, {"key": "server:\x1b]0;owned\x07\x1b[2J", "addr": ["h", 1]}]),
+    "a holder's name": encode_frame([4, "x", "\x1b[2J", 1]) + encode_frame([3, "x", [1, "x:1"], None]),
+    "300 long keys": b"".join(encode_frame([3, f"{n}" + "k" * 4000, [1, f"{n}:m"], None]) for n in range(300)),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_a_stranger_says_hides_no_board(
+    tracker: rpcnb.Tracker, board: Callable[..., Any], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    board()
+    with Raw(tracker, GREETING + SAID[name] + encode_frame([1])) as peer:
+        peer.reads(4 + 5 * (301 if name == "300 long keys" else 2))
+        text = rpcnb.connect_tracker(tracker.address).text_summary()
+        json.dumps(bridge._devices_of(Address(*tracker.address_pair)), ensure_ascii=False).encode()
+        assert "\x1b" not in text
+        assert " rpi " in text
+        with rpcnb.connect(f"tracker://{tracker.address}/rpi") as session:
+            assert session.call("add", 1, 2) == 3
+    caplog.clear()
+
+
+def test_a_key_with_letters_that_the_terminal_lacks_hides_no_board(tracker: rpcnb.Tracker) -> None:
+    with Raw(tracker, GREETING + encode_frame([5, {"key": "server:\u00e4\u4e2d", "addr": ["h", 1]}])) as peer:
+        peer.reads(9)
+        command = [sys.executable, "-m", "rpcnb", "devices", tracker.address]
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True)
+    assert "\\xe4\\u4e2d" in done.stdout
+
+
+def test_a_server_with_very_many_sessions_stays_in_the_list(tracker: rpcnb.Tracker, board: Callable[..., Any]) -> None:
+    server = board(max_sessions=2000)
+    eventually(lambda: queue(tracker)[0] == 1000, "as many offers as a tracker takes")
+    for number in range(1000):
+        server._registration.opened(f"rpi:{number}", f"203.0.113.77:{number}", 60.0)
+    eventually(
+        lambda: len(tracker.tracking.summary()["server_info"][0]["rpcnb"]["sessions"]) == 64, "the sessions it tells of"
+    )
+    assert server.registered
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_a_board_whose_address_is_none_is_not_the_last_word(serve: Callable[..., Any], awaited: bool) -> None:
+    server = serve(key="rpi")
+    boards = [["\x1b[2J", 1, "rpi"], ["127.0.0.1", server.port, "two words"], ["127.0.0.1", server.port, "rpi"]]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hand_out() -> None:
+            """Be a stock tracker that passes on whatever boards have said."""
+            for one in boards:
+                with listener.accept()[0] as sock:
+                    sock.recv(4, socket.MSG_WAITALL)
+                    sock.sendall(GREETING)
+                    sock.recv(4096)
+                    sock.sendall(encode_frame([0, one]))
+                    sock.recv(1)
+
+        thread = threading.Thread(target=hand_out)
+        thread.start()
+        url = f"tracker://127.0.0.1:{listener.getsockname()[1]}/rpi"
+
+        async def story() -> Any:
+            async with await rpcnb.connect_async(url) as session:
+                return await session.call("rpc.test.addone", 1)
+
+        if awaited:
+            assert asyncio.run(story()) == 2
+        else:
+            with rpcnb.connect(url) as session:
+                assert session.call("rpc.test.addone", 1) == 2
+        thread.join()
+
+
+def test_what_is_asked_costs_by_its_bytes(tracker: rpcnb.Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker_module, "_RATE", 200.0)
+    monkeypatch.setattr(tracker_module, "_BURST", 10.0)
+    with Raw(tracker, GREETING) as peer:
+        peer.ask([5, {"key": "server:" + "x" * 4000}])
+        peer.reads(9)
+        start = time.monotonic()
+        peer.sock.sendall(encode_frame([6]) * 40)
+        for _ in range(40):
+            peer.reads(struct.unpack("<i", peer.reads(4))[0])
+        assert time.monotonic() - start > (2 * 40 - 10) / 200.0 * 0.9, "each as much as two"
 
 
 def test_a_peer_that_asks_too_fast_is_read_slowly(tracker: rpcnb.Tracker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import logging
+import select
 import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rpcnb
+from rpcnb.protocol.codes import Limits
 from rpcnb.runtime.registry import Registry
+from rpcnb.server import web
+from rpcnb.transport import websocket
 from rpcnb.transport.websocket import WebSocket, accept_key
 
 Pair = tuple[WebSocket, WebSocket, socket.socket, socket.socket]
@@ -112,6 +118,78 @@ def test_a_close_frame_ends_the_stream_and_is_answered(pair: Pair) -> None:
     assert receive(client, 10) == b"ab"
     assert client.recv(10) == b""
     assert below.recv(100)[0] == 0x88
+
+
+@pytest.mark.parametrize("from_client", [True, False], ids=["client", "server"])
+def test_a_quiet_end_sends_a_ping_between_frames(pair: Pair, from_client: bool) -> None:
+    source, target = (pair[0], pair[1]) if from_client else (pair[1], pair[0])
+    below = pair[3] if from_client else pair[2]  # the target
+    pair[2].setblocking(False)
+    pair[3].setblocking(False)
+    head = bytes([0x89, 0x80 if from_client else 0])
+    pings: list[bytes] = []
+
+    def look(now: float) -> int:
+        """Let both look; returns how many pings have come, and lets the other end answer them."""
+        source.keep_alive(now)
+        try:
+            data = below.recv(100, socket.MSG_PEEK)
+        except BlockingIOError:
+            return len(pings)
+        assert data[:2] == head
+        pings.append(data)
+        with pytest.raises(BlockingIOError, match="only frames' headers have come"):
+            target.recv_into(bytearray(100))
+        with pytest.raises(BlockingIOError, match="only frames' headers have come"):
+            source.recv_into(bytearray(100))  # the pong
+        return len(pings)
+
+    assert [look(now) for now in (100.0, 119.9, 120.0, 139.9, 140.0)] == [0, 0, 1, 1, 2]
+    assert source.send(b"x") == 1
+    assert receive(target, 1) == b"x"
+    assert [look(now) for now in (150.0, 169.9, 170.0)] == [2, 2, 3], "what is sent counts as well"
+
+
+def test_a_ping_never_gets_into_a_frame_and_a_pong_need_not_wait_for_the_next(pair: Pair) -> None:
+    client, server, one, two = pair
+    two.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    two.setblocking(False)
+    data = memoryview(bytes(1 << 20))
+    sent = server.send(data)
+    assert sent < len(data)
+    one.sendall(frame(0x9, b"are you there", key=b"abcd"))
+    with pytest.raises(BlockingIOError):
+        server.recv_into(bytearray(100))
+    server.keep_alive(100.0)
+    server.keep_alive(200.0)
+    received = bytearray()
+
+    def drain() -> None:
+        while len(received) < 1 << 20:
+            received.extend(receive(client, (1 << 20) - len(received)))
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    while sent < 1 << 20:
+        with contextlib.suppress(BlockingIOError):
+            sent += server.send(data[sent:])
+    reader.join()
+    server.keep_alive(201.0)
+    assert one.recv(100) == frame(0xA, b"are you there")
+
+
+def test_what_does_not_take_a_ping_is_left_alone(pair: Pair) -> None:
+    client, server, one, two = pair
+    two.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while two.send(bytes(1 << 16)):
+            """Nobody reads."""
+    for now in range(100, 1000, 10):
+        server.keep_alive(float(now))
+    assert len(server._unsent) == 2, "one ping, that waits"
+    client.close()
+    client.keep_alive(1000.0)
+    assert one.fileno() == -1
 
 
 def test_our_own_end_is_told(pair: Pair) -> None:
@@ -321,6 +399,189 @@ def test_other_answers_are_explained(name: str, twin: str) -> None:
             rpcnb.connect(url) if twin == "sync" else asyncio.run(rpcnb.connect_async(url))
         assert "secret" not in str(caught.value)
         thread.join()
+
+
+class Balancer:
+    """Cuts a connection on which nothing has moved for a while, as nginx does after a minute."""
+
+    def __init__(self, port: int, patience: float) -> None:
+        self.cuts = self.passed = 0
+        self._target, self._patience = port, patience
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self._listener.accept()[0]
+            except OSError:
+                return
+            thread = threading.Thread(target=self._relay, args=(client,))
+            self._threads.append(thread)
+            thread.start()
+
+    def _relay(self, client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", self._target)) as server:
+            while ready := select.select([client, server], [], [], self._patience)[0]:
+                for one in ready:
+                    try:
+                        data = one.recv(1 << 16)
+                        (server if one is client else client).sendall(data)
+                    except OSError:
+                        return
+                    if not data:
+                        return
+                    self.passed += 1
+            self.cuts += 1
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Balancer]]:
+    """Put balancers before ports, with pings often enough for them."""
+    monkeypatch.setattr(websocket, "PING_EVERY", 0.2)
+    balancers: list[Balancer] = []
+
+    def start(port: int) -> Balancer:
+        balancers.append(Balancer(port, 1.0))
+        return balancers[-1]
+
+    yield start
+    for balancer in balancers:
+        balancer.close()
+
+
+def waited(balancer: Balancer, seconds: float = 2.0) -> bool:
+    """Tell whether a balancer's patience has been tried for so long."""
+    start = time.monotonic()
+    eventually(lambda: time.monotonic() - start > seconds or balancer.cuts, "some quiet seconds")
+    return not balancer.cuts
+
+
+def test_a_quiet_session_survives_a_balancer(
+    registry: Registry, serve: Callable[..., Any], impatient: Callable[[int], Balancer]
+) -> None:
+    registry.register("add", lambda a, b: a + b)
+    registry.register("slow", time.sleep)
+    server = serve(web_port=0)
+    balancer = impatient(server.web_port)
+    with rpcnb.connect(f"ws://127.0.0.1:{balancer.port}/ws", lanes=0) as session:
+        assert session.call("add", 1, 2) == 3
+        assert waited(balancer)
+        assert session.call("slow", 2.0) is None, "a long call is as quiet"
+        assert session.call("add", 1, 2) == 3
+
+    async def story() -> int:
+        async with await rpcnb.connect_async(f"ws://127.0.0.1:{balancer.port}/ws", lanes=0) as session:
+            await session.call("slow", 2.0)
+            result: int = await session.call("add", 1, 2)
+            return result
+
+    assert asyncio.run(story()) == 3
+    assert not balancer.cuts
+
+
+def test_a_server_pings_a_client_that_does_not(serve: Callable[..., Any], impatient: Callable[[int], Balancer]) -> None:
+    server = serve(web_port=0)
+    balancer = impatient(server.web_port)
+
+    async def story() -> bool:
+        url = f"ws://127.0.0.1:{balancer.port}/ws"
+        client = await tornado.websocket.websocket_connect(url)
+        key = b"client:"
+        await client.write_message(struct.pack("<ii", 0xFF271, len(key)) + key, binary=True)
+        assert await client.read_message()
+        found = await asyncio.to_thread(waited, balancer)
+        client.close()
+        return found
+
+    assert asyncio.run(story())
+
+
+def test_who_waits_at_a_proxy_survives_a_balancer(
+    registry: Registry, serve: Callable[..., Any], impatient: Callable[[int], Balancer]
+) -> None:
+    registry.register("add", lambda a, b: a + b)
+    with rpcnb.Proxy(port=0, web_port=0, silent=True) as proxy:
+        balancer = impatient(proxy.web_port or 0)
+        server = serve(host=f"ws://127.0.0.1:{balancer.port}", port=balancer.port, key="x", is_proxy=True)
+        eventually(lambda: server.registered and proxy.waiting, "the server's wait")
+        assert waited(balancer)
+        with rpcnb.connect(f"ws://127.0.0.1:{balancer.port}/ws", key="x") as session:
+            assert session.call("add", 1, 2) == 3
+            assert waited(balancer)
+            assert session.call("add", 1, 2) == 3
+        server.close()
+
+
+# -- connections that never become a WebSocket -----------------------------------------------------------------------
+
+
+def is_over(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        return not sock.recv(1000)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def test_h10_of_too_many_idle_http_connections_the_oldest_go(serve: Callable[..., Any]) -> None:
+    server = serve(web_port=0, limits=Limits(half_open=8))
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(("127.0.0.1", server.web_port), 10)) for _ in range(12)]
+        eventually(lambda: all(map(is_over, held[:4])), "the end of the oldest")
+        assert not any(map(is_over, held[4:]))
+        with rpcnb.connect(f"ws://127.0.0.1:{server.web_port}/ws") as session:
+            assert session.call("rpc.test.addone", 1) == 2
+    eventually(lambda: not len(server._web._streams), "none is counted any more")
+
+
+def test_h10_one_address_may_hold_so_many_http_connections(
+    serve: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(web_port=0, limits=Limits(exempt_loopback=False, half_open_per_address=3))
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(("127.0.0.1", server.web_port), 10)) for _ in range(6)]
+        eventually(lambda: all(map(is_over, held[3:])), "the end of those too many")
+        assert not any(map(is_over, held[:3]))
+    assert [record.getMessage() for record in caplog.records] == [
+        "server: refused 127.0.0.1: too many HTTP connections"
+    ]
+    caplog.clear()
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET /ws HT", b"POST /ws HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"]
+)
+def test_a_request_must_come_in_time(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    monkeypatch.setattr(web, "_REQUEST", 0.1)
+    server = serve(web_port=0)
+    with socket.create_connection(("127.0.0.1", server.web_port), 10) as sock:
+        sock.sendall(said)
+        while sock.recv(1000):
+            pass
+
+
+def test_an_answer_that_fails_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with rpcnb.Proxy(port=0, web_port=0, index_page="/nowhere/index.html", silent=True) as proxy:
+        for _ in range(3):
+            connection = http.client.HTTPConnection("127.0.0.1", proxy.web_port, timeout=10)
+            connection.request("GET", "/?token=secret-token")
+            assert connection.getresponse().status == 500
+            connection.close()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("proxy: an answer to 127.0.0.1 failed: FileNotFoundError: ")
+    assert "secret-token" not in caplog.text
+    caplog.clear()
 
 
 @pytest.mark.parametrize("headers", [{"A": "b\r\nEvil: yes"}, {"A:": "b"}, {"ü": "b"}])

@@ -25,6 +25,7 @@ from rpcnb.farm.messages import (
     UpdateInfo,
     ask_pending_keys,
     ask_summary,
+    can_be_listed,
     encode_frame,
     parse_request,
     put_board,
@@ -82,8 +83,8 @@ def test_another_magic_word_is_refused(word: bytes) -> None:
         Frames().receive_data(word + b"more")
 
 
-@pytest.mark.parametrize("length", [0, -1, (1 << 20) + 1, 2**31 - 1])
-def test_a_frame_has_one_byte_to_one_mebibyte(length: int) -> None:
+@pytest.mark.parametrize("length", [0, -1, (64 << 10) + 1, (1 << 20) + 1, 2**31 - 1])
+def test_a_request_has_one_byte_to_64_kib(length: int) -> None:
     frames = Frames()
     frames.receive_data(GREETING + struct.pack("<i", length))
     with pytest.raises(RemoteProtocolError, match=f"got {length}"):
@@ -99,7 +100,7 @@ def test_what_is_no_json_is_refused(text: bytes) -> None:
 
 
 def test_json_that_is_deep_beyond_the_interpreters_depth_is_refused() -> None:
-    frames = Frames()
+    frames = Frames(of_tracker=True)
     text = b"[" * 300_000 + b"]" * 300_000
     frames.receive_data(GREETING + struct.pack("<i", len(text)) + text)
     with pytest.raises(RemoteProtocolError, match="expected JSON"):
@@ -118,7 +119,11 @@ GOOD = [
     ([4, "k", "", 1, {"rpcnb": "2.0"}], RequestBoard("k")),
     ([4, "k", "", 1, {"rpcnb": 1}], RequestBoard("k")),
     ([5, {"key": "server:k", "addr": [None, 1]}], UpdateInfo({"key": "server:k", "addr": [None, 1]})),
+    ([5, {"key": "server:cpp", "addr": [None, "9090"]}], UpdateInfo({"key": "server:cpp", "addr": [None, 9090]})),
+    ([5, {"addr": ["", 1]}], UpdateInfo({"addr": [None, 1]})),
     ([5, {"other": [1]}], UpdateInfo({"other": [1]})),
+    ([5, {"rpcnb": {"sessions": [1]}}], UpdateInfo({"rpcnb": {"sessions": []}})),
+    ([5, {"rpcnb": 5}], UpdateInfo({"rpcnb": None})),
     ([6], Summary()),
     ([6, {"rpcnb": "1.0"}], Summary(True)),
     ([7], PendingKeys()),
@@ -160,8 +165,18 @@ BAD: list[Any] = [
     [5, {"key": 1}],
     [5, {"addr": 1}],
     [5, {"addr": [1, 1]}],
-    [5, {"addr": ["h", "1"]}],
+    [5, {"addr": ["h", "x"]}],
     [5, {"x": "y" * 20_000}],
+    [5, {"x": float("inf")}],
+    [5, {"x": [[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]}],
+    [5, {"key": "server:\ud800"}],
+    [5, {"addr": ["two words", 1]}],
+    [2, "\ud800"],
+    [3, "k", [1, "two words"]],
+    [3, "k", [1, "k" * 1000]],
+    [3, "k", [1, "k:1"], "\x1b[2J"],
+    [3, "k", [1, "k:1"], "h" * 256],
+    [4, "k", "", 10**400],
 ]
 
 
@@ -179,6 +194,16 @@ def test_whatever_is_asked_gives_a_request_or_a_typed_error(value: Any) -> None:
     except RemoteProtocolError as error:
         text = str(error)
     assert len(text) < 200
+
+
+def test_what_is_as_deep_as_the_interpreter_allows_is_refused_with_a_short_text() -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RemoteProtocolError, match="expected a request of a known shape, got something deep"):
+        parse_request([5, {"x": deep}])
+    with pytest.raises(RemoteProtocolError, match="expected a request of a known shape, got something deep"):
+        parse_request([99, deep])
 
 
 def test_a_board_is_asked_for_as_stock_does() -> None:
@@ -203,7 +228,7 @@ def test_another_answer_to_a_request_is_refused(reply: Any) -> None:
         play(request_board("k"), reply)
 
 
-@pytest.mark.parametrize("place", [{"place": 1}, {"place": "x", "of": 1}, [], None, "12"])
+@pytest.mark.parametrize("place", [{"place": 1}, {"place": "x", "of": 1}, {"place": 10**400, "of": 1}, [], None, "12"])
 def test_a_place_that_is_none_is_refused(place: Any) -> None:
     with pytest.raises(RemoteProtocolError, match=r"expected \[100, "):
         play(request_board("k", told=lambda place, length: None), [PLACE, place])
@@ -213,6 +238,23 @@ def test_the_summary_is_asked_for() -> None:
     found: dict[str, Any] = {"queue_info": {}, "server_info": []}
     assert play(ask_summary(False), [0, found]) == ([[6]], found)
     assert play(ask_summary(), [0, found]) == ([[6, {"rpcnb": "1.0"}]], found)
+
+
+def test_a_summary_that_a_stock_tracker_passes_on_from_strangers_is_read() -> None:
+    frames = Frames(of_tracker=True)
+    text = b'[0, {"queue_info": {}, "server_info": [{"key": "server:a", "addr": ["h", "9090"], "x": Infinity}, 5]}]'
+    text += b" " * (2 << 20)
+    frames.receive_data(GREETING + struct.pack("<i", len(text)) + text)
+    (reply,) = values(frames)
+    server = {"key": "server:a", "addr": ["h", 9090]}
+    assert play(ask_summary(False), reply)[1] == {"queue_info": {}, "server_info": [server]}
+
+
+def test_match_keys_of_all_the_boards_of_a_connection_fit_into_a_frame() -> None:
+    long = "k" * 998
+    assert can_be_listed(long)
+    assert not can_be_listed(long + "k")
+    assert len(encode_frame([long] * 1024)) - 4 <= 1 << 20
 
 
 @pytest.mark.parametrize("reply", [0, [1, {}], [0, {}], [0, {"queue_info": [], "server_info": []}], [0, []]])

@@ -8,6 +8,15 @@ from rpcnb.errors import RemoteProtocolError
 from rpcnb.farm.pairing import DUPLICATE, MISMATCH, WAITS, Pairing
 
 
+def test_a_key_that_a_tracker_would_not_list_is_refused() -> None:
+    pairing: Pairing[str] = Pairing(tracked=True)
+    for key in ("k" * 1000, "tab\tbed", "esc\x1b"):
+        with pytest.raises(RemoteProtocolError, match="expected a key that a tracker lists"):
+            pairing.arrive("a", f"server:{key}")
+    assert len(pairing) == 0
+    assert pairing.arrive("a", f"server:{'k' * 900}") == WAITS
+
+
 def test_a_server_waits_for_its_client() -> None:
     pairing: Pairing[str] = Pairing()
     assert pairing.arrive("s", "server:k -x=1") == WAITS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import deque
 from typing import Any
@@ -28,11 +29,17 @@ class FakePeer:
     def __init__(self, tracking: Tracking, host: str = "10.0.0.1") -> None:
         self.host = host
         self.got: list[Any] = []
+        self.frames: list[bytes] = []
         self.tracking = tracking
         tracking.arrive(self)
 
     def send(self, value: Any) -> None:
         self.got.append(value)
+
+    def send_frame(self, frame: bytes) -> None:
+        assert len(frame) - 4 <= 1 << 20, "what our own client can read"
+        self.frames.append(frame)
+        self.got.append(json.loads(frame[4:]))
 
     def ask(self, request: Any) -> list[Any]:
         """Make a request; returns what has come since the last one."""
@@ -143,6 +150,118 @@ def test_one_connection_may_not_fill_the_tracker(tracking: Tracking) -> None:
         client.ask(UpdateInfo({"b": "x" * 10_000}))
 
 
+def test_one_match_key_put_again_and_again_counts_each_time(tracking: Tracking) -> None:
+    peer = FakePeer(tracking)
+    for _ in range(1024):
+        peer.ask(Put("k", 1, "k:1"))
+    with pytest.raises(RemoteProtocolError, match="at most 1024 boards"):
+        peer.ask(Put("k", 1, "k:1"))
+
+
+def test_keys_of_which_nothing_is_offered_any_more_make_room(tracking: Tracking) -> None:
+    board, client = FakePeer(tracking), FakePeer(tracking)
+    board.ask(Put("kept", 1, "kept:1"))
+    for number in range(3000):
+        board.ask(Put(f"{number}", 1, f"{number}:1"))
+        client.ask(RequestBoard(f"{number}"))
+    queues = tracking.summary()["queue_info"]
+    assert len(queues) <= 1024
+    assert queues["kept"] == {"free": 1, "pending": 0}
+    tracking.leave(board)
+    assert tracking.summary()["queue_info"] == {}
+
+
+def test_who_waits_twice_for_a_key_is_answered_twice(tracking: Tracking) -> None:
+    board, client = FakePeer(tracking), FakePeer(tracking)
+    client.ask(RequestBoard("k"))
+    client.ask(RequestBoard("k"))
+    for number in range(3):
+        board.ask(Put("k", 1, f"k:{number}"))
+    assert [one[1][2] for one in client.got] == ["k:0", "k:1"]
+    tracking.leave(client)
+    assert tracking.summary()["queue_info"] == {"k": {"free": 1, "pending": 0}}
+
+
+def test_who_neither_offers_nor_asks_is_of_little_use(tracking: Tracking) -> None:
+    peers = [FakePeer(tracking) for _ in range(5)]
+    peers[0].ask(Ping())
+    peers[1].ask(UpdateInfo({"key": "server:k"}))
+    peers[2].ask(Put("k", 1, "k:1"))
+    peers[3].ask(RequestBoard("other"))
+    tracking.leave(peers[4])
+    assert [tracking.use_of(peer) for peer in peers] == [0, 1, 2, 2, 0]
+
+
+# -- the summary, of strangers too ---------------------------------------------------------------------------------
+
+
+def test_many_long_keys_of_a_stranger_leave_room_for_others(tracking: Tracking) -> None:
+    strangers, client = [FakePeer(tracking) for _ in range(3)], FakePeer(tracking)
+    for number, stranger in enumerate(strangers):
+        stranger.ask(UpdateInfo({"key": "server:" + "k" * 4000, "addr": ["h", 1]}))
+        for one in range(300):
+            stranger.ask(Put(f"{number}.{one}" + "k" * 4000, 1, f"{number}.{one}"))
+    board = FakePeer(tracking, "h")
+    board.ask(UpdateInfo({"key": "server:rpi", "addr": [None, 1]}))
+    board.ask(Put("rpi", 1, "rpi:1"))
+    for boards in (False, True):
+        (found,) = client.ask(Summary(boards))
+        assert found[1]["queue_info"]["rpi"] == {"free": 1, "pending": 0}
+        assert {"key": "server:rpi", "addr": ["h", 1]} in found[1]["server_info"]
+        assert found[1]["left_out"]["queue_info"] == 901 - len(found[1]["queue_info"])
+    assert found[1]["boards"][0]["key"] == ["rpi"], "the short ones first"
+    assert sum(len(key) for key in found[1]["boards"][1]["key"]) <= 64 * 256
+
+
+class Working(Clock):
+    """A clock on which every look takes some time: so does making a summary of many boards."""
+
+    step = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def test_a_dear_summary_is_made_a_few_times_a_second_at_most() -> None:
+    clock = Working()
+    tracking = Tracking(clock)
+    board, client = FakePeer(tracking), FakePeer(tracking)
+    board.ask(Put("k", 1, "k:1"))
+    clock.step = 0.01
+    for number in range(12):
+        board.ask(Put("k", 1, f"k:{number}"))
+        client.ask(Summary())
+    clock.step = 0.0
+    assert len(set(map(id, client.frames))) == 2, "in half a second"
+    clock.now += 1
+    assert client.ask(Summary())[0][1]["queue_info"] == {"k": {"free": 13, "pending": 0}}
+
+
+def test_a_cheap_summary_is_exactly_fresh_and_made_once_while_nothing_changes(tracking: Tracking, clock: Clock) -> None:
+    board, client = FakePeer(tracking), FakePeer(tracking)
+    for number in range(1, 4):
+        board.ask(Put("k", 1, f"k:{number}"))
+        for _ in range(5):
+            assert client.ask(Summary())[0][1]["queue_info"]["k"]["free"] == number
+    assert len(set(map(id, client.frames))) == 3
+    clock.now += 0.2
+    client.ask(Summary())
+    assert len(set(map(id, client.frames))) == 4, "what it says of times is of now"
+
+
+def test_a_long_queue_is_told_its_places_in_portions(tracking: Tracking) -> None:
+    first, *others = [FakePeer(tracking) for _ in range(401)]
+    for peer in (first, *others):
+        peer.ask(RequestBoard("k", "", 1, True))
+        peer.got.clear()
+    tracking.leave(first)
+    tracking.sweep()
+    assert [bool(peer.got) for peer in others] == [True] * 250 + [False] * 150
+    tracking.sweep()
+    assert [peer.got[0][1]["place"] for peer in others] == list(range(1, 401))
+
+
 # -- stopping ------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +341,8 @@ def test_the_boards_are_told_with_their_states(tracking: Tracking, clock: Clock)
     board.ask(Put("k", 1, "k:2"))
     client.ask(RequestBoard("k"))
     assert state()["holders"] == [{"name": "10.0.0.9", "key": "k", "since": 0.0}]
+    board.ask(UpdateInfo({**info, "rpcnb": {"draining": ["train"]}}))
+    assert state()["state"] == "draining"
 
 
 def test_a_board_that_falls_silent_is_not_handed_out(
@@ -281,6 +402,9 @@ def test_the_queue_keeps_the_order_of_priorities_and_arrival(data: st.DataObject
 
         def send(self, value: Any) -> None:
             """Nothing is sent by a queue."""
+
+        def send_frame(self, frame: bytes) -> None:
+            """Nor that."""
 
     queue, model = BoardQueue(), Model()
     pairs: list[tuple[int, int]] = []
