@@ -210,7 +210,7 @@ def parse_request(value: Any) -> TrackerRequest:
     code, *args = value
     try:
         made: TrackerRequest = _PARSERS[code](*args)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # OverflowError: a priority that is no float
         raise RemoteProtocolError(f"expected a request of a known shape, got {_show(value)}") from None
     return made
 

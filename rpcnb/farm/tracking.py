@@ -249,7 +249,9 @@ class Tracking:
             record.info["addr"] = [peer.host, address[1]]
 
     def _stop(self, peer: Peer, given: str) -> None:
-        if not self._gate.throttles(peer.host) and hmac.compare_digest(given.encode(), self.stop_key.encode()):
+        if not self._gate.throttles(peer.host) and hmac.compare_digest(
+            given.encode(errors="replace"), self.stop_key.encode()
+        ):
             peer.send(TrackerCode.SUCCESS)
             self._stopped()
             return
