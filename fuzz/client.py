@@ -22,7 +22,6 @@ from rpcnb.link.dial import ClientKey, greet
 from rpcnb.link.interrupt import Guard
 from rpcnb.link.running import run_flow
 from rpcnb.link.wire import Ticket, Wire, stop_waiting
-from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Role
 from rpcnb.protocol.endpoint import Endpoint
 from rpcnb.protocol.handshake import EXTENSION, KeyText
@@ -114,9 +113,9 @@ class _Session(Session):
         SessionBase._attach(self, link, answer)
         self._finalizer = weakref.finalize(self, _nothing, link, self._lanes)
 
-    def _run(self, flow: flows.Flow[Any], timeout: float | None, what: str, *args: Any, **options: Any) -> Any:
+    def _run(self, make: Callable[..., Any], timeout: float | None, what: str, *args: Any, **options: Any) -> Any:
         with Guard() as guard:
-            return run_flow(self._link, flow, NO_DEADLINE, guard)
+            return run_flow(self._link, make(self._ops), NO_DEADLINE, guard)
 
 
 def _fetch(thing: Any) -> None:

@@ -226,7 +226,8 @@ class Blocking:
         self.session.remove(name, timeout=LIMIT)
 
     def cell(self) -> None:
-        x, said = self.number(), []
+        x = self.number()
+        said: list[Any] = []
         result = self.session.run_cell(f"print({x})\n{x} + 1", timeout=LIMIT, on_output=said.append)
         right(result.data, {"text/plain": str(x + 1)})
         right("".join(piece.text for piece in said), f"{x}\n")
@@ -445,6 +446,11 @@ def sessions(address: str, book: Book, seed: int, end: float) -> None:
         user.start()
     for user in users:
         user.join()
+    alone(address, book)
+
+
+def alone(address: str, book: Book) -> None:
+    """See that the server has no session left but the one that asks."""
     with book.operation("sessions left"), rpcnb.connect(address, token=TOKEN) as session:
         give_up = time.monotonic() + LIMIT
         while (left := session.call("sessions")) != 1:
@@ -475,14 +481,15 @@ def forks(address: str, book: Book, seed: int, end: float) -> None:
             time.sleep(0.05)
         beside.join()
         still_right(session, book)
+    alone(address, book)
 
 
 def in_child(session: Any, way: str) -> None:
-    """Use what the parent has; never returns. The exit code says what came of it."""
+    """Use what the parent has; never returns. A right value or a typed error is exit code 0."""
     signal.alarm(10)  # a child that hangs
     code = 3
     try:
-        session.call("plain", 1, timeout=5)
+        code = 0 if session.call("plain", os.getpid(), timeout=5) == os.getpid() + 1 else 5
     except RpcError:
         code = 0
     except BaseException:
