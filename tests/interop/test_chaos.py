@@ -8,6 +8,7 @@ server serves one at a time.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import sys
 import time
@@ -108,7 +109,7 @@ def _stock_client(port: int, key: str) -> int:
         good = remote.get_function("rpc.test.addone")(41) == 42
         tensor = tvm().runtime.tensor(ARRAY, remote.cpu())
         good = good and (tensor.numpy() == ARRAY).all()
-        remote.upload(DATA, "file")
+        remote.upload(bytearray(DATA), "file")
         good = good and bytes(remote.download("file")) == DATA
     except Exception:
         return 1
@@ -200,7 +201,8 @@ def test_c3_a_frozen_connection_ends_in_a_typed_error_in_time(
 ) -> None:
     run = JOBS[name]
     seen = undisturbed(relay, run, "chaos")
-    try_all(relay, run, plans(("freeze",), seen, 0, 5, 5), "chaos", SHORT)
+    sampled = 2 if name == "lanes" else 5  # of each direction of each connection
+    try_all(relay, run, plans(("freeze",), seen, 0, sampled, 5), "chaos", SHORT)
     eventually(lambda: board.sessions == 0, "no session left")
     caplog.clear()
 
@@ -213,13 +215,33 @@ def test_c3_delays_and_single_bytes_change_nothing(name: str, relay: ChaosRelay)
     assert set(came) == {"right"}
 
 
+_FRESH: list[Any] = []
+
+
+def fresh_stock_server() -> int:
+    """Start another stock server; the one of before is ended: after a cut it may never serve again. Runs in a child."""
+    from stock_peer import _SERVERS, start_stock_server
+
+    while _FRESH:
+        _FRESH.pop().terminate()
+    port = start_stock_server("stock")
+    _FRESH.append(_SERVERS.pop())
+    return port
+
+
 @pytest.mark.stock
-def test_c3_our_client_with_a_stock_server(stock_port: int) -> None:
-    with ChaosRelay(("127.0.0.1", stock_port)) as relay:
+def test_c3_our_client_with_a_stock_server(stock_servers: Peer) -> None:
+    with ChaosRelay(("127.0.0.1", stock_servers.run(fresh_stock_server))) as relay:
         seen = undisturbed(relay, job, "stock")
-        try_all(relay, job, plans(LOSSES, seen, 0, 20, 11), "stock")
         assert set(try_all(relay, job, plans(HARMLESS, seen, 0, 4, 13), "stock")) == {"right"}
-        try_all(relay, job, plans(("freeze",), seen, 0, 2, 17), "stock", SHORT)
+    todo = [*plans(LOSSES, seen, 0, 4, 11), *plans(("freeze",), seen, 0, 1, 17)]
+    came: Counter[str] = Counter()
+    for plan in todo:
+        with ChaosRelay(("127.0.0.1", stock_servers.run(fresh_stock_server))) as relay:
+            relay.begin(plan)
+            limit = SHORT if plan.kind == "freeze" else LIMIT
+            came[right_or_typed(functools.partial(job, relay.address, "stock", limit), plan, limit)] += 1
+    assert came["right"] < len(todo)
 
 
 @pytest.mark.stock
