@@ -39,14 +39,15 @@ class _Peer:
         self.frames = Frames()
         self.arrived = False
         self.gone = False
-        self.told = 0
 
     def send(self, value: Any) -> None:
         """Take an answer; it must be one that can be sent."""
+        self.send_frame(encode_frame(value))
+
+    def send_frame(self, data: bytes) -> None:
+        """Take an answer that has been encoded."""
         if self.gone:
-            raise PromiseBroken(f"expected nothing for a peer that has left, got {value!r}")
-        self.told += 1
-        encode_frame(value)
+            raise PromiseBroken(f"expected nothing for a peer that has left, got {data!r}")
 
 
 class _Tracker:
