@@ -32,7 +32,8 @@ from rpcnb.jupyter.facts import Scope
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from storm import ADDED, TOKEN, start_server
+from storm import TOKEN, start_server
+from users import ADDED
 
 __all__ = ["OPERATIONS", "Day", "Figures"]
 
@@ -200,8 +201,8 @@ def settled(figures: Callable[[], Figures], before: Figures | None) -> Figures:
     give_up = time.monotonic() + 5
     while True:
         found = figures()
-        gone = before is None or (found.descriptors <= before.descriptors and found.threads <= before.threads)
-        if (gone and before is not None) or time.monotonic() > give_up:
+        gone = before is not None and found.descriptors <= before.descriptors and found.threads <= before.threads
+        if gone or time.monotonic() > give_up:
             return found
         time.sleep(0.2)
 
@@ -218,15 +219,14 @@ def main() -> int:
     with start_server() as address:
         day = Day(address, options.seed)
         bridge.add(view)
-        now = time.monotonic()
-        run(day, options.only, now + options.minutes * 60 * WARM_UP)
+        run(day, options.only, time.monotonic() + options.minutes * 60 * WARM_UP)
         if options.trace:
             tracemalloc.start(8)
             run(day, options.only, time.monotonic() + 5)
             gc.collect()
             traced = tracemalloc.take_snapshot()
         servers, ours = settled(day.servers, None), settled(day.ours, None)  # in this order: asking opens a lane
-        count = run(day, options.only, now + options.minutes * 60)
+        count = run(day, options.only, time.monotonic() + options.minutes * 60 * (1 - WARM_UP))
         ours_after, servers_after = settled(day.ours, ours), settled(day.servers, servers)
         if options.trace:
             for line in tracemalloc.take_snapshot().compare_to(traced, "lineno")[:12]:
