@@ -41,6 +41,9 @@ class LostLink:
     def settle_in_background(self) -> None:
         pass
 
+    def fail(self, error: Any) -> None:
+        pass
+
 
 def test_a_call_that_is_started_while_the_lane_ends_fails_as_the_lane_does() -> None:
     ends: list[Any] = []
