@@ -96,7 +96,7 @@ class CellResult:
             result = cls(dict(found["data"]), dict(found["metadata"]), float(found["seconds"]))
             error = found["error"]
             facts = None if error is None else (str(error["text"]), str(error["type"]), str(error["traceback"]))
-        except (KeyError, TypeError, ValueError) as odd:
+        except (KeyError, TypeError, ValueError, OverflowError) as odd:
             raise RemoteProtocolError(f"expected the outcome of a cell, got {type(odd).__name__}: {odd}") from None
         if facts is not None:
             raise CellError(*facts)

@@ -272,9 +272,9 @@ class Pending(StaysHere, Future[Any]):
         with self._lock:
             if self._settled:
                 return False
-            with Guard():  # it may tell the server
+            with Guard():  # it may tell the server; and an interrupt half way would leave it neither given up nor not
                 self._abandon()
-            self._finish(None, error)
+                self._finish(None, error)
         self._tell_end(error)
         return True
 

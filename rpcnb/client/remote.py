@@ -6,6 +6,7 @@ server when they are garbage collected; a finalizer only notes that, and the nex
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from collections import deque
@@ -587,7 +588,7 @@ class TimingResult:
         self.median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
         self.min = ordered[0]
         self.max = ordered[-1]
-        self.std = (sum((value - self.mean) ** 2 for value in results) / len(results)) ** 0.5
+        self.std = math.dist(results, [self.mean] * len(results)) / len(results) ** 0.5  # a square may overflow
 
     @classmethod
     def decode(cls, data: bytes) -> TimingResult:

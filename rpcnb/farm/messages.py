@@ -234,7 +234,13 @@ def parse_request(value: Any) -> TrackerRequest:
     code, *args = value
     try:
         made: TrackerRequest = _PARSERS[code](*args)
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ):  # OverflowError: a priority that is no float
         raise RemoteProtocolError(f"expected a request of a known shape, got {_show(value)}") from None
     return made
 

@@ -339,7 +339,9 @@ class Tracking:
         record.told = json.dumps(record.info) if str(record.info.get("key", "")).startswith("server") else ""
 
     def _stop(self, peer: Peer, given: str) -> None:
-        if not self._gate.throttles(peer.host) and hmac.compare_digest(given.encode(), self.stop_key.encode()):
+        if not self._gate.throttles(peer.host) and hmac.compare_digest(
+            given.encode(errors="replace"), self.stop_key.encode()
+        ):
             peer.send(TrackerCode.SUCCESS)
             self._stopped()
             return

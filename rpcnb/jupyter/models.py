@@ -89,6 +89,8 @@ class PanelModel:
             self._started[event.transfer] = event.time
         elif isinstance(event, events.TransferFinished):
             self._transfer_ended(event)
+        elif isinstance(event, events.SessionClosed):
+            self._latencies.pop(event.source, None)
         elif isinstance(event, (events.CallSent, events.TransferProgress)):
             return False
         return True

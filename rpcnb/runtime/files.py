@@ -273,8 +273,8 @@ class SessionFiles:
     def get(self, name: str, offset: int, nbytes: int) -> bytes:
         """Return a part of a file."""
         with open(self._existing(name), "rb") as file:
-            file.seek(offset)
-            return file.read(min(nbytes, _MOST_AT_ONCE))
+            left = os.fstat(file.fileno()).st_size - file.seek(offset)  # read() reserves what it is asked for
+            return file.read(max(0, min(nbytes, left, _MOST_AT_ONCE)))
 
     def size(self, name: str) -> int:
         """Return the bytes of a file."""

@@ -426,10 +426,10 @@ class Server(StaysHere):
             connection.look()
         for connection, one in list(self.draining.items()):
             if not connection.still_runs():
-                del self.draining[connection]
                 seconds = time.monotonic() - one.since
                 told = "%s: %r has ended, %.1f s after its session"
                 log.log(self._drain_level, told, self.name, one.function, seconds)
+                del self.draining[connection]
                 self.workers.write_off(len(self.draining))
                 self._place_is_free(connection)
         if not self._closed:

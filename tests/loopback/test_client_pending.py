@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from conftest import eventually
 
 import rpcnb
 from rpcnb import errors
+from rpcnb.client.pending import Pending
 from rpcnb.link import interrupt
 from rpcnb.link.iothread import IO_THREAD
 from rpcnb.runtime.registry import Registry
@@ -53,6 +55,25 @@ def test_what_an_operation_sends_when_it_goes_on_leaves_at_once(
     monkeypatch.setattr(interrupt, "_TICK_MS", 100_000)
     with rpcnb.connect(serve().address) as session:
         assert "rpc.test.addone" in session.submit(session.list_functions).result(20)
+
+
+def test_an_interrupt_while_an_operation_is_cancelled_leaves_nothing_half_done(
+    session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    become_cancelled = Pending._become_cancelled
+
+    def interrupted(pending: Pending) -> None:
+        become_cancelled(pending)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Pending, "_become_cancelled", interrupted)
+    job = session.get_function("pending.later").submit(0.5, 1)
+    with pytest.raises(KeyboardInterrupt):
+        job.cancel()
+    assert job.cancelled()
+    assert job._settled  # else its reply, or the end of the session, would finish it once more
+    assert session.pending == []
+    assert session.get_function("pending.add")(1, 2) == 3
 
 
 def test_submitted_calls_are_futures(session: Any) -> None:

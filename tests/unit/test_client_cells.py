@@ -30,7 +30,16 @@ def test_an_error_shows_the_remote_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    "found", [None, [], {}, {**GOOD, "data": 3}, {**GOOD, "seconds": "x"}, {**GOOD, "error": {"type": "E"}}]
+    "found",
+    [
+        None,
+        [],
+        {},
+        {**GOOD, "data": 3},
+        {**GOOD, "seconds": "x"},
+        {**GOOD, "seconds": 10**400},
+        {**GOOD, "error": {"type": "E"}},
+    ],
 )
 def test_anything_else_is_the_peers_mistake(found: Any) -> None:
     with pytest.raises(RemoteProtocolError, match="expected the outcome of a cell"):

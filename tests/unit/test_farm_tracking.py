@@ -275,6 +275,10 @@ def test_only_the_stop_key_stops_it(clock: Clock) -> None:
     assert stopped
 
 
+def test_a_stop_key_that_is_no_text_is_a_wrong_one(tracking: Tracking) -> None:
+    assert FakePeer(tracking).ask(Stop("\ud800")) == [-1]
+
+
 def test_who_guesses_the_stop_key_is_not_listened_to(clock: Clock) -> None:
     tracking = Tracking(clock)
     peer = FakePeer(tracking)

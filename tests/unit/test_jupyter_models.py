@@ -38,6 +38,14 @@ def test_latencies_are_of_the_users_own_calls() -> None:
     assert [row["latencies"] for row in sessions] == [[1.23, 200.0], []]
 
 
+def test_the_latencies_of_a_session_end_with_it() -> None:
+    model = PanelModel(EPOCH)
+    model.update(finished(1, 0.2))
+    model.update(events.SessionClosed(source="s", time=0.0, peer="p", reason=""))
+    (row,) = model.snapshot(Facts(sessions=[{"name": "s"}]))["sessions"]["rows"]
+    assert row["latencies"] == []
+
+
 def test_what_changes_nothing_is_said_to() -> None:
     model = PanelModel(EPOCH)
     assert not model.update(events.CallSent(source="s", time=0.0, call=1, function="f"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,17 @@ def test_only_the_upload_function_gets_a_sink() -> None:
 
 
 # -- files in parts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("offset", "nbytes", "part"), [(3, 1 << 40, b"3456789"), (0, -1, b""), (20, 5, b"")])
+def test_a_part_of_a_file_is_at_most_what_is_there(offset: int, nbytes: int, part: bytes) -> None:
+    files = SessionFiles(100)
+    files.write("a", b"0123456789")
+    tracemalloc.start()
+    assert files.get("a", offset, nbytes) == part
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_a_file_in_parts_appears_with_its_last(tmp_path: Path) -> None:
