@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import LibraryError
+from rpcnb.runtime.completion import call_cancelled
+from rpcnb.runtime.current import cancelled
 from rpcnb.runtime.libraryfile import check_library, check_object
 from rpcnb.runtime.served import Module
 from rpcnb.values import Device, DType
@@ -33,6 +36,7 @@ __all__ = ["ffi_global_names", "find_ffi_global", "link_library", "load_librarie
 
 _SLOT = re.compile(rb"\0(__TVM[A-Za-z0-9_]+)(?=\0)")
 _LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
+_LOOK = 0.1  # seconds between two looks whether somebody still waits for a compiler
 
 # TVMBackend* of TVM's c_backend_api.h.
 _LAMBDA = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
@@ -213,18 +217,45 @@ def link_library(path: Path) -> Path:
             raise LibraryError("linking needs a C++ compiler on the server (g++, clang++ or $CXX)")
         sources = [str(one) for one in objects]
         linked = f"{folder}/linked.so"  # a library that is loaded from the target stays whole
-        done = subprocess.run(
-            [compiler, "-shared", "-fPIC", "-O2", "-o", linked, *sources],
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        failed = _run_compiler([compiler, "-shared", "-fPIC", "-O2", "-o", linked, *sources])
+        if failed is not None:
+            last = failed.strip().splitlines()[-1:] or ["no message"]
             raise LibraryError(f"cannot link {path.name}: {last[0]}")
         os.replace(linked, target)
     return target
+
+
+def _run_compiler(command: list[str]) -> str | None:
+    """Run a compiler, as long as somebody waits for what it makes; returns what it says if it fails."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            while True:
+                try:
+                    _, said = process.communicate(timeout=_LOOK)
+                except subprocess.TimeoutExpired:  # noqa: PERF203  # it looks ten times a second
+                    if cancelled():
+                        raise call_cancelled() from None
+                else:
+                    return said if process.returncode else None
+        finally:
+            if process.poll() is None:
+                _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a process and what it has started."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:  # pragma: no cover  # Windows
+        process.kill()
 
 
 def _extract(path: Path, folder: Path) -> list[Path]:

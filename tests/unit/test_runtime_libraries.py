@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import shutil
@@ -17,10 +18,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import psutil
 import pytest
+from conftest import eventually
 
 from rpcnb.errors import LibraryError
 from rpcnb.runtime import libraries
+from rpcnb.runtime.current import CALL
 from rpcnb.runtime.libraries import (
     FFIModule,
     find_ffi_global,
@@ -292,6 +296,34 @@ def test_the_compilers_last_words_are_in_the_error(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(LibraryError, match=r"cannot link bad\.o: no message"):
         link_library(tmp_path / "bad.o")
+
+
+def test_a_compiler_for_which_nobody_waits_any_more_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "slow"
+    pid = tmp_path / "pid"
+    compiler.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {pid}.part\nmv {pid}.part {pid}\nwait\n")
+    compiler.chmod(0o755)
+    (tmp_path / "m.o").write_bytes(compile_to(tmp_path / "n.o", "", "-c").read_bytes())
+    monkeypatch.setenv("CXX", str(compiler))
+
+    class Call:
+        @property
+        def cancelled(self) -> bool:
+            return pid.exists()
+
+    mark = CALL.set(Call())
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            link_library(tmp_path / "m.o")
+    finally:
+        CALL.reset(mark)
+    eventually(lambda: not runs(int(pid.read_text())))
+    assert not (tmp_path / "m.o.so").exists()
+
+
+def runs(pid: int) -> bool:
+    """Tell whether a process lives; one that has ended and is not collected does not."""
+    return bool(psutil.pid_exists(pid)) and bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
 
 
 def test_without_a_compiler_linking_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
