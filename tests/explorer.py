@@ -14,6 +14,7 @@ schedules. A wait with a time limit ends by its limit only when nothing else can
 from __future__ import annotations
 
 import _thread
+import gc
 import random
 import sys
 import threading
@@ -294,9 +295,11 @@ def run_once(
     with _stand_ins():
         functions, check = scenario()
         _run = run = _Run(order, watched, chance)
+        gc.disable()  # finalizers of what earlier runs have left would be steps of this one
         try:
             run.perform(functions)
         finally:
+            gc.enable()
             _run = None
         if not run.failure:
             try:
