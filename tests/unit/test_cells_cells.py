@@ -8,6 +8,7 @@ import gc
 import io
 import json
 import linecache
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from rpcnb.cells import show as cellshow
 from rpcnb.cells.cells import Cells
 from rpcnb.cells.output import CellOutput, output_to
 from rpcnb.cells.pickles import pickled, unpickled
-from rpcnb.cells.runners import Job, Runner
+from rpcnb.cells.runners import Job, MainThread, Runner
 from rpcnb.cells.variables import dump_variable, load_variable
 from rpcnb.errors import AccessDenied, ArgumentError, RpcError
 from rpcnb.protocol.messages import CallFunc, Raised, Return
@@ -693,3 +694,12 @@ def test_a_figure_becomes_a_picture() -> None:
 
 def test_display_without_a_cell_does_nothing() -> None:
     cellshow.display(1)
+
+
+def test_in_a_forked_child_the_interrupting_signal_is_nobodys() -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        MainThread().forked()
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -386,3 +387,37 @@ def test_a_long_name_is_shortened_and_a_file_elsewhere_keeps_its_path(tmp_path: 
     assert files.pin(files.path("link.so")) == files.root / "link.so"
     assert list(tmp_path.iterdir()) == [other]
     files.close()
+
+
+def test_files_and_folders_are_counted_however_small_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpcnb.runtime.files._ENTRIES", 3)
+    files = SessionFiles(quota=100)
+    files.write("a/b/c", b"")
+    with pytest.raises(LimitExceeded, match=r"3 files and folders are as many as upload_quota=100 allows"):
+        files.write("d", b"")
+    files.write("a/b/c", b"again")
+    files.remove("a/b/c")
+    files.write("a/b/d", b"")
+    files.close()
+
+
+def test_files_that_are_begun_and_not_finished_are_counted() -> None:
+    files = SessionFiles(quota=100, most_parts=2)
+    files.put("a", 2, 0, b"x")
+    files.put("b", 2, 0, b"x")
+    with pytest.raises(LimitExceeded, match=r"2 files are being uploaded, uploads=2; finish some"):
+        files.put("c", 2, 0, b"x")
+    files.put("a", 2, 1, b"x")
+    files.put("c", 2, 0, b"x")
+    files.close()
+
+
+def test_a_forked_child_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = SessionFiles(quota=100)
+    files.write("a", b"x")
+    root = files.root
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        files.close()
+    assert (root / "a").exists()
+    shutil.rmtree(root)

@@ -11,8 +11,8 @@ import pytest
 from runtime_wire import Client, Loop
 
 import rpcnb
-from rpcnb.errors import RemoteProtocolError
-from rpcnb.protocol.codes import Code
+from rpcnb.errors import LimitExceeded, RemoteProtocolError
+from rpcnb.protocol.codes import Code, Limits
 from rpcnb.protocol.messages import CallFunc, InitServer, Raised, Return, Syscall
 from rpcnb.protocol.peerlimits import PeerLimits
 from rpcnb.protocol.records import Emitted, read_records, write_record
@@ -30,7 +30,7 @@ START, NEXT, CANCEL, CANCEL_AT = "rpcnb.start", "rpcnb.next", "rpcnb.cancel", "r
 class Server:
     """A server without sockets and without time of its own."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, limits: Limits | None = None) -> None:
         self.loop = loop
         self.seen: list[Any] = []
         self.kept: list[Any] = []
@@ -53,6 +53,7 @@ class Server:
             run_in_thread=self.jobs.append,
             run_in_kernel=self.kernel.append,
             later=self.later,
+            limits=limits or Limits(),
         )
         self.client = Client(self.environment, extended=True)
         self.handles = {name: self.client.find(name) for name in (*registry.names(), START, NEXT, CANCEL, CANCEL_AT)}
@@ -542,3 +543,33 @@ def test_without_a_server_threads_run_and_wait() -> None:
     assert rung.wait(5)
     tasks.later_anywhere(1000, rung.clear)()
     assert rung.is_set()
+
+
+def test_what_no_worker_takes_is_answered(server: Server) -> None:
+    def refuse(job: Callable[[], object]) -> None:
+        raise LimitExceeded("512 functions go on running here")
+
+    server.environment.run_in_thread = refuse
+    server.start(1, "add", 1, 2)
+    ((number, outcome),) = server.outcomes()
+    assert (number, outcome.text, outcome.type_name) == (1, "512 functions go on running here", "LimitExceeded")
+    server.environment.run_in_thread = server.jobs.append
+    server.start(2, "add", 1, 2)
+    server.jobs.pop()()
+    assert server.outcomes() == [(2, Return((1, 3)))]
+
+
+def test_outcomes_that_nobody_collects_are_bounded() -> None:
+    loop = Loop()
+    server = Server(loop, Limits(outcomes=5000))
+    server.start(1, "wait", "x" * 3000)
+    server.start(2, "wait", "y" * 3000)
+    loop.run()
+    found = dict(server.outcomes())
+    assert found[1] == Return((65, "x" * 3000))
+    assert "bytes of outcomes are not collected, outcomes=5000; collect some first" in found[2].text
+    server.start(3, "wait", "z" * 3000)
+    loop.run()
+    assert server.outcomes() == [(3, Return((65, "z" * 3000)))]
+    server.client.servant.cancel()
+    loop.close()

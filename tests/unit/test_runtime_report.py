@@ -180,3 +180,9 @@ def test_a_cells_traceback_has_the_cells_frames_and_none_of_ours() -> None:
     assert "The above exception was the direct cause" in text
     assert OURS not in text
     assert __file__ not in text
+
+
+def test_where_nobody_gets_a_traceback_none_is_made() -> None:
+    told = report(raised(chained), traced=False)
+    assert told.text == report(raised(chained)).text
+    assert told.traceback == ""

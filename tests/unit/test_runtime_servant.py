@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -720,3 +721,28 @@ def test_an_interrupt_of_the_main_thread_is_answered_and_goes_on(registry: Regis
         driver.send(CallFunc(handle))
     assert driver.reply() == Raised("KeyboardInterrupt")
     driver.servant.cancel()
+
+
+@pytest.mark.parametrize(("code", "status"), [(None, 0), (7, 7), ("text", 1)])
+def test_a_child_that_a_function_has_forked_ends_where_it_leaves_it(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, code: Any, status: int
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(found: int) -> None:
+        ended.append(found)
+        raise Ended
+
+    def leave() -> None:
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a child
+        raise SystemExit(code)
+
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", end)
+    registry.register("leave", leave)
+    client = Client(Environment(registry=registry))
+    handle = client.find("leave")
+    with pytest.raises(Ended):
+        client.send(CallFunc(handle))
+    assert ended == [status]
