@@ -306,10 +306,13 @@ def test_a_compiler_for_which_nobody_waits_any_more_is_ended(tmp_path: Path, mon
     (tmp_path / "m.o").write_bytes(compile_to(tmp_path / "n.o", "", "-c").read_bytes())
     monkeypatch.setenv("CXX", str(compiler))
 
+    asked = []
+
     class Call:
         @property
         def cancelled(self) -> bool:
-            return pid.exists()
+            asked.append(True)
+            return len(asked) > 1 and pid.exists()
 
     mark = CALL.set(Call())
     try:
