@@ -89,8 +89,7 @@ class _RLock(_Lock):
     """Stands in for a lock that its owner may take again."""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        me = None if _run is None else _run.me()
-        if self.taken and me is not None and self.owner == me:
+        if self._is_owned():
             self.depth += 1
             return True
         if not super().acquire(blocking, timeout):

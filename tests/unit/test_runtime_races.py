@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 from explorer import Failure, explore
+from runtime_wire import Client
 
 from rpcnb.protocol.codes import Limits
-from rpcnb.protocol.messages import Return
+from rpcnb.protocol.messages import CallFunc, Raised, Return, Shutdown
 from rpcnb.protocol.records import read_records
-from rpcnb.runtime import completion, overlap
+from rpcnb.runtime import completion, eventdriven, overlap, servant
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.overlap import Calls, Started
+from rpcnb.runtime.registry import Registry
 
 
 class Session:
@@ -84,3 +87,40 @@ def test_the_explorer_finds_an_outcome_that_is_dropped(monkeypatch: pytest.Monke
     monkeypatch.setattr(Calls, "give_way", give_way)
     with pytest.raises(Failure, match="outcomes of calls 1 and 2"):
         explore(outcomes, [overlap, completion], bound=1)
+
+
+def a_handler(cancelled: bool, ended: bool) -> tuple[list[Callable[[], object]], Callable[[], object]]:
+    """A parked call is completed in a thread, cancelled in another, while the bytes' owner brings more of them."""
+    kept: list[Any] = []
+    registry = Registry()
+    registry.register("keep", lambda done: kept.append(done), callback=True)
+    registry.register("echo", lambda x: x)
+    client = Client(Environment(registry=registry))
+    keep, echo = client.find("keep"), client.find("echo")
+    client.send(CallFunc(keep), CallFunc(echo, (2,)))
+    ordinal = client.servant.ordinal
+
+    def feed() -> None:
+        client.send(CallFunc(echo, (3,)))
+        if ended:
+            client.send(Shutdown())
+
+    def check() -> None:
+        first, *others = [client.reply() for _ in range(4)]
+        assert [one and one.values for one in others] == [(1, 2), (1, 3), None]
+        assert isinstance(first, Raised) if not isinstance(first, Return) else first.values == (1, 1)
+        assert isinstance(first, Return) or cancelled
+        assert client.servant.over == ended
+        assert not client.servant.output
+
+    threads: list[Callable[[], object]] = [lambda: kept[0](1), feed]
+    if cancelled:
+        threads.append(lambda: client.servant.cancel_request(ordinal))
+    return threads, check
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
+def test_replies_keep_their_order_whoever_completes_the_first(cancelled: bool, ended: bool) -> None:
+    tried = explore(lambda: a_handler(cancelled, ended), [servant, eventdriven, completion], bound=0, beyond=400)
+    assert tried > 400
