@@ -231,7 +231,7 @@ class Observers:
         for observer in self._list:
             try:
                 observer(event)
-            except Exception:  # noqa: PERF203  # one's trouble is not another's
+            except (Exception, SystemExit):  # noqa: PERF203  # one's trouble is not another's, nor the end of a loop
                 log.exception("an observer failed on %s and is removed", type(event).__name__)
                 self._list = tuple(one for one in self._list if one is not observer)
         if self._parent is not None:

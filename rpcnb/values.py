@@ -30,9 +30,11 @@ __all__ = [
     "Value",
     "device",
     "dtype",
+    "has_item",
     "is_array",
     "is_bare_enum",
     "plain",
+    "type_name",
 ]
 
 # DLDataTypeCode. "bool" has been a code of its own since DLPack 1.1 (numpy's bool is code 6, 8 bits).
@@ -263,6 +265,20 @@ def plain(value: Any) -> Any:
             if isinstance(value, base):
                 return value if isinstance(value, Pointer) else convert(value)
     return value
+
+
+def has_item(value: Any) -> bool:
+    """Tell whether a numpy scalar's ``item()`` is its value; dates and spans may give a number without their unit."""
+    return hasattr(value, "item") and getattr(getattr(value, "dtype", None), "kind", "") not in ("m", "M")
+
+
+_NAME_OF_TYPE = type.__dict__["__name__"]
+
+
+def type_name(value: object) -> str:
+    """Return the name of a value's class, whatever its metaclass would say or raise."""
+    name: str = _NAME_OF_TYPE.__get__(type(value))
+    return name
 
 
 def is_bare_enum(value: Any) -> bool:

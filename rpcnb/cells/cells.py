@@ -33,6 +33,7 @@ from rpcnb.runtime.completion import Callback, bind
 from rpcnb.runtime.current import CALL, SESSION
 from rpcnb.runtime.report import format_cell, text_of
 from rpcnb.runtime.served import ServedFunction
+from rpcnb.values import type_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +92,7 @@ class _Cell:
         try:
             data = json.dumps(told, default=str)
         except BaseException as error:  # a representation that JSON cannot hold, or whose text raises
-            failure = _failure(TypeError(f"the result cannot be shown: {type(error).__name__}"))
+            failure = _failure(TypeError(f"the result cannot be shown: {type_name(error)}"))
             data = json.dumps({**failure, "seconds": seconds, "outputs": []})
         self._done(data.encode())
 
@@ -200,7 +201,7 @@ class Cells:
 
     def _list(self, session: LocalServingSession) -> str:
         namespace = dict(self.namespace(session))  # a cell may be changing it
-        return json.dumps([[name, type(namespace[name]).__name__] for name in _own(namespace)])
+        return json.dumps([[name, type_name(namespace[name])] for name in _own(namespace)])
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -285,5 +286,5 @@ def _perform(code: CodeType, namespace: dict[str, Any]) -> Any:
 
 def _failure(error: BaseException) -> dict[str, Any]:
     """Return the outcome that reports an exception: with the cell's own lines, without ours."""
-    shown = {"type": type(error).__name__, "text": text_of(error), "traceback": format_cell(error)}
+    shown = {"type": type_name(error), "text": text_of(error), "traceback": format_cell(error)}
     return {"data": {}, "metadata": {}, "error": shown}

@@ -11,7 +11,7 @@ from typing import Any
 
 from rpcnb.cells.pickles import pickled, unpickled
 from rpcnb.errors import AccessDenied, ArgumentError
-from rpcnb.values import is_array, is_bare_enum, plain
+from rpcnb.values import has_item, is_array, is_bare_enum, plain
 
 __all__ = ["dump_variable", "load_variable"]
 
@@ -25,7 +25,7 @@ def dump_variable(value: Any, pickles: bool) -> Any:
     if is_array(value):
         return value
     if type(value).__module__ == "numpy":
-        value = value.item() if hasattr(value, "item") else value  # a scalar
+        value = value.item() if has_item(value) else value  # a scalar
     value = plain(value)
     if isinstance(value, (bytes, bytearray)):
         return b"b" + value

@@ -216,6 +216,8 @@ class AsyncSession(AsyncCellMethods, SessionBase):
     async def reconnect(self, *, timeout: float | None = 10.0) -> None:
         """Open the session again, under the same name; as :meth:`Session.reconnect`."""
         deadline, before = Deadline(timeout, f"connect to {self.peer}"), self._ops
+        if not before.link.loop.is_closed():  # a session whose loop is no more may go on in this one
+            before.link.check_loop(self.name)
         async with self._one_reopens:
             if self._ops is not before:
                 return  # another task has done it meanwhile

@@ -42,6 +42,7 @@ from rpcnb.values import (
     Pointer,
     TensorMeta,
     Value,
+    has_item,
     is_array,
     is_bare_enum,
     plain,
@@ -207,8 +208,8 @@ class Operations:
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Flow[Any]:
         """Call a remote function; arrays among the arguments are uploaded for the call."""
-        if function.ops is not self and function.found and function.ops.link.wire.is_parents:
-            return self.call_named(function.name, args)  # in a forked child, which has a connection of its own
+        if self._is_found_anew(function):
+            return self.call_named(function.name, args)
         handle = function.handle
         self.own(function)
         for value in args:
@@ -236,8 +237,18 @@ class Operations:
 
     def map_calls(self, function: Any, calls: Iterable[tuple[Any, ...]], window: int) -> Flow[list[Any]]:
         """Call a function for each of many arguments, ``window`` calls in one go."""
+        if self._is_found_anew(function):
+            return self._map_named(function.name, calls, window)
         self.own(function)
         return flows.map_calls(function.handle, map(self.arguments, calls), window, self.wrap)
+
+    def _map_named(self, name: str, calls: Iterable[tuple[Any, ...]], window: int) -> Flow[list[Any]]:
+        function = yield from self.get_function(name)
+        return (yield from self.map_calls(function, calls, window))
+
+    def _is_found_anew(self, function: Any) -> bool:
+        """Tell whether a function is looked up again: in a forked child, which has a connection of its own."""
+        return function.ops is not self and function.found and bool(function.ops.link.wire.is_parents)
 
     def arguments(self, args: tuple[Any, ...]) -> tuple[Value, ...]:
         """Turn the arguments of one call into wire values; arrays are refused here."""
@@ -275,7 +286,7 @@ class Operations:
         if type(found) in _PLAIN:
             return found  # type: ignore[no-any-return]  # checked
         kind = type(value).__module__.partition(".")[0]
-        if kind in ("numpy", "ml_dtypes") and hasattr(value, "item"):
+        if kind in ("numpy", "ml_dtypes") and has_item(value):
             return value.item()  # type: ignore[no-any-return]  # a numpy scalar
         if isinstance(found, (bytearray, memoryview)):
             return bytes(found)

@@ -344,9 +344,10 @@ class Pending(StaysHere, Future[Any]):
         return super().result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait for the end; return what it raised, or None."""
+        """Wait for the end; return what it raised, anew each time, or None."""
         self._block(timeout)
-        return super().exception(0)
+        error = super().exception(0)
+        return None if error is None else fresh(error)
 
     def _block(self, timeout: float | None) -> None:
         if self.done():

@@ -40,8 +40,6 @@ _SHORT_WAIT = 1.0  # seconds; a proxy that ends a wait sooner is not dialled aga
 class _Dialled(Connection):
     """A connection that the server opened: it speaks first, and the client's key comes through the proxy."""
 
-    dialled = True
-
     def __init__(self, server: Server, sock: Any, address: tuple[Any, ...]) -> None:
         super().__init__(server, sock, address)
         self.settled: asyncio.Future[str] = asyncio.get_running_loop().create_future()

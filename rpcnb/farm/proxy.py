@@ -23,6 +23,7 @@ from rpcnb.errors import RemoteProtocolError
 from rpcnb.farm.pairing import DUPLICATE, MISMATCH, WAITS, Pairing
 from rpcnb.farm.registration import Offer, Registration
 from rpcnb.protocol.handshake import Handshake, KeyText, hello, refusal
+from rpcnb.transport.address import tracker_pair
 from rpcnb.transport.halfopen import HalfOpen, within_descriptors
 from rpcnb.transport.listen import Service
 from rpcnb.transport.sockets import tune
@@ -268,7 +269,7 @@ class Proxy(Service):
         web_port: int | None = None,
         timeout_client: float = 600,
         timeout_server: float = 600,
-        tracker_addr: tuple[str, int] | None = None,
+        tracker_addr: tuple[str, int] | str | None = None,
         index_page: str | None = None,
         resource_files: Sequence[tuple[str, str]] | None = None,
         *,
@@ -283,7 +284,7 @@ class Proxy(Service):
         self._sides: set[_Side] = set()
         self._half_open: HalfOpen[_Side] = HalfOpen(_Side.close, _HALF_OPEN)
         self._timeouts = {"client": timeout_client, "server": timeout_server}
-        self._tracker = None if tracker_addr is None else (tracker_addr[0], int(tracker_addr[1]))
+        self._tracker = None if tracker_addr is None else tracker_pair(tracker_addr)
         self._registration: _ProxyRegistration | None = None
         self._web: Any = None
         self._web_port = web_port

@@ -13,6 +13,7 @@ import secrets
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from rpcnb.errors import RemoteProtocolError
@@ -42,6 +43,9 @@ log = logging.getLogger(__name__)
 _SILENT = 5.0  # seconds after which a board that asked for its keys every two seconds, and stopped, is unhealthy
 _INFO = 16384  # bytes of a connection's info
 _PENDING = 1024  # boards, keys, and requests that wait, of one connection
+_ASKED = 64  # requests that wait, of one connection: clients use one for each
+_SHORT = 256  # requests in a queue in which a place is found at once
+_SELDOM = 20  # telling all places takes one part in so many of the time, at most
 _AT_ONCE = 250  # places told per sweep, 4 ms; the others the next time
 _NAME = 256  # letters of who has a board
 _SHOWN = 64  # keys of one connection that are described
@@ -87,6 +91,9 @@ class Waiter:
 
     def __lt__(self, other: Waiter) -> bool:
         return self.order < other.order
+
+
+_order = attrgetter("order")
 
 
 class BoardQueue:
@@ -202,6 +209,7 @@ class Tracking:
         self._count = 0
         self._changes = 0
         self._kept: dict[bool, _Kept] = {}
+        self._tell_at = 0.0  # when places are told again
         self.refusals = Refusals(log, clock)
 
     def arrive(self, peer: Peer) -> None:
@@ -299,8 +307,8 @@ class Tracking:
             self._give(board, waiter)
 
     def _request(self, peer: Peer, record: _Record, request: RequestBoard) -> None:
-        if record.asked.total() >= _PENDING:
-            raise RemoteProtocolError(f"expected at most {_PENDING} requests that wait of one connection")
+        if record.asked.total() >= _ASKED:
+            raise RemoteProtocolError(f"expected at most {_ASKED} requests that wait of one connection")
         self._count += 1
         self._changes += 1
         waiter = Waiter(peer, request, self._count)
@@ -310,7 +318,7 @@ class Tracking:
             self._give(board, waiter)
             return
         record.asked[request.key] += 1
-        if request.tells_place:
+        if request.tells_place and len(queue.waiting) <= _SHORT:  # else with the next sweep
             self._tell_place(waiter, sum(one.order < waiter.order for one in queue.waiting) + 1, len(queue.waiting))
 
     def _give(self, board: Board, waiter: Waiter) -> None:
@@ -352,12 +360,10 @@ class Tracking:
 
     def sweep(self) -> None:
         """Tell who waits of a new place, and take boards that have fallen silent out; call twice a second."""
-        left = _AT_ONCE
-        for queue in self._queues.values():
-            if left and any(waiter.request.tells_place for waiter in queue.waiting):
-                for place, waiter in enumerate(sorted(queue.waiting), 1):
-                    if left and waiter.request.tells_place:
-                        left -= self._tell_place(waiter, place, len(queue.waiting))
+        begun = self._clock()
+        if begun >= self._tell_at:
+            self._tell_places()
+            self._tell_at = self._clock() + _SELDOM * (self._clock() - begun)
         for peer, record in self._records.items():
             if record.polls and record.pending and not record.withheld and self._is_silent(record):
                 self._changes += 1
@@ -366,6 +372,14 @@ class Tracking:
                 text = f"tracker: the board of {peer.host} is silent; it is not handed out until it speaks"
                 self.refusals.note(peer.host, text)
         self.refusals.sweep()
+
+    def _tell_places(self) -> None:
+        left = _AT_ONCE
+        for queue in self._queues.values():
+            if left and any(waiter.request.tells_place for waiter in queue.waiting):
+                for place, waiter in enumerate(sorted(queue.waiting, key=_order), 1):
+                    if left and waiter.request.tells_place:
+                        left -= self._tell_place(waiter, place, len(queue.waiting))
 
     def _is_silent(self, record: _Record) -> bool:
         return self._clock() - record.heard > _SILENT

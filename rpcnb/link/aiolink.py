@@ -159,7 +159,7 @@ class AsyncLink:
         future: asyncio.Future[None] = self.loop.create_future()
 
         def wake() -> None:
-            if not future.done():
+            if not (future.done() or self.loop.is_closed()):
                 future.set_result(None)
 
         ticket.waker = wake
@@ -175,7 +175,7 @@ class AsyncLink:
         """Have ``operation.resume()`` called when ``ticket`` is done; True if it is done already."""
         if ticket.done:
             return True
-        ticket.waker = lambda: self.loop.call_soon(operation.resume)
+        ticket.waker = lambda: self.loop.is_closed() or self.loop.call_soon(operation.resume)
         return False
 
     def soon(self, seconds: float, function: Callable[[], object]) -> None:

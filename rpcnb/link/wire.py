@@ -475,7 +475,7 @@ class Wire:
     @property
     def owed(self) -> list[Ticket]:
         """The replies that are owed to operations."""
-        return [ticket for ticket in self.tickets if ticket.request is not LOOK_AGAIN]
+        return [ticket for ticket in list(self.tickets) if ticket.request is not LOOK_AGAIN]
 
     def behind(self, tickets: Iterable[Ticket]) -> str:
         """Say what an operation with these tickets may be waiting for, where that is another's; or nothing."""

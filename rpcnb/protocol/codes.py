@@ -93,7 +93,8 @@ class Limits:
         half_open_per_address: The same per remote address (loopback is exempt).
         handshake_timeout: Seconds for a handshake.
         uploads: Files that a session has begun to upload in parts, and not finished.
-        outcomes: Bytes of outcomes of started calls that a session's client has not collected.
+        outcomes: Bytes that a session's started calls hold: arguments of those that have not ended, and outcomes that
+            its client has not collected.
         draining: Functions that go on running after their clients have gone; then no plain function is begun.
         input_buffered: Bytes of requests kept behind one that is parked.
         auth_failures: Wrong tokens per minute and remote address; then its attempts are refused unseen.

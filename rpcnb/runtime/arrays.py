@@ -59,6 +59,9 @@ def numpy_dtype(kind: DType) -> np.dtype[Any]:
     raise CopyMismatch(f"numpy has no type for {kind}")
 
 
+_WIDEST = 16  # bytes; of more bits the wire's byte cannot tell (long complex numbers)
+
+
 def dtype_of(array: np.ndarray[Any, Any]) -> DType:
     """Return the wire's type of an array.
 
@@ -66,7 +69,7 @@ def dtype_of(array: np.ndarray[Any, Any]) -> DType:
         CopyMismatch: The wire has no such type (objects, text, dates).
     """
     kind = array.dtype
-    if kind.kind in _KINDS and kind.isbuiltin != 2:
+    if kind.kind in _KINDS and kind.isbuiltin != 2 and kind.itemsize <= _WIDEST:
         return DType(_KINDS[kind.kind], kind.itemsize * 8, 1)
     for name, known in _extension_types().items():
         if kind == known:

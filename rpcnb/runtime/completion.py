@@ -19,7 +19,8 @@ __all__ = ["Callback", "Done", "Stoppable", "bind", "call_cancelled", "errors_to
 
 def is_ours(error: BaseException) -> bool:
     """Tell whether an error is meant for this process too: Ctrl-C reaches the main thread alone."""
-    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+    # Not isinstance: it asks the exception, whose answer may raise.
+    return issubclass(type(error), KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
 def call_cancelled() -> asyncio.CancelledError:

@@ -5,6 +5,7 @@ Uploads appear under their name only when they are complete, and count against t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -59,6 +60,7 @@ def check_name(name: str) -> None:
         raise AccessDenied(f"file name {shown!r} is refused; expected a relative name inside the session's directory")
 
 
+_LITTLE = 64  # files and folders, MiB
 _MOST_AT_ONCE = 16 << 20  # bytes of one part of a download
 
 
@@ -77,7 +79,7 @@ class Upload:
 
     def __init__(self, files: SessionFiles, nbytes: int) -> None:
         self._files = files
-        self._nbytes = nbytes
+        self.nbytes = nbytes
         files.reserve(nbytes)
         self._finished = False
         try:
@@ -101,7 +103,7 @@ class Upload:
         """Close the file; it gets its name when the upload function runs."""
         self._file.close()
         self._finished = True
-        return StoredFile(self._path, self._nbytes)
+        return StoredFile(self._path, self.nbytes)
 
     def abort(self) -> None:
         """Remove what was written."""
@@ -109,7 +111,7 @@ class Upload:
         if not self._finished:
             self._finished = True
             self._path.unlink(missing_ok=True)
-            self._files.release(self._nbytes)
+            self._files.release(self.nbytes)
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -125,6 +127,23 @@ def _remove_tree(path: str, owner: int) -> None:
     """Remove a directory; not in a forked child, whose end is not the session's."""
     if os.getpid() == owner:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_little(root: Path) -> bool:
+    """Tell whether a directory is removed in no time."""
+    entries = nbytes = 0
+    folders = [str(root)]
+    with contextlib.suppress(OSError):  # it is gone already, say
+        while folders:
+            with os.scandir(folders.pop()) as found:
+                for entry in found:
+                    entries += 1
+                    nbytes += entry.stat(follow_symlinks=False).st_size
+                    if entries > _LITTLE or nbytes > _LITTLE << 20:
+                        return False
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+    return True
 
 
 class SessionFiles:
@@ -158,7 +177,8 @@ class SessionFiles:
             if self._root is None:
                 self._root = Path(tempfile.mkdtemp(prefix="rpcnb-"))
                 # A process that ends without closing its servers leaves no directory behind either.
-                self._remove = weakref.finalize(self, _remove_tree, str(self._root), os.getpid())
+                self._owner = os.getpid()
+                self._remove = weakref.finalize(self, _remove_tree, str(self._root), self._owner)
             return self._root
 
     def path(self, name: str) -> Path:
@@ -212,13 +232,21 @@ class SessionFiles:
         try:
             path = self.path(name)
             self._make_room(path)
+            before = self._held_by(path)
             os.replace(stored.path, path)
         except BaseException:
             stored.path.unlink(missing_ok=True)
             self.release(stored.nbytes)
             raise
-        self.release(self._sizes.pop(path, 0))
+        self.release(before)
         self._sizes[path] = stored.nbytes
+
+    def _held_by(self, path: Path) -> int:
+        """Return the bytes that are free when a file's name goes: none while a pinned path has its content."""
+        try:
+            return self._sizes.get(path, 0) if path.stat().st_nlink == 1 else 0
+        except OSError:  # a function has removed it
+            return self._sizes.get(path, 0)
 
     def _make_room(self, path: Path) -> None:
         """Make the folders of a file that is about to get its name; what is new is counted.
@@ -251,7 +279,7 @@ class SessionFiles:
                 )
             self._parts[name] = (self.begin_upload(total), 0)
         upload, written = self._parts.get(name, (None, -1))
-        if upload is None or written != offset or offset + len(data) > total:
+        if upload is None or written != offset or offset + len(data) > total or total != upload.nbytes:
             self._drop_parts(name)
             raise LimitExceeded(f"part of {len(data)} bytes at {offset} of {total} does not follow {max(written, 0)}")
         try:
@@ -308,9 +336,11 @@ class SessionFiles:
         if not name:
             return  # TVM's runners clean up with it; the directory goes with the session
         path = self.path(name)
+        before = self._held_by(path)
         path.unlink(missing_ok=True)
         self._entries.discard(path)
-        self.release(self._sizes.pop(path, 0))
+        self._sizes.pop(path, None)
+        self.release(before)
 
     def pin(self, path: Path) -> Path:
         """Return another path of what a file holds now, the same for the same content, in the file's own directory.
@@ -345,10 +375,14 @@ class SessionFiles:
         return sorted(entry.name for entry in self.path(name).iterdir() if not entry.name.startswith(_HIDDEN))
 
     def close(self) -> None:
-        """Remove the directory and everything in it."""
+        """Remove the directory and everything in it; much is removed in a thread, as who closes may be a loop."""
         self._closed = True
         for upload in self._uploads:
             upload.abort()
-        if self._root is not None:
+        root, self._root = self._root, None
+        if root is None:
+            return
+        if _is_little(root):
             self._remove()
-            self._root = None
+        elif self._remove.detach() is not None:
+            threading.Thread(target=_remove_tree, args=(str(root), self._owner), name="rpcnb-remove").start()

@@ -172,9 +172,13 @@ def check_object(path: Path, archive: str = "") -> None:
         LibraryError: It is for another machine, or of another kind.
     """
     with open(path, "rb") as file:
-        compiled = identify(file.read(_HEAD)).format in ("ELF", "Mach-O", "PE", "WebAssembly")
-    if compiled:
-        verb = "holds" if archive else "is"
+        head = file.read(_HEAD)
+    kind = identify(head).format
+    verb = "holds" if archive else "is"
+    if not head or kind == "archive (ar)":  # a linker takes both, and nothing of them
+        what = "a static archive (ar), of which nothing would be linked; send its object files, in a tar"
+        raise LibraryError(f"cannot link {archive or path.name}: it {verb} {what if head else 'an empty file'}")
+    if kind in ("ELF", "Mach-O", "PE", "WebAssembly"):
         _check(path, "object file", f"cannot link {archive or path.name}: it {verb}")
 
 

@@ -30,6 +30,7 @@ from rpcnb.values import (
     Pointer,
     TensorMeta,
     Value,
+    has_item,
     is_array,
     is_bare_enum,
     plain,
@@ -282,7 +283,7 @@ class LocalServingSession(ServingSession):
         if type(value).__module__.partition(".")[0] in ("numpy", "ml_dtypes"):
             import numpy as np
 
-            if isinstance(value, np.generic):
+            if isinstance(value, np.generic) and has_item(value):  # a date is an object like others
                 item = value.item()
                 return self.encode_return(float(value) if isinstance(item, np.generic) else item)  # longdouble
         if isinstance(value, ServedFunction):

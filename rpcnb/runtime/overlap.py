@@ -39,6 +39,8 @@ __all__ = ["Calls", "Started", "read_records"]  # what takes its polls' answers 
 POLL_SECONDS = 20.0  # a poll is answered within this time, so it tells that the server lives
 _MOST_EARLY = 1024  # cancels that are remembered for calls still to come
 _ROOM = 4 << 20  # bytes of output that wait for the client; then the cell waits
+_SHORT = 200  # characters of an error for whose whole text there is no room
+_SIZED = (str, bytes, bytearray, memoryview)
 _LOOK = 0.02  # seconds after which a cell that waits looks again
 
 
@@ -50,11 +52,13 @@ class Started(Stoppable):
         name: What runs, for people.
         since: ``time.monotonic()`` of its start.
         for_kernel: It runs on the notebook kernel's loop, or waits for it.
+        args: Its arguments, until it has ended.
+        nbytes: Of them.
     """
 
-    __slots__ = ("_calls", "finished", "for_kernel", "id", "name", "since", "timer")
+    __slots__ = ("_calls", "args", "finished", "for_kernel", "id", "name", "nbytes", "since", "timer")
 
-    def __init__(self, calls: Calls, number: int, name: str) -> None:
+    def __init__(self, calls: Calls, number: int, name: str, args: tuple[Value, ...] = ()) -> None:
         super().__init__()
         self._calls = calls
         self.timer: Callable[[], object] | None = None  # what cancels its time limit
@@ -63,6 +67,8 @@ class Started(Stoppable):
         self.since = time.monotonic()
         self.finished = False
         self.for_kernel = False
+        self.args = args
+        self.nbytes = sum(len(value) for value in args if isinstance(value, _SIZED))
 
     def __call__(self, result: Any = None) -> None:
         """Complete with an encoded return sequence."""
@@ -92,7 +98,7 @@ class Calls:
     Args:
         session: Whose functions are called.
         most: Calls at once, those included whose outcome has not been collected.
-        most_bytes: Of outcomes that have not been collected.
+        most_bytes: Of outcomes that have not been collected, and of arguments of calls that have not ended.
     """
 
     def __init__(self, session: HandleSession, most: int = 65536, most_bytes: int = 256 << 20) -> None:
@@ -104,13 +110,14 @@ class Calls:
         self._early: dict[int, None] = {}  # cancelled before they came
         self._outcomes: list[bytes] = []
         self._kept = 0  # bytes of them
+        self._held = 0  # bytes of the arguments of calls that have not ended
         self.takes = PeerLimits()  # what the client does
         self._waiting = 0  # bytes of output among them
         self._poll: Done | None = None
         self._polled = 0.0
         self._timed = False
         self._closed = False
-        self._plain: deque[tuple[Started, int, tuple[Value, ...]]] = deque()
+        self._plain: deque[tuple[Started, int]] = deque()
         self._plain_runs = False
         self.in_thread: Started | None = None  # the one that a worker runs, also after the session's end
         # The servants of the session's connections, by lane.
@@ -132,12 +139,19 @@ class Calls:
     def start(self, done: Done, args: tuple[Value, ...]) -> None:
         """``rpcnb.start(call_id, timeout_s, handle, *args)``: begin a call and answer at once."""
         number, seconds, handle, *rest = _expect(args, START, (int, (int, float), int))
-        call = Started(self, number, self._session.name_of(handle))
+        call = Started(self, number, self._session.name_of(handle), tuple(rest))
         with self._lock:
             if number in self._running:
                 raise ArgumentError(0, f"{number}, the number of a call that is running", "a new number")
-            if len(self._running) + len(self._outcomes) >= self._most:
+            if max(len(self._running) + len(self._outcomes), len(self._plain)) >= self._most:
                 raise LimitExceeded(f"{self._most} started calls are not collected yet; collect some first")
+            before = self._kept + self._held
+            if before and before + call.nbytes > self._most_bytes:
+                raise LimitExceeded(
+                    f"started calls hold {before} bytes of arguments and outcomes, outcomes={self._most_bytes}; "
+                    "collect some first"
+                )
+            self._held += call.nbytes
             cancelled = self._early.pop(number, self) is None
             self._running[number] = call
         done((0, None))
@@ -146,21 +160,21 @@ class Calls:
             return
         if seconds > 0:
             call.timer = self._session.environment.later(seconds, call.stop)
-        self._begin(call, handle, tuple(rest))
+        self._begin(call, handle)
 
-    def _begin(self, call: Started, handle: int, args: tuple[Value, ...]) -> None:
+    def _begin(self, call: Started, handle: int) -> None:
         session = self._session
         try:
-            place = session.placement(CallFunc(handle, args))
+            place = session.placement(CallFunc(handle, call.args))
         except BaseException as error:
             call.error(error)
             return
         if place == "kernel" and session.environment.run_in_kernel is not None:
             call.for_kernel = True
-            session.environment.run_in_kernel(lambda: self._perform_if_wanted(call, handle, args))
+            session.environment.run_in_kernel(lambda: self._perform_if_wanted(call, handle))
         elif place in ("thread", "kernel"):
             with self._lock:
-                self._plain.append((call, handle, args))
+                self._plain.append((call, handle))
                 if self._plain_runs:
                     return
                 self._plain_runs = True
@@ -169,14 +183,14 @@ class Calls:
             except LimitExceeded as error:
                 self._refuse_plain(error)
         else:
-            self._perform(call, handle, args)
+            self._perform_if_wanted(call, handle)
 
     def _refuse_plain(self, error: LimitExceeded) -> None:
         """Answer what has been started of the plain functions: there is no worker for it."""
         with self._lock:
             refused, self._plain = self._plain, deque()
             self._plain_runs = False
-        for call, _, _ in refused:
+        for call, _ in refused:
             call.error(error)
 
     def _run_plain(self) -> None:
@@ -187,12 +201,13 @@ class Calls:
                     self._plain_runs = False
                     self.in_thread = None
                     return
-                call, handle, args = self._plain.popleft()
+                call, handle = self._plain.popleft()
                 self.in_thread = call
-            self._perform_if_wanted(call, handle, args)
+            self._perform_if_wanted(call, handle)
 
-    def _perform_if_wanted(self, call: Started, handle: int, args: tuple[Value, ...]) -> None:
+    def _perform_if_wanted(self, call: Started, handle: int) -> None:
         """Perform a call, unless it was given up while it waited."""
+        args = call.args  # before the look: who ends a call takes them away
         if not call.finished:
             self._perform(call, handle, args)
 
@@ -296,12 +311,11 @@ class Calls:
         with self._lock:
             if call.finished:
                 return
-            if self._poll is None and self._kept + len(record) > self._most_bytes and isinstance(reply, Return):
-                text = (
-                    f"{self._kept} bytes of outcomes are not collected, outcomes={self._most_bytes}; collect some first"
-                )
-                record = write_record(call.id, self.raised(LimitExceeded(text)))
+            if self._poll is None and self._kept + len(record) > self._most_bytes:
+                record = write_record(call.id, self.takes.fit(self._shortened(reply)))  # type: ignore[arg-type]  # an error
             call.finished = True
+            self._held -= call.nbytes
+            call.args = ()
             self._running.pop(call.id, None)
             timer, call.timer = call.timer, None
             poll, data = self._keep(record)
@@ -309,6 +323,13 @@ class Calls:
             timer()
         if poll is not None:
             poll((66, data))
+
+    def _shortened(self, reply: Raised | Return) -> Raised:
+        """Return what stands for an outcome for which there is no room: an error in few words."""
+        if isinstance(reply, Raised):
+            return Raised(reply.text[:_SHORT], reply.type_name[:_SHORT])
+        text = f"{self._kept} bytes of outcomes are not collected, outcomes={self._most_bytes}; collect some first"
+        return self.raised(LimitExceeded(text))
 
     def emit(self, call: Started, data: bytes) -> None:
         """Keep part of a call's output for the poll; one that the client does not take ends the call."""

@@ -17,7 +17,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb.protocol.messages import Raised
-from rpcnb.values import plain
+from rpcnb.values import plain, type_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ def _ask(error: BaseException) -> _Words:
         notes = [str(note) for note in getattr(error, "__notes__", None) or ()]
         return _Words("\n".join([plain(str(error)), *map(plain, notes)]), list(_behind(error)))
     except BaseException as broken:  # also SystemExit: a text does not end the server
-        return _Words("", [], f"without a text: {type(broken).__name__} while making it")
+        return _Words("", [], f"without a text: {type_name(broken)} while making it")
 
 
 def _behind(error: BaseException) -> Iterator[tuple[str, BaseException]]:
@@ -77,7 +77,7 @@ def _chain(words: _Words, seen: set[int], depth: int = 0) -> Iterator[tuple[str,
             continue
         seen.add(id(error))
         said, inner = _ask(error), depth + (how == "- ")
-        name = type(error).__name__
+        name = type_name(error)
         line = f"{name} {said.broken}" if said.broken else f"{name}: {said.text}" if said.text else name
         line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
         indent = "  " * inner
@@ -104,7 +104,7 @@ def report(error: BaseException, traced: bool = True) -> Raised:
 
     Where it was raised takes 1 ms to find out; it is left out where nobody gets it (``traced=False``).
     """
-    words, name = _ask(error), type(error).__name__
+    words, name = _ask(error), type_name(error)
     text = [f"{name} {words.broken}" if words.broken else words.text or name]
     trace = [_frames(error, None)] if traced else []
     for line, other in _lines(error, words):
@@ -137,7 +137,7 @@ def format_cell(error: BaseException) -> str:
         _drop_ours(shown)
         text = "".join(shown.format())
     except BaseException as broken:
-        return f"{type(error).__name__} without a traceback: {type(broken).__name__} while making it\n"
+        return f"{type_name(error)} without a traceback: {type_name(broken)} while making it\n"
     return text if len(text) <= _TRACEBACK else f"...\n{text[-_TRACEBACK:]}"
 
 

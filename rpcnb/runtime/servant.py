@@ -73,6 +73,10 @@ _CONGESTED = 4 << 20  # bytes of unread replies beyond which no further request 
 _CALLING = ("async_call", "call", "call_plain", "decode_args", "encode_return", "placement")
 
 
+def _as_it_is(reply: Reply) -> Reply:
+    return reply
+
+
 def _nothing() -> None:
     pass
 
@@ -118,7 +122,8 @@ class Completion(Stoppable):
 
     def error(self, error: BaseException) -> None:
         """Complete with an exception."""
-        self._servant.complete(self, self._servant.exception, error)
+        if not (self.finished or self.dropped):  # its text is made without the lock: it may take as long as it likes
+            self._servant.complete(self, _as_it_is, self._servant.exception(error))
 
 
 class Servant:
@@ -182,7 +187,7 @@ class Servant:
         self.copies = 0  # copies so far
         self.more = False  # the last turn ended before what has arrived
         self.congested = False  # it ended because replies have not left: to be tried again as soon as they have
-        self._copy: tuple[CopyToRemote, memoryview | None, Exception | None] | None = None
+        self._copy: tuple[CopyToRemote, memoryview | None, BaseException | None] | None = None
         self._cancel_init: Callable[[], object] | None = None
         self._process = os.getpid()
         endpoint.sink_for = self._sink_for
@@ -298,7 +303,7 @@ class Servant:
     def _end_child(self, error: BaseException) -> None:
         """End a child that a function has forked and that leaves it by an exception: nobody waits for it here."""
         if os.getpid() != self._process:
-            code = error.code if isinstance(error, SystemExit) else 1
+            code = getattr(error, "code", 1) if issubclass(type(error), SystemExit) else 1
             os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
     def call_quickly(self, data: memoryview, nbytes: int) -> tuple[bytes, int]:
@@ -460,8 +465,10 @@ class Servant:
         if session is not None and self.shares is None:
             try:
                 session.shutdown()
-            except Exception:
+            except BaseException as error:
                 log.exception("%s: shutdown of %s failed", self.name, type(session).__name__)
+                if is_ours(error):
+                    raise
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -506,7 +513,7 @@ class Servant:
     def _copy_to_begin(self, message: CopyToRemote) -> None:
         """Say where the data goes before it is received; a refused copy is skipped, then answered."""
         view: memoryview | None = None
-        refused: Exception | None = None
+        refused: BaseException | None = None
         direct = False
         try:
             session = self._ready()
@@ -515,7 +522,7 @@ class Servant:
             direct = view is not None
             if view is None:
                 view = staging(message.nbytes)
-        except Exception as error:
+        except BaseException as error:
             refused = error
         self._copy = (message, None if direct else view, refused)
         self.endpoint.receive_payload(view)

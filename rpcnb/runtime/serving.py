@@ -31,6 +31,7 @@ from rpcnb.values import (
     Pointer,
     TensorMeta,
     Value,
+    type_name,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def raised_by(session: ServingSession | HandleSession, error: BaseException, ext
             return Raised(report(error, traced=False).text)
         return Raised(session.send_exception(error).text)
     except BaseException as broken:  # also SystemExit: a report does not end the server
-        return Raised(f"{type(error).__name__} without a text: {type(broken).__name__} while making it")
+        return Raised(f"{type_name(error)} without a text: {type_name(broken)} while making it")
 
 
 class ServingSession:

@@ -31,7 +31,7 @@ def spawn_on(loop: asyncio.AbstractEventLoop, awaitable: Awaitable[Any], done: D
         try:
             return await awaitable
         except SystemExit as error:  # it would end the loop, and so every session
-            raise RuntimeError(f"the function called sys.exit({error.code!r})") from error
+            raise RuntimeError(f"the function called sys.exit({_code_of(error)})") from error
         except KeyboardInterrupt as error:  # likewise, unless it is meant for the loop of the main thread
             if threading.current_thread() is threading.main_thread():
                 raise
@@ -69,6 +69,13 @@ def spawn_on(loop: asyncio.AbstractEventLoop, awaitable: Awaitable[Any], done: D
     else:
         loop.call_soon_threadsafe(start, context=contextvars.copy_context())
     return cancel
+
+
+def _code_of(error: SystemExit) -> str:
+    try:
+        return repr(error.code)
+    except BaseException:  # also a further SystemExit
+        return "..."
 
 
 def spawn_anywhere(awaitable: Awaitable[Any], done: Done) -> Callable[[], object]:

@@ -26,6 +26,7 @@ from rpcnb.protocol.endpoint import Endpoint
 from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text, refusal
 from rpcnb.protocol.messages import Raised, encode_packet
 from rpcnb.protocol.peerlimits import PeerLimits, extension
+from rpcnb.runtime.completion import is_ours
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.servant import Servant
 from rpcnb.server.lanes import TICKET
@@ -85,6 +86,10 @@ class Host(Protocol):
     @property
     def full(self) -> bool:
         """Tell whether there is no room for another session."""
+
+    @property
+    def is_crowded(self) -> bool:
+        """Tell whether there is no room for another connection of any kind."""
 
     @property
     def draining(self) -> dict[Any, Draining]:
@@ -157,8 +162,6 @@ class ClientState(NamedTuple):
 class Connection:
     """One client; made by the server for every accepted socket. Methods run on the loop unless they say otherwise."""
 
-    dialled = False  # by the server, to a proxy
-
     def __init__(self, server: Host, sock: socket.socket, address: tuple[Any, ...]) -> None:
         self.server = server
         self.sock = sock
@@ -171,6 +174,7 @@ class Connection:
         self.main: Connection | None = None  # a lane's session
         self.servant: Servant | None = None
         self.in_worker = False
+        self.refused = False
         self.closed = False
         self.ended = False  # the client's stream has ended, or the server wants the end
         self.session_at_end: Any = None  # the session that it opened, once it has been closed
@@ -214,9 +218,15 @@ class Connection:
         return any(call.for_kernel for call in started if call.id == number)
 
     def look(self) -> None:
-        """Notice that the client has gone while a worker, or the kernel, runs a function: nobody reads then."""
+        """Notice that the client has gone while nobody reads.
+
+        So it is while a worker, or the kernel, runs a function, and while much has arrived behind a parked request.
+        """
         servant = self.servant
-        if servant is not None and self.in_worker and servant.running is not None and not self.closed:
+        if servant is None or self.closed:
+            return
+        full = servant.parked is not None and not self._wants_input(servant)
+        if servant.running is not None if self.in_worker else full:
             poll = select.poll()
             poll.register(self.fd, _GONE)
             if poll.poll(0):
@@ -257,9 +267,11 @@ class Connection:
         except RemoteProtocolError as error:
             self.note_refusal(f"{self.peer}: {error}")
             self.close()
-        except Exception:
+        except BaseException as error:  # SystemExit would end the loop
             log.exception("%s: connection of %s failed", self.server.name, self.peer)
             self.close()
+            if is_ours(error):
+                raise
 
     def _shake_hands(self) -> None:
         try:
@@ -328,6 +340,10 @@ class Connection:
             server.note_failure(self.address)
             self._send_last(refusal())
             return
+        if server.is_crowded:  # the session does without
+            self.note_refusal(f"refused a lane of {self.peer}: {server.why_full()}")
+            self._send_last(refusal())
+            return
         main, self.lane = found
         self.main = main
         before = server.lanes.join(main, self.lane, self)
@@ -359,8 +375,10 @@ class Connection:
         servant.extended = key.features is not None
         servant.endpoint.takes = PeerLimits.told_by(key.features)
         self.servant = servant
-        server.opened(self)
-        if key.timeout is not None and not self.lane:
+        self.refused = bool(full)  # such a connection is no session, and has the time of a handshake to hear why
+        if not full:
+            server.opened(self)
+        if key.timeout is not None and not (self.lane or full):
             self.deadline = server.io_loop.call_later(key.timeout, self._expire, key.options["-timeout"])
         rest = self._handshake.rest
         if rest:
@@ -482,14 +500,8 @@ class Connection:
         if self.ended or servant.over:
             self._finish(servant)
             return
-        if servant.parked is not None and not self._wants_input(servant):
-            # A full buffer is not read, but the client's end must still be noticed.
-            self.server.io_loop.asyncio_loop.call_soon_threadsafe(self._check_later)
         events = (READ if self._wants_input(servant) else 0) | (WRITE if servant.output else 0)
         self.server.watcher.arm(self.fd, events)
-
-    def _check_later(self) -> None:
-        self.server.io_loop.call_later(1.0, self.ready)
 
     def _finish(self, servant: Servant) -> None:
         """End the session; its last replies get a moment to leave."""
@@ -585,7 +597,7 @@ class Connection:
         except RemoteProtocolError as error:
             self.note_refusal(f"{self.peer}: {error}")
             self.ended = True
-        except Exception:
+        except BaseException:  # SystemExit too: the connection is always given back
             log.exception("%s: connection of %s failed", self.server.name, self.peer)
             self.ended = True
         if not passed_on:

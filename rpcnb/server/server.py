@@ -28,14 +28,15 @@ from rpcnb import events, parts
 from rpcnb.errors import AccessDenied
 from rpcnb.protocol.codes import Limits
 from rpcnb.runtime.access import Gate, check_token, new_token
+from rpcnb.runtime.completion import is_ours
 from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.tasks import spawn_on
 from rpcnb.server.connection import ClientState, Connection, Draining
 from rpcnb.server.lanes import Lanes
 from rpcnb.server.workers import WorkerPool
 from rpcnb.transport import forks, interval
-from rpcnb.transport.address import is_loopback, parse_address, show_address
-from rpcnb.transport.halfopen import HalfOpen
+from rpcnb.transport.address import is_loopback, parse_address, show_address, tracker_pair
+from rpcnb.transport.halfopen import HalfOpen, within_descriptors
 from rpcnb.transport.kernel import BUSY_AFTER, KernelLoop
 from rpcnb.transport.listen import Acceptor, listen
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
@@ -58,6 +59,7 @@ __all__ = ["Server", "all_servers"]
 log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds
+_MOST_CONNECTIONS = 1 << 20  # at once
 
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
@@ -76,8 +78,9 @@ class Server(StaysHere):
         port_end: Ports up to this one, exclusive, are tried when ``port`` is taken.
         is_proxy: ``host`` and ``port`` are those of a proxy: nothing listens here, the server dials out and keeps a
             connection waiting there.
-        tracker_addr: Host and port of a tracker that hands this server out, one session at a time (``max_sessions``
-            may say more). Clients then come with the match keys it gives them, not with ``key``.
+        tracker_addr: Host and port (a pair, or ``"host:port"``) of a tracker that hands this server out, one session at
+            a time (``max_sessions`` may say more). Clients then come with the match keys it gives them, not with
+            ``key``.
         key: Key that clients must name.
         load_library: Libraries to load at start: paths, or TVM's text with ``:`` between them. What they register
             with apache-tvm-ffi may be called.
@@ -126,7 +129,7 @@ class Server(StaysHere):
         port: int = 9090,
         port_end: int = 9199,
         is_proxy: bool = False,
-        tracker_addr: tuple[str, int] | None = None,
+        tracker_addr: tuple[str, int] | str | None = None,
         key: str = "",
         load_library: str | Sequence[str] | None = None,
         custom_addr: str | None = None,
@@ -242,7 +245,7 @@ class Server(StaysHere):
                 if self._proxy is not None
                 else (host, int(self._listeners[0].getsockname()[1]))
             )
-            tracker = None if tracker_addr is None else (tracker_addr[0], int(tracker_addr[1]))
+            tracker = None if tracker_addr is None else tracker_pair(tracker_addr)
             call_in_loop(self.io_loop, lambda: self._start(web_port, allow_origin, tracker))
         except BaseException:
             for listener in self._listeners:
@@ -324,7 +327,7 @@ class Server(StaysHere):
         self.watcher.add(connection.fd, connection.ready)
 
     def _handshake_over(self, connection: Connection) -> None:
-        if connection.servant is None:
+        if connection.servant is None or connection.refused:
             log.debug("%s: %s did not finish its handshake in time", self.name, connection.peer)
             connection.close()
 
@@ -350,11 +353,19 @@ class Server(StaysHere):
 
     @property
     def full(self) -> bool:
-        """Tell whether ``max_sessions`` are open, those included of which something still runs."""
-        return self.max_sessions is not None and self._sessions + len(self.draining) >= self.max_sessions
+        """Tell whether there is no room for a session; those count of which something still runs."""
+        most = self.max_sessions
+        return self.is_crowded or (most is not None and self._sessions + len(self.draining) >= most)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Tell whether more connections would leave none of the process's descriptors for others."""
+        return len(self._connections) - len(self._half_open) >= within_descriptors(_MOST_CONNECTIONS, 0.6)
 
     def why_full(self) -> str:
         """Return what to say to a client for whom there is no room."""
+        if self.is_crowded:
+            return f"server is full: {len(self._connections)} connections are open, the limit of open files is near"
         if not self.draining:
             return f"server is full: max_sessions={self.max_sessions} are open"
         one = min(self.draining.values(), key=lambda one: one.since)
@@ -387,7 +398,7 @@ class Server(StaysHere):
         """Note that a connection is gone."""
         if self._connections.pop(connection, connection) is connection:
             return
-        if connection.servant is None:
+        if connection.servant is None or connection.refused:
             self._half_open.forget(connection)
             return
         for lane in self.lanes.leave(connection):
@@ -466,8 +477,10 @@ class Server(StaysHere):
         if entry is not None:
             try:
                 entry.call()
-            except Exception:
+            except BaseException as error:  # SystemExit would end the loop
                 log.exception("%s: hook %s failed", self.name, name)
+                if is_ours(error):
+                    raise
 
     # -- for users -----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,15 @@ from urllib.parse import unquote
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Address", "is_loopback", "outside_address", "parse_address", "parse_pair", "show_address"]
+__all__ = [
+    "Address",
+    "is_loopback",
+    "outside_address",
+    "parse_address",
+    "parse_pair",
+    "show_address",
+    "tracker_pair",
+]
 
 DEFAULT_PORT = 9090
 PORTS = {"rpc": DEFAULT_PORT, "tracker": 9190, "ws": 80, "wss": 443}
@@ -103,6 +111,23 @@ def parse_pair(text: str, port: int) -> tuple[str, int]:
     """
     found = parse_address(text if "://" in text else f"rpc://{text}", port)
     return found.host, found.port
+
+
+def tracker_pair(given: tuple[str, int] | str, port: int = 9190) -> tuple[str, int]:
+    """Return host and port of a tracker, given as a pair, or as text as users write it.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(given, str):
+        return parse_pair(given, port)
+    try:
+        host, number = given
+        if isinstance(host, str):
+            return host, int(number)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"expected host and port of a tracker, ('host', 9190) or 'host:9190', got {given!r}")
 
 
 def _check_path(path: str, text: str) -> None:

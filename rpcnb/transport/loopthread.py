@@ -22,7 +22,11 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """A running IOLoop; ``stop()`` ends it and waits for its thread."""
+    """A running IOLoop; ``stop()`` ends it and waits for its thread.
+
+    Raises:
+        OSError: No loop can be made: there are no descriptors left.
+    """
 
     def __init__(self, name: str) -> None:
         ready: Future[IOLoop] = Future()
@@ -32,9 +36,13 @@ class LoopThread:
 
     @staticmethod
     def _run(ready: Future[IOLoop]) -> None:
-        loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(loop)
-        io_loop = IOLoop.current()
+        try:
+            loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(loop)
+            io_loop = IOLoop.current()
+        except BaseException as error:  # no descriptors, say: who waits for the loop learns that
+            ready.set_exception(error)
+            return
         loop.call_soon(ready.set_result, io_loop)
         owner = os.getpid()
         try:

@@ -69,9 +69,11 @@ def list_servers() -> list[dict[str, Any]]:
     """Return the running servers of this user, newest first; files of dead processes are removed."""
     found = []
     folder = runtime_directory()
-    if not folder.is_dir() or not _private(folder):
+    try:
+        paths = list(folder.glob("server-*.json")) if folder.is_dir() and _private(folder) else []
+    except OSError:  # no descriptors left, say
         return []
-    for path in folder.glob("server-*.json"):
+    for path in paths:
         with contextlib.suppress(OSError, ValueError):
             if not _private(path):
                 continue

@@ -63,6 +63,7 @@ def test_a_child_calls_over_a_connection_of_its_own(serve: Serve, registry: Regi
         assert in_child(lambda: [echo(1), session.call("echo", 2), session.fn.echo(3), echo.submit(4).result(5)]) == [
             *range(1, 5)
         ]
+        assert in_child(lambda: [echo.map([1, 2]), session.submit(echo.map, [3]).result(5)]) == [[1, 2], [3]]
         assert in_child(lambda: [session.get_function("later")(5), session.array([6.0]).numpy().tolist()]) == [5, [6.0]]
         eventually(lambda: server.sessions == 1, "the end of the children's sessions")
         assert echo(7) == 7

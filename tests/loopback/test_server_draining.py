@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import struct
 import subprocess
 import sys
 import threading
@@ -11,11 +13,12 @@ from typing import Any
 
 import pytest
 from conftest import eventually
+from rawpeer import RawClient, hello, packet
 
 import rpcnb
 from rpcnb import errors
-from rpcnb.protocol.codes import Limits
-from rpcnb.protocol.messages import CallFunc
+from rpcnb.protocol.codes import Code, Limits
+from rpcnb.protocol.messages import CallFunc, Syscall
 from rpcnb.runtime.registry import Registry
 
 Serve = Callable[..., Any]
@@ -139,3 +142,73 @@ def test_a_measurement_that_is_given_up_ends(serve: Serve) -> None:
         count = len(calls)
         assert session.call("ffi.Shape", 1, timeout=5) is not None
         assert len(calls) == count < 500
+
+
+def test_a_client_that_goes_with_much_behind_a_parked_call_gives_its_place_back(serve: Serve) -> None:
+    registry = Registry()
+
+    async def forever() -> None:
+        await asyncio.sleep(1000)
+
+    registry.register("forever", forever)
+    server = serve(registry=registry, max_sessions=1, limits=Limits(input_buffered=1 << 16))
+    look_up = packet(Syscall(Code.GET_GLOBAL_FUNC, ("forever",)))
+    with RawClient((server.host, server.port)).start() as client:
+        client.send(look_up)
+        (handle,) = struct.unpack("<Q", client.packet()[-8:])
+        client.send(packet(CallFunc(handle)))
+        eventually(lambda: any(one.function == "forever" for one in server.pending), "the call")
+        client.send(look_up * 5000)
+    eventually(lambda: server.sessions == 0, "the place")
+
+
+def test_who_was_refused_holds_no_place_and_is_not_waited_for_long(
+    serve: Serve, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(registry=gate.registry, max_sessions=1, limits=Limits(handshake_timeout=0.5))
+    with rpcnb.connect(server.address) as session, RawClient((server.host, server.port), hello("client:")) as silent:
+        assert silent.greeted() == b"server:"  # it will not ask for a session
+        assert (session.call("quick"), server.sessions) == (1, 1)
+        session.close()
+        with rpcnb.connect(server.address) as other:
+            assert other.call("quick") == 1
+        assert silent.is_closed()
+    eventually(lambda: server.sessions == 0)
+    assert "server is full: max_sessions=1 are open" in caplog.text
+    caplog.clear()
+
+
+def test_sessions_leave_descriptors_for_who_comes_after_them(
+    serve: Serve, gate: Gate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(registry=gate.registry)
+    monkeypatch.setattr("rpcnb.server.server.within_descriptors", lambda most, share: 2)
+    with rpcnb.connect(server.address) as one, rpcnb.connect(server.address, lanes=0) as two:
+        with pytest.raises(
+            errors.RemoteError, match=r"server is full: . connections are open, the limit of open files"
+        ):
+            rpcnb.connect(server.address)
+        assert [one.submit(one.get_function("quick")).result(10), two.call("quick")] == [1, 1]  # lanes are spared first
+    eventually(lambda: server.sessions == 0)
+    caplog.clear()
+
+
+def test_a_text_that_takes_long_holds_nobody_up(serve: Serve) -> None:
+    class Slow(Exception):
+        def __str__(self) -> str:
+            asked.set()
+            assert go_on.wait(60)
+            return "slow"
+
+    asked, go_on = threading.Event(), threading.Event()
+    registry = Registry()
+    registry.register("fail", lambda done: threading.Thread(target=done.error, args=(Slow(),)).start(), callback=True)
+    registry.register("quick", lambda: 1, run="loop")
+    server = serve(registry=registry)
+    with rpcnb.connect(server.address, lanes=0) as one, rpcnb.connect(server.address) as two:
+        failing = one.submit(one.get_function("fail"))
+        assert asked.wait(60)
+        assert two.call("quick", timeout=30) == 1
+        go_on.set()
+        with pytest.raises(errors.RemoteError, match="slow"):
+            failing.result(60)

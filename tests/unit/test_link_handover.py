@@ -18,7 +18,7 @@ import pytest
 from explorer import explore
 
 from rpcnb.errors import DeadlineExceeded, SessionClosed, SessionLost
-from rpcnb.link import iothread, link
+from rpcnb.link import iothread, link, wire
 from rpcnb.link.interrupt import Guard
 from rpcnb.link.link import Link
 from rpcnb.link.wire import Ticket, Wire
@@ -207,16 +207,16 @@ def made_link(monkeypatch: pytest.MonkeyPatch, in_receive: bool) -> tuple[Link, 
     monkeypatch.setattr(iothread, "IO_THREAD", Background())
     monkeypatch.setattr(select, "poll", lambda: Poll(board))
     endpoint = Endpoint(Role.CLIENT)
-    wire = Wire(board, endpoint, "board")  # type: ignore[arg-type]  # as far as a wire needs a socket
-    wire.wait_in_receive = lambda: None  # type: ignore[method-assign]
-    wire.waits = repeat(board.receive_in_a_moment) if in_receive else None
-    wire.queue(InitServer())
-    wire.flush()
+    line = Wire(board, endpoint, "board")  # type: ignore[arg-type]  # as far as a wire needs a socket
+    line.wait_in_receive = lambda: None  # type: ignore[method-assign]
+    line.waits = repeat(board.receive_in_a_moment) if in_receive else None
+    line.queue(InitServer())
+    line.flush()
     assert isinstance(board.server.next_message(), InitServer)
     board.arrived = b"".join(board.server.send(Return()))
-    wire.fill()
-    assert not wire.tickets
-    made = Link(wire)
+    line.fill()
+    assert not line.tickets
+    made = Link(line)
     signal = made._signal
 
     def signal_and_ring() -> None:
@@ -308,6 +308,22 @@ def test_the_explorer_finds_a_role_that_is_not_handed_on(monkeypatch: pytest.Mon
     monkeypatch.setattr(Link, "_find_successor", lambda self: False)
     with pytest.raises(AssertionError, match=r"nobody can go on|does not come to an end|is owed for ever"):
         test_two_callers_and_the_io_thread_forget_no_reply(monkeypatch, False)
+
+
+def test_who_is_out_of_time_asks_what_it_waits_for_while_replies_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scenario() -> Threads:
+        made, board = made_link(monkeypatch, False)
+        tickets = [made.send(CallFunc(ECHO, (value,))) for value in range(3)]
+        board.answer(3)
+        said: list[str] = []
+
+        def check() -> None:
+            assert said[0] in ("", "board has not answered an earlier CallFunc yet, behind which this waits")
+            end(made, board)
+
+        return [lambda: said.append(made.wire.behind(tickets[2:])), made.step_in_background], check
+
+    assert explore(scenario, [wire], bound=1, beyond=100) > 100
 
 
 class Interrupted(Guard):

@@ -6,12 +6,14 @@ import errno
 import os
 import re
 import shutil
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import eventually
 from runtime_wire import Client
 
 from rpcnb.errors import AccessDenied, LimitExceeded, SessionClosed
@@ -307,6 +309,9 @@ def test_parts_that_do_not_fit_are_refused_and_leave_nothing() -> None:
     for offset, data in ((3, b"x"), (5, b"x"), (0, b"too long by one")):
         with pytest.raises(LimitExceeded, match="does not follow"):
             files.put("a", 10, offset, data)
+    files.put("b", 2, 0, b"x")
+    with pytest.raises(LimitExceeded, match="does not follow"):
+        files.put("b", 1 << 50, 1, bytes(1000))  # what was counted is what the first part said
     files.put("b", 50, 0, b"x")
     files.put("b", 60, 0, b"y")  # begun anew: the room of the first is free again
     with pytest.raises(LimitExceeded, match="upload_quota"):
@@ -339,7 +344,8 @@ def inode(path: Path) -> int:
     return path.stat().st_ino
 
 
-def test_a_pinned_path_keeps_what_a_file_held_and_takes_no_room(files: SessionFiles) -> None:
+def test_a_pinned_path_keeps_what_a_file_held_and_takes_its_room() -> None:
+    files = SessionFiles(quota=1400)
     files.write("d/m.so", bytes(400))
     path = files.path("d/m.so")
     first = files.pin(path)
@@ -351,9 +357,12 @@ def test_a_pinned_path_keeps_what_a_file_held_and_takes_no_room(files: SessionFi
     files.write("d/m.so", bytes(400))  # the first content again
     assert files.pin(path) == first
     assert files.listdir("d") == ["m.so"]
-    files.write("rest", bytes(600))
     files.remove("d/m.so")
+    with pytest.raises(LimitExceeded, match=r"\(800 bytes are in use\)"):
+        files.write("rest", bytes(601))
+    files.write("rest", bytes(600))
     assert left(files) == ["d", *sorted(f"d/{one.name}" for one in (first, second)), "rest"]
+    files.close()
 
 
 def test_where_links_cannot_be_made_a_pinned_path_is_a_copy_that_counts(
@@ -421,3 +430,33 @@ def test_a_forked_child_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         files.close()
     assert (root / "a").exists()
     shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("kind", ["many files", "a deep one", "a large one"])
+def test_much_is_removed_in_a_thread(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpcnb.runtime.files._LITTLE", 3)
+    removing, removers = threading.Event(), []
+
+    def remove(path: str, **_: Any) -> None:
+        removers.append(threading.current_thread())
+        assert removing.wait(60)
+        real(path)
+
+    real = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    files = SessionFiles()
+    for name in {"many files": "abcd", "a deep one": ["a/b/c/d"], "a large one": ["a"]}[kind]:
+        files.write(name, bytes(4 << 20) if kind == "a large one" else b"")
+    root = files.root
+    files.close()  # does not wait
+    removing.set()
+    eventually(lambda: not root.exists(), "the end of the directory")
+    (remover,) = removers
+    assert remover is not threading.main_thread()
+    remover.join()
+
+
+def test_a_directory_that_is_gone_already_is_removed(files: SessionFiles) -> None:
+    files.write("a", b"")
+    shutil.rmtree(files.root)
+    files.close()

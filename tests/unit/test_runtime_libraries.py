@@ -330,7 +330,7 @@ def runs(pid: int) -> bool:
 
 
 def test_without_a_compiler_linking_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "m.o").write_bytes(b"")
+    (tmp_path / "m.o").write_bytes(b"anything")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(LibraryError, match="linking needs a C\\+\\+ compiler on the server"):

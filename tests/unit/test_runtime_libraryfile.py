@@ -148,13 +148,17 @@ def test_entries_that_are_too_short_are_left_to_the_loader(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("board")
 def test_object_files_for_other_machines_are_refused_and_the_compiler_judges_the_rest(tmp_path: Path) -> None:
-    for data in (elf(1), b"int x;", b"", b"!<arch>\n"):
+    for data in (elf(1), b"int x;"):
         check_object(file(tmp_path, data, "m.o"))
     expected = "expected an ELF object file for x86-64 \\(64 bits\\) here"
     with pytest.raises(LibraryError, match=rf"^cannot link m\.o: it is an ELF object file for AArch64 .*; {expected}$"):
         check_object(file(tmp_path, elf(1, 183), "m.o"))
     with pytest.raises(LibraryError, match=rf"^cannot link m\.tar: it holds a WebAssembly file; {expected}$"):
         check_object(file(tmp_path, b"\0asm", "0.o"), "m.tar")
+    with pytest.raises(LibraryError, match=r"^cannot link m\.o: it is an empty file$"):
+        check_object(file(tmp_path, b"", "m.o"))
+    with pytest.raises(LibraryError, match=r"^cannot link m\.tar: it holds a static archive \(ar\), of which nothing"):
+        check_object(file(tmp_path, b"!<arch>\n", "0.o"), "m.tar")
 
 
 def test_a_universal_file_is_left_to_a_mac_and_everything_where_nothing_is_known(

@@ -45,6 +45,7 @@ class Server:
         registry.register("ask", lambda: self.seen.append(rpcnb.cancelled()))
         registry.register("fail", self.fail)
         registry.register("exit", self.exit)
+        registry.register("much", self.much)
         registry.register("kernel", lambda: "there", run="kernel")
         registry.register("huge", lambda: 1 << 70)
         self.environment = Environment(
@@ -77,6 +78,11 @@ class Server:
     async def fail(self) -> None:
         raise ValueError("boom")
 
+    async def much(self, count: int, fails: bool) -> str:
+        if fails:
+            raise ValueError("x" * count)
+        return "x" * count
+
     def exit(self) -> None:
         raise KeyboardInterrupt
 
@@ -104,7 +110,7 @@ def server() -> Iterator[Server]:
 
 def test_functions_that_may_answer_later_have_marked_handles(server: Server) -> None:
     marked = {name for name, handle in server.handles.items() if handle & 1}
-    assert marked == {"wait", "keep", "fail"}
+    assert marked == {"wait", "keep", "fail", "much"}
     (missing,) = server.client.values(Syscall(Code.GET_GLOBAL_FUNC, ("rpcnb.nothing",)))
     assert not missing
 
@@ -562,14 +568,33 @@ def test_what_no_worker_takes_is_answered(server: Server) -> None:
 def test_outcomes_that_nobody_collects_are_bounded() -> None:
     loop = Loop()
     server = Server(loop, Limits(outcomes=5000))
-    server.start(1, "wait", "x" * 3000)
-    server.start(2, "wait", "y" * 3000)
-    loop.run()
+    for number in (1, 2, 3, 4):
+        server.start(number, "much", 2000 if number < 3 else 3000, number == 3)
+        loop.run()
     found = dict(server.outcomes())
-    assert found[1] == Return((65, "x" * 3000))
-    assert "bytes of outcomes are not collected, outcomes=5000; collect some first" in found[2].text
-    server.start(3, "wait", "z" * 3000)
+    assert found[1] == found[2] == Return((65, "x" * 2000))
+    assert (found[3].text, found[3].type_name) == ("x" * 200, "ValueError")  # shortened
+    assert "bytes of outcomes are not collected, outcomes=5000; collect some first" in found[4].text
+    server.start(5, "much", 3000, False)
     loop.run()
-    assert server.outcomes() == [(3, Return((65, "z" * 3000)))]
+    assert server.outcomes() == [(5, Return((65, "x" * 3000)))]
+    server.client.servant.cancel()
+    loop.close()
+
+
+def test_arguments_of_calls_that_have_not_ended_are_bounded() -> None:
+    loop = Loop()
+    server = Server(loop, Limits(outcomes=5000))
+    for number in (1, 2):
+        server.start(number, "add", "x" * 2000, "y")
+    third = server.request(START, 3, 0.0, server.handles["add"], "x" * 2000, "y")
+    error = "started calls hold 4002 bytes of arguments and outcomes, outcomes=5000; collect some first"
+    assert server.client.error(third).text == error
+    assert server.client.values(server.request(CANCEL, 2)) == (0, None)  # what is given up holds nothing any more
+    server.outcomes()
+    assert server.client.values(third) == (0, None)
+    server.jobs.pop()()
+    assert dict(server.outcomes()) == {1: Return((65, "x" * 2000 + "y")), 3: Return((65, "x" * 2000 + "y"))}
+    server.start(4, "add", "x" * 9000, "y")  # one may be as large as a packet may
     server.client.servant.cancel()
     loop.close()

@@ -11,6 +11,7 @@ import pytest
 
 from rpcnb.protocol.messages import Raised
 from rpcnb.runtime import report as module
+from rpcnb.runtime.completion import is_ours
 from rpcnb.runtime.report import format_cell, report, text_of
 
 OURS = f"{Path(module.__file__).parent}/performing.py"  # where it is does not matter, but for its room
@@ -140,6 +141,27 @@ class Text(str):
         return "shown"
 
 
+class Nameless(type):
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]  # that is the point
+        raise SystemExit(5)
+
+
+class Classless(Exception):
+    @property  # type: ignore[misc]  # likewise
+    def __class__(self) -> Any:
+        raise SystemExit(3)
+
+
+class Closed(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        raise SystemExit(9)
+
+
+class Anonymous(Exception, metaclass=Nameless):
+    pass
+
+
 class Odd(Exception):
     def __str__(self) -> str:
         return Text("real")
@@ -186,3 +208,16 @@ def test_where_nobody_gets_a_traceback_none_is_made() -> None:
     told = report(raised(chained), traced=False)
     assert told.text == report(raised(chained)).text
     assert told.traceback == ""
+
+
+@pytest.mark.parametrize("name", ["Anonymous", "Classless", "Closed"])
+def test_an_exception_cannot_leave_by_what_it_raises_when_it_is_looked_at(name: str) -> None:
+    error = {"Anonymous": Anonymous, "Classless": Classless, "Closed": Closed}[name]("x")
+    told = report(error)
+    assert told.type_name == name
+    assert told.text in ("x", f"{name} without a text: SystemExit while making it")
+    outer = ValueError("outer")
+    outer.__cause__ = error
+    assert f"caused by {name}" in report(outer).text
+    assert name in format_cell(error)
+    assert not is_ours(error)

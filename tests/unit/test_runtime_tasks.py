@@ -54,6 +54,17 @@ def test_sys_exit_in_a_coroutine_does_not_end_the_loop(loop: Loop) -> None:
     assert [str(error) for error in done.errors] == ["the function called sys.exit(3)"]
 
 
+def test_an_exit_code_that_exits_when_it_is_shown_does_not_end_the_loop_either(loop: Loop) -> None:
+    class Code:
+        def __repr__(self) -> str:
+            raise SystemExit(4)
+
+    done = Outcome()
+    spawn_on(loop.loop, give(SystemExit(Code())), done)
+    loop.run()
+    assert [str(error) for error in done.errors] == ["the function called sys.exit(...)"]
+
+
 def test_cancelling_a_running_task_completes_done_as_cancelled(loop: Loop) -> None:
     done = Outcome()
     cancel = spawn_on(loop.loop, loop.loop.create_future(), done)
