@@ -170,6 +170,7 @@ def test_who_was_refused_holds_no_place_and_is_not_waited_for_long(
         assert silent.greeted() == b"server:"  # it will not ask for a session
         assert (session.call("quick"), server.sessions) == (1, 1)
         session.close()
+        eventually(lambda: server.sessions == 0, "the place")  # though the other is still there
         with rpcnb.connect(server.address) as other:
             assert other.call("quick") == 1
         assert silent.is_closed()
