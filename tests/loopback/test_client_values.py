@@ -55,6 +55,52 @@ def session(serve: Serve, registry: Registry) -> Iterator[rpcnb.Session]:
         yield made
 
 
+@pytest.mark.parametrize("value", ["2026-11-26T00:00:00.000000001", "2026-11-26", "NaT"])
+def test_dates_never_become_numbers_without_their_unit(session: rpcnb.Session, registry: Registry, value: str) -> None:
+    date = np.datetime64(value)
+    with pytest.raises(ArgumentError):
+        session.call("echo", date)
+    with pytest.raises(ArgumentError):
+        session.get_function("later").submit(date - date).result(10)
+    registry.register("date", lambda: date)
+    registry.register("is_date", lambda x: x is date)
+    assert session.call("is_date", session.call("date"))  # an object that goes back as it is
+    with pytest.raises(AccessDenied):
+        session.namespace["date"] = date
+
+
+def test_a_number_too_wide_for_the_wire_is_refused_by_name(session: rpcnb.Session) -> None:
+    wide = np.ones(2, np.clongdouble)
+    for give in (session.array, lambda x: session.call("echo", x)):
+        with pytest.raises((CopyMismatch, ArgumentError), match="has no counterpart on the wire"):
+            give(wide)
+
+
+def test_what_a_submitted_call_raised_is_raised_anew_each_time(session: rpcnb.Session) -> None:
+    pending = session.get_function("sum").submit(1)
+
+    def depth(error: BaseException) -> int:
+        trace, count = error.__traceback__, 0
+        while trace is not None:
+            trace, count = trace.tb_next, count + 1
+        return count
+
+    async def wait() -> None:
+        await pending
+
+    depths = set()
+    for _ in range(3):
+        with pytest.raises(RemoteError) as raised:
+            asyncio.run(wait())
+        depths.add(depth(raised.value))
+        kept = pending.exception(10)
+        assert kept is not None
+        with pytest.raises(RemoteError) as raised:
+            raise kept
+        depths.add(-depth(raised.value))
+    assert len(depths) == 2
+
+
 @pytest.fixture(params=["matrix", "masked", "memmap", "own"])
 def array(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "matrix":
