@@ -384,5 +384,6 @@ class SessionFiles:
             return
         if _is_little(root):
             self._remove()
-        elif self._remove.detach() is not None:
+        else:
+            self._remove.detach()
             threading.Thread(target=_remove_tree, args=(str(root), self._owner), name="rpcnb-remove").start()

@@ -437,3 +437,19 @@ def test_the_queue_keeps_the_order_of_priorities_and_arrival(data: st.DataObject
         assert not (queue.free and queue.waiting)
     assert pairs == model.pairs
     assert (len(queue.free), len(queue.waiting)) == (len(model.free), len(model.waiting))
+
+
+def test_places_of_long_queues_are_told_seldom(
+    tracking: Tracking, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tell() -> None:
+        told.append(clock.now)
+        clock.now += 0.1
+
+    told: list[float] = []
+    monkeypatch.setattr(tracking, "_tell_places", tell)
+    begun = clock.now
+    while clock.now < begun + 5:
+        tracking.sweep()
+        clock.now += 0.5
+    assert [round(at - begun, 3) for at in told] == [0.0, 2.1, 4.2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -334,6 +335,21 @@ def test_sys_exit_in_a_callback_function_is_that_functions_failure(registry: Reg
     client = Client(Environment(registry=registry))
     assert client.call_error("leave") == "4"
     client.send(Shutdown())
+
+
+@pytest.mark.parametrize(("kind", "leaves"), [(SystemExit, False), (KeyboardInterrupt, True)])
+def test_a_session_that_exits_while_it_is_shut_down_ends_nothing(
+    caplog: pytest.LogCaptureFixture, kind: type[BaseException], leaves: bool
+) -> None:
+    class Leaving(ServingSession):
+        def shutdown(self) -> None:
+            raise kind
+
+    client = Client(Environment(local_session=Leaving))
+    with pytest.raises(KeyboardInterrupt) if leaves else contextlib.nullcontext():
+        client.send(Shutdown())
+    assert "test: shutdown of Leaving failed" in caplog.text
+    caplog.clear()
 
 
 def test_a_session_that_fails_to_shut_down_is_logged(caplog: pytest.LogCaptureFixture) -> None:
