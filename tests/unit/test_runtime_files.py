@@ -435,7 +435,8 @@ def test_a_forked_child_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("kind", ["many files", "a deep one", "a large one"])
 def test_much_is_removed_in_a_thread(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rpcnb.runtime.files._LITTLE", 3)
-    removing, removers = threading.Event(), []
+    removing = threading.Event()
+    removers: list[threading.Thread] = []
 
     def remove(path: str, **_: Any) -> None:
         if path == str(root):  # else one that another test has left
