@@ -68,7 +68,10 @@ class Started(Stoppable):
         self.finished = False
         self.for_kernel = False
         self.args = args
-        self.nbytes = sum(len(value) for value in args if isinstance(value, _SIZED))
+        self.nbytes = 0
+        for value in args:
+            if isinstance(value, _SIZED):
+                self.nbytes += len(value)
 
     def __call__(self, result: Any = None) -> None:
         """Complete with an encoded return sequence."""
