@@ -18,6 +18,7 @@ from rpcnb.values import DType, dtype
 
 __all__ = ["as_wire_array", "dtype_of", "numpy_dtype", "pack", "plain_array", "unpack", "wire_bytes"]
 
+_WIDEST = 16  # bytes; of more bits the wire's byte cannot tell (long complex numbers)
 _KINDS = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
 _LETTERS = {0: "i", 1: "u", 2: "f", 5: "c"}
 
@@ -57,9 +58,6 @@ def numpy_dtype(kind: DType) -> np.dtype[Any]:
         bits = max(8, 1 << (kind.bits - 1).bit_length())
         return np.dtype(f"<{'i' if kind.code == 0 else 'u'}{bits // 8}")
     raise CopyMismatch(f"numpy has no type for {kind}")
-
-
-_WIDEST = 16  # bytes; of more bits the wire's byte cannot tell (long complex numbers)
 
 
 def dtype_of(array: np.ndarray[Any, Any]) -> DType:

@@ -30,6 +30,8 @@ _MAX_NAME = 255
 _ENTRIES, _BYTES_AN_ENTRY = 1024, 4096
 _PINNED = ".lib-"  # how the names of loaded libraries begin
 _HIDDEN = (_PINNED, ".upload-")
+_LITTLE = 64  # files and folders, or MiB, that are removed in no time
+_MOST_AT_ONCE = 16 << 20  # bytes of one part of a download
 _MOST_OF_NAME = 50  # characters, of four bytes at most, that are kept of a library's name
 
 
@@ -58,10 +60,6 @@ def check_name(name: str) -> None:
     if bad:
         shown = name if len(name) <= 60 else f"{name[:57]}..."
         raise AccessDenied(f"file name {shown!r} is refused; expected a relative name inside the session's directory")
-
-
-_LITTLE = 64  # files and folders, MiB
-_MOST_AT_ONCE = 16 << 20  # bytes of one part of a download
 
 
 class StoredFile:
@@ -243,10 +241,10 @@ class SessionFiles:
 
     def _held_by(self, path: Path) -> int:
         """Return the bytes that are free when a file's name goes: none while a pinned path has its content."""
-        try:
-            return self._sizes.get(path, 0) if path.stat().st_nlink == 1 else 0
-        except OSError:  # a function has removed it
-            return self._sizes.get(path, 0)
+        with contextlib.suppress(OSError):  # a function has removed it
+            if path.stat().st_nlink != 1:
+                return 0
+        return self._sizes.get(path, 0)
 
     def _make_room(self, path: Path) -> None:
         """Make the folders of a file that is about to get its name; what is new is counted.
