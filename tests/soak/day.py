@@ -1,4 +1,4 @@
-"""An ordinary day, quickly: python tests/soak/day.py --minutes 10 [--seed S] [--only calls,cells,...]
+"""An ordinary day, quickly: python tests/soak/day.py --minutes 40 --warm-up 20 [--seed S] [--only calls,cells,...]
 
 One session is used and others are opened and closed: calls of every kind, submitted and out of time, copies, files,
 remote cells, while a panel of everything is open. After a warm-up, memory grows by less than 1 MiB per 100,000
@@ -41,7 +41,7 @@ LIMIT = 30.0  # seconds for an operation
 PER = 100_000  # operations
 MOST = 1 << 20  # bytes that they may leave behind
 BLUR = 1 << 20  # bytes that an allocator's fragments make of a resident size, whatever is done
-WARM_UP = 0.25  # of the time; a short day has not warmed up when it begins to count
+WARM_UP = 0.25  # of the time, where none is given; a short day has not warmed up when it begins to count
 WORKERS = 4  # threads that a pool may have made meanwhile, as more were needed at once
 SERVER_STATE = """\
 import gc as _gc, os as _os, threading as _threading
@@ -212,22 +212,24 @@ def main() -> int:
     """Work, look, work, and look again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--warm-up", type=float, metavar="MINUTES", help="of these minutes; else a quarter")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=functools.partial(str.split, sep=","), default=[*OPERATIONS])
     parser.add_argument("--trace", action="store_true")
     options = parser.parse_args()
+    warm_up = options.minutes * WARM_UP if options.warm_up is None else options.warm_up
     view, bridge = _View(), Bridge()
     with start_server() as address:
         day = Day(address, options.seed)
         bridge.add(view)
-        run(day, options.only, time.monotonic() + options.minutes * 60 * WARM_UP)
+        run(day, options.only, time.monotonic() + warm_up * 60)
         if options.trace:
             tracemalloc.start(8)
             run(day, options.only, time.monotonic() + 5)
             gc.collect()
             traced = tracemalloc.take_snapshot()
         servers, ours = settled(day.servers, None), settled(day.ours, None)  # in this order: asking opens a lane
-        count = run(day, options.only, time.monotonic() + options.minutes * 60 * (1 - WARM_UP))
+        count = run(day, options.only, time.monotonic() + (options.minutes - warm_up) * 60)
         ours_after, servers_after = settled(day.ours, ours), settled(day.servers, servers)
         if options.trace:
             for line in tracemalloc.take_snapshot().compare_to(traced, "lineno")[:12]:
