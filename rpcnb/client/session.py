@@ -257,7 +257,8 @@ class Session(CellMethods, SessionBase):
             TypeError: ``operation`` is not one of this session's.
         """
         progress = options.pop("progress", None)
-        self._operations()
+        if self._ops.link.wire.is_parents:
+            self._operations()  # opens a connection of this process's own
         work = record(self, operation, args, options)
         limit = self.timeout if timeout is None else timeout
         if work.moving is None:

@@ -99,6 +99,10 @@ class Control:
         functions: Handles of the server's functions, by name.
         numbers: Gives the session's calls their numbers.
         on_end: Called with the error when the lane is lost.
+
+    Attributes:
+        answers: Polls that were answered: the server lives.
+        ended: What ended it; None while it is of use.
     """
 
     def __init__(
@@ -109,12 +113,12 @@ class Control:
         self._on_end = on_end
         self._numbers = numbers
         self._calls: dict[int, StartedTicket] = {}
-        self.answers = 0  # polls that were answered: the server lives
+        self.answers = 0
         self._polls = 0  # on the way
         self._asks = False  # it will be seen in a moment whether another is needed
         self._started = 0  # ordinal of the last start
         self._behind = 0  # ordinal of the last poll
-        self._ended: RpcError | None = None
+        self.ended: RpcError | None = None
         self._ask()
 
     def start(
@@ -134,9 +138,9 @@ class Control:
         ticket = StartedTicket(request, next(self._numbers), self)
         ticket.on_output = on_output
         self._calls[ticket.number] = ticket
-        if self._ended is not None:  # looked at after that: whoever ends the lane now finds the call
+        if self.ended is not None:  # looked at after that: whoever ends the lane now finds the call
             self._calls.pop(ticket.number, None)
-            raise self._ended.again()
+            raise self.ended.again()
         limit = float(seconds + _GRACE if seconds else 0)
         arguments = (ticket.number, limit, int(request.handle), *request.args)
         try:
@@ -196,7 +200,7 @@ class Control:
 
     def _ask_behind(self, step: int, answers: int) -> None:
         self._asks = False
-        if self._ended is not None or self._polls >= _MOST_POLLS or (step and self.answers != answers):
+        if self.ended is not None or self._polls >= _MOST_POLLS or (step and self.answers != answers):
             return
         if step or self._behind < self._started:
             self._ask()
@@ -250,18 +254,13 @@ class Control:
             self.settle(ticket, None, error if known else RemoteProtocolError(f"expected output of a call: {error}"))
 
     def _end(self, error: RpcError) -> None:
-        if self._ended is not None:
+        if self.ended is not None:
             return
-        self._ended = error.again()
+        self.ended = error.again()
         self._on_end(error)
         self.link.fail(error)  # nobody polls it any more
         for ticket in list(self._calls.values()):
             self.settle(ticket, None, error.again())
-
-    @property
-    def ended(self) -> bool:
-        """Tell whether it is of no use any more."""
-        return self._ended is not None
 
     def owed(self) -> list[StartedTicket]:
         """Return the tickets of calls that somebody waits for."""
@@ -299,7 +298,7 @@ class LanesBase:
     def opened(self) -> Control | None:
         """The control lane, if it is open."""
         control = self.control_lane
-        return None if control is None or control.ended else control
+        return None if control is None or control.ended is not None else control
 
     @property
     def missing_bulk(self) -> int:

@@ -49,13 +49,15 @@ class Lanes(LanesBase):
         Raises:
             DeadlineExceeded: The time of the operation that wants it was over first.
         """
-        if self.opened is None and not self.refused:
-            with self._opening.held(deadline, self.name):
-                if self.opened is None and not (self.refused or self.closed):
-                    found = self._open(CONTROL_LANE, look_up_control(), deadline)
-                    if found is not None:
-                        self.control_lane = Control(*found, self.numbers, self.control_lost)
-                        self.close_again()
+        control = self.opened
+        if control is not None or self.refused:
+            return control
+        with self._opening.held(deadline, self.name):
+            if self.opened is None and not (self.refused or self.closed):
+                found = self._open(CONTROL_LANE, look_up_control(), deadline)
+                if found is not None:
+                    self.control_lane = Control(*found, self.numbers, self.control_lost)
+                    self.close_again()
         return self.opened
 
     def bulk(self, deadline: Deadline = NO_DEADLINE) -> Link | None:

@@ -85,7 +85,8 @@ class Link:
     def send(self, request: Request) -> Ticket:
         """Queue ``request``, frees of finalizers in front of it, and send what the socket takes."""
         wire = self.wire
-        self._refuse_nesting()
+        if wire.is_in_step():
+            raise self._nested()
         with wire.lock:
             if self.garbage:
                 wire.queue_garbage()
@@ -98,7 +99,8 @@ class Link:
     def send_soon(self, request: Request) -> Ticket:
         """Queue ``request``; while replies are owed it leaves with others, at the latest with the next reply."""
         wire = self.wire
-        self._refuse_nesting()
+        if wire.is_in_step():
+            raise self._nested()
         with wire.lock:
             if self.garbage:
                 wire.queue_garbage()
@@ -111,7 +113,8 @@ class Link:
     def submit_call(self, packet: bytes, operation: Any) -> None:
         """Send a plain call soon, as ``operation.ticket``; whoever receives its reply calls ``operation.resume()``."""
         wire = self.wire
-        self._refuse_nesting()
+        if wire.is_in_step():
+            raise self._nested()
         with Guard():
             with wire.lock:
                 if self.garbage:
@@ -141,7 +144,8 @@ class Link:
     def send_calls(self, handle: int, calls: list[tuple[Any, ...]]) -> list[Ticket]:
         """Queue calls of one function, and send what the socket takes."""
         wire = self.wire
-        self._refuse_nesting()
+        if wire.is_in_step():
+            raise self._nested()
         with wire.lock:
             wire.queue_garbage()
             tickets = wire.queue_calls(handle, calls)
@@ -165,7 +169,8 @@ class Link:
             DeadlockError: This very thread waits for another reply of this connection already.
         """
         wire = self.wire
-        self._refuse_nesting()
+        if wire.is_in_step():
+            raise self._nested()
         self._refuse_nested_wait()
         with wire.lock:
             if self.garbage:
@@ -254,7 +259,8 @@ class Link:
             DeadlockError: This very thread waits for another reply of this connection already.
         """
         while not ticket.done:
-            self._refuse_nesting()
+            if self.wire.is_in_step():
+                raise self._nested()
             self._refuse_nested_wait()
             with self.wire.lock:
                 if ticket.done:
@@ -282,10 +288,9 @@ class Link:
         self._pumper = _thread.get_ident()
         self._let_go = self._adopted
 
-    def _refuse_nesting(self) -> None:
-        """Refuse what a signal's handler or a finalizer asks in the middle of a step of its own thread."""
-        if self.wire.is_in_step():
-            raise DeadlockError(f"{self.peer}: this thread is in the middle of another operation; {_NESTED}")
+    def _nested(self) -> DeadlockError:
+        """Return what refuses a signal's handler or a finalizer that asks in the middle of a step of its own thread."""
+        return DeadlockError(f"{self.peer}: this thread is in the middle of another operation; {_NESTED}")
 
     def _refuse_nested_wait(self) -> None:
         """Refuse to wait inside a wait: the outer one receives for everyone, and it stands still meanwhile."""

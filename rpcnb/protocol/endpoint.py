@@ -68,6 +68,9 @@ class Kind(str, Enum):
     SHUTDOWN = "shutdown"
 
 
+_REQUEST, _REPLY = Kind.REQUEST, Kind.REPLY
+
+
 # Which (sender, kind) is legal where, and where it leads. A server that speaks unasked can only be announcing that
 # the session's time is over.
 TRANSITIONS: dict[State, dict[tuple[Role, Kind], State]] = {
@@ -163,7 +166,7 @@ class Endpoint(PacketReader):
             if kind is Kind.SHUTDOWN:
                 self._start = self._end
             return message
-        if kind is Kind.REPLY and self.owed:
+        if kind is _REPLY and self.owed:
             request = self.owed.popleft()
             if not self.owed and self.state is State.BUSY:
                 self.state = State.IDLE
@@ -221,11 +224,11 @@ class Endpoint(PacketReader):
         """
         kind = _KINDS[type(message)]
         after = self._after(self.role, kind)
-        if kind is Kind.REPLY:
+        if kind is _REPLY:
             message = self.takes.fit(message)  # type: ignore[arg-type]  # a reply, by its kind
         buffers = encode_packet(message)
         self.state = after
-        if kind is Kind.REQUEST:
+        if kind is _REQUEST:
             self.owed.append(message)  # type: ignore[arg-type]  # a request, by its kind
         return buffers
 

@@ -79,8 +79,8 @@ class PeerLimits:
         """
         kind = type(reply)
         if kind is Return:
-            for value in reply.values:  # type: ignore[union-attr]  # a Return
-                if type(value) not in _ORDINARY:
+            if not _ORDINARY.issuperset(map(type, reply.values)):  # type: ignore[union-attr]  # a Return
+                for value in reply.values:  # type: ignore[union-attr]  # likewise
                     self._check(plain(value))
         elif kind is Raised:
             return self._cut(reply)  # type: ignore[arg-type]  # a Raised

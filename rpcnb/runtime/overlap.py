@@ -12,6 +12,7 @@ carries starts, cancels and the poll.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import weakref
@@ -146,10 +147,10 @@ class Calls:
         with self._lock:
             if number in self._running:
                 raise ArgumentError(0, f"{number}, the number of a call that is running", "a new number")
-            if max(len(self._running) + len(self._outcomes), len(self._plain)) >= self._most:
+            if len(self._running) + len(self._outcomes) >= self._most or len(self._plain) >= self._most:
                 raise LimitExceeded(f"{self._most} started calls are not collected yet; collect some first")
             before = self._kept + self._held
-            if before and before + call.nbytes > self._most_bytes:
+            if before + call.nbytes > self._most_bytes and before:
                 raise LimitExceeded(
                     f"started calls hold {before} bytes of arguments and outcomes, outcomes={self._most_bytes}; "
                     "collect some first"
@@ -211,10 +212,8 @@ class Calls:
     def _perform_if_wanted(self, call: Started, handle: int) -> None:
         """Perform a call, unless it was given up while it waited."""
         args = call.args  # before the look: who ends a call takes them away
-        if not call.finished:
-            self._perform(call, handle, args)
-
-    def _perform(self, call: Started, handle: int, args: tuple[Value, ...]) -> None:
+        if call.finished:
+            return
         token = CALL.set(call)
         try:
             self._session.async_call(handle, args, call)
@@ -244,12 +243,10 @@ class Calls:
 
     def _take(self) -> bytes:
         """Return the records that wait, as many as the client takes at once. Lock held."""
-        count = nbytes = 0
-        for record in self._outcomes:
-            nbytes += len(record)
-            if count and nbytes > self.takes.bytes:
-                break
-            count += 1
+        count = len(self._outcomes)
+        if self._kept > self.takes.bytes:
+            together = itertools.accumulate(map(len, self._outcomes))
+            count = max(1, sum(nbytes <= self.takes.bytes for nbytes in together))
         data, self._outcomes = b"".join(self._outcomes[:count]), self._outcomes[count:]
         self._kept -= len(data)
         self._waiting = min(self._waiting, self._kept)
@@ -308,7 +305,8 @@ class Calls:
         """Keep the outcome of a call for the poll; from any thread."""
         try:
             record = write_record(call.id, self.takes.fit(reply))  # type: ignore[arg-type]  # one of the two
-            self.takes.check_bytes(len(record), "encoded", "bytes_argument", self.takes.bytes)
+            if len(record) > self.takes.bytes:
+                self.takes.check_bytes(len(record), "encoded", "bytes_argument", self.takes.bytes)
         except BaseException as error:
             record = write_record(call.id, self.takes.fit(self.raised(error)))  # type: ignore[arg-type]  # likewise
         with self._lock:

@@ -232,11 +232,12 @@ class Servant:
                     continue
             if self.route is not None:
                 place = self._placement(message)
-                refusal = self.why_refused() if place == "thread" else ""
-                if refusal:
-                    message = Malformed(LimitExceeded(refusal))
-                elif place != "any" and self.route(message, place):
-                    return True
+                if place != "any":
+                    refusal = self.why_refused() if place == "thread" else ""
+                    if refusal:
+                        message = Malformed(LimitExceeded(refusal))
+                    elif self.route(message, place):
+                        return True
             self.perform(message)
         return False
 
