@@ -16,33 +16,23 @@ holds the GIL stalls every server in its process; only a helper process would no
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import os
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from rpcnb import events, parts
+from rpcnb import parts
 from rpcnb.errors import AccessDenied
 from rpcnb.protocol.codes import Limits
 from rpcnb.runtime.access import Gate, check_token, new_token
-from rpcnb.runtime.completion import is_ours
-from rpcnb.runtime.environment import Environment
-from rpcnb.runtime.tasks import spawn_on
-from rpcnb.server.connection import ClientState, Connection, Draining
-from rpcnb.server.lanes import Lanes
-from rpcnb.server.workers import WorkerPool
+from rpcnb.server.connection import Connection
+from rpcnb.server.host import SessionHost
 from rpcnb.transport import forks, interval
 from rpcnb.transport.address import is_loopback, parse_address, show_address, tracker_pair
 from rpcnb.transport.halfopen import HalfOpen, within_descriptors
-from rpcnb.transport.kernel import BUSY_AFTER, KernelLoop
 from rpcnb.transport.listen import Acceptor, listen
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
-from rpcnb.transport.refusals import Refusals
-from rpcnb.transport.watcher import make_watcher
-from rpcnb.values import StaysHere
 
 if TYPE_CHECKING:
     import socket
@@ -69,7 +59,7 @@ def all_servers() -> list[Server]:
     return [server for server in _servers.copy() if not server.closed]
 
 
-class Server(StaysHere):
+class Server(SessionHost):
     """An RPC server; it listens when the constructor returns.
 
     Args:
@@ -160,8 +150,6 @@ class Server(StaysHere):
             raise ValueError(f"expected a switch interval of more than 0 s, got {switch_interval}")
         if not key.isprintable() or any(letter.isspace() for letter in key):
             raise ValueError(f"expected a key without white space, got {key!r}")
-        self.name = f"server:{key}" if key else "server"
-        self.key = key
         self.custom_addr = custom_addr
         self._proxy = parse_address(host, port) if is_proxy else None
         self.token = self._choose_token(host if self._proxy is None else self._proxy.host, token, insecure)
@@ -169,61 +157,44 @@ class Server(StaysHere):
             raise AccessDenied(
                 "without a token anybody here could run code as this user; insecure=True (--insecure) allows that"
             )
-        self.limits = limits or Limits()
         # With a tracker or a proxy one session at a time, as in TVM: whoever got the board has it alone.
         self.max_sessions = 1 if max_sessions is None and (tracker_addr or is_proxy) else max_sessions
-        self.kernel = KernelLoop.running(self._waits_for_kernel)
-        self.log_level = logging.DEBUG if silent else logging.INFO
-        self.workers = WorkerPool("rpcnb")
-        self.lanes: Lanes[Connection] = Lanes()
         if trust_tracker and not (tracker_addr or is_proxy):
             raise ValueError("trust_tracker=True needs a tracker (tracker_addr=) or a proxy (is_proxy=True)")
         if is_proxy and tracker_addr:
             raise ValueError("a server behind a proxy is registered by the proxy; leave tracker_addr out")
-        self.gate = Gate(
+        limits = limits or Limits()
+        gate = Gate(
             key,
             self.token,
             time.monotonic,
-            self.limits.auth_failures,
+            limits.auth_failures,
             tracked=bool(tracker_addr),
             trusts_tracker=trust_tracker,
         )
-        self._own_loop = LoopThread("rpcnb-server") if loop is None else None
-        self.io_loop: IOLoop = loop if loop is not None else self._own_loop.io_loop  # type: ignore[union-attr]  # one is set
-        asyncio_loop = self.io_loop.asyncio_loop
-        self.environment = Environment(
-            limits=self.limits,
-            native=bool(self.token) or allow_native,
-            expose_ffi=expose_ffi,
-            trusted_paths=trusted_paths,
-            default_run=run,
-            spawn=lambda awaitable, done: spawn_on(asyncio_loop, awaitable, done),
-            run_in_thread=self.workers.submit,
-            run_in_kernel=self.kernel,
-            later=self._later,
-            local_session=session,
-            status=self._status,
-        )
+        powers: dict[str, Any] = {
+            "native": bool(self.token) or allow_native,
+            "expose_ffi": expose_ffi,
+            "trusted_paths": trusted_paths,
+            "default_run": run,
+            "local_session": session,
+        }
         if registry is not None:
-            self.environment.registry = registry
+            powers["registry"] = registry
         if allow_exec:
             from rpcnb.cells.cells import Cells
             from rpcnb.cells.runners import Worker
 
-            self.environment.cells = Cells(Worker() if allow_exec is True else allow_exec)
-        self._install_constructors()
-        self.observers = events.Observers(events.observers)
-        self.refusals = Refusals(log, time.monotonic)
-        self._connections: dict[Connection, None] = {}  # in order of arrival
+            powers["cells"] = Cells(Worker() if allow_exec is True else allow_exec)
+        self._own_loop = LoopThread("rpcnb-server") if loop is None else None
+        io_loop: IOLoop = loop if loop is not None else self._own_loop.io_loop  # type: ignore[union-attr]  # one is set
+        super().__init__(key, io_loop, gate, limits, logging.DEBUG if silent else logging.INFO, powers)
         self._half_open: HalfOpen[Connection] = HalfOpen(
             lambda connection: connection.close(),
             self.limits.half_open,
             self.limits.half_open_per_address,
             self.limits.exempt_loopback,
         )
-        self._sessions = 0
-        self.draining: dict[Connection, Draining] = {}
-        self._closed = False
         self._listeners: list[socket.socket] = []
         self._acceptor: Acceptor | None = None
         self._web: Any = None
@@ -274,11 +245,6 @@ class Server(StaysHere):
             return None
         return new_token()
 
-    def _install_constructors(self) -> None:
-        from rpcnb.server.hop import connect_constructor
-
-        self.environment.constructors["rpc.Connect"] = connect_constructor
-
     # -- on the loop ---------------------------------------------------------------------------------------------
 
     def _start(
@@ -287,8 +253,7 @@ class Server(StaysHere):
         allow_origin: Sequence[str],
         tracker: tuple[str, int] | None,
     ) -> None:
-        self.watcher = make_watcher(self.io_loop)
-        self.io_loop.call_later(_LOOK, self._look)
+        self._begin()
         if web_port is not None:
             self._open_web(web_port, allow_origin)
         self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._half_open.drop_oldest)
@@ -320,11 +285,6 @@ class Server(StaysHere):
         names = [*allow_origin, *([self.custom_addr] if self.custom_addr else [])]
         host = self.host if self._proxy is None else "127.0.0.1"
         self._web = WebPort(host, port, self._admit, names, (), self.name, self.limits, self.refusals)
-
-    def adopt(self, connection: Connection) -> None:
-        """Take a connection that the server has dialled."""
-        self._connections[connection] = None
-        self.watcher.add(connection.fd, connection.ready)
 
     def _handshake_over(self, connection: Connection) -> None:
         if connection.servant is None or connection.refused:
@@ -372,56 +332,29 @@ class Server(StaysHere):
         age = time.monotonic() - one.since
         return f"server is draining: {one.function!r} of {one.peer} still runs, {age:.0f} s after its session"
 
-    def why_refused(self) -> str:
-        """Say why no plain function can be run now; empty if one can."""
-        count, most = len(self.draining), self.limits.draining
-        if count < most:
-            return ""
-        return f"{count} functions go on running here after their sessions, draining={most}; try again later"
-
     def opened(self, connection: Connection) -> None:
         """Note that a handshake has succeeded."""
         self._half_open.forget(connection)
         if connection.deadline is not None:
             self.io_loop.remove_timeout(connection.deadline)
             connection.deadline = None
-        if connection.lane:
-            return
-        if self._registration is not None:
+        if self._registration is not None and not connection.lane:
             self._registration.opened(connection.key.key, connection.peer, connection.key.timeout)
-        self._sessions += 1
-        log.log(self.log_level, "%s: session of %s opened", self.name, connection.peer)
-        self.tell(events.ConnectionAccepted, peer=connection.peer)
-        self._hook("tvm.rpc.server.start")
+        super().opened(connection)
 
-    def closed_connection(self, connection: Connection) -> None:
-        """Note that a connection is gone."""
-        if self._connections.pop(connection, connection) is connection:
-            return
-        if connection.servant is None or connection.refused:
-            self._half_open.forget(connection)
-            return
-        for lane in self.lanes.leave(connection):
-            lane.close()
-        if not connection.lane:
-            self._sessions -= 1
-            log.log(self.log_level, "%s: session of %s ended", self.name, connection.peer)
-            self._hook("tvm.rpc.server.shutdown")
-            running = "" if self._closed else connection.still_runs()
-            if running:
-                told = "%s: the session of %s is over, %r still runs: draining"
-                log.log(self._drain_level, told, self.name, connection.peer, running)
-                self.draining[connection] = Draining(running, connection.peer, time.monotonic())
-                self.workers.write_off(len(self.draining))
-                if self._registration is not None:
-                    self._registration.changed()
-            else:
-                self._place_is_free(connection)
+    def _never_opened(self, connection: Connection) -> None:
+        """Note that a connection is gone that never was a session."""
+        self._half_open.forget(connection)
 
     @property
     def _drain_level(self) -> int:
         """At which it is logged that something still runs: where nobody else gets the board meanwhile, as a warning."""
         return self.log_level if self.max_sessions is None else logging.WARNING
+
+    def _drains(self, connection: Connection) -> None:
+        """Note that a session is over, of which something still runs."""
+        if self._registration is not None:
+            self._registration.changed()
 
     def _place_is_free(self, connection: Connection) -> None:
         """Note that a session has ended, and nothing of it runs any more."""
@@ -429,58 +362,6 @@ class Server(StaysHere):
             self._registration.ended(connection.key.key)
         if self._dial_out is not None:
             self._dial_out.ended()
-
-    def _look(self) -> None:
-        """Look after clients whose sockets nobody reads, and after what still runs; twice a second."""
-        self.refusals.sweep()
-        for connection in list(self._connections):
-            connection.look()
-        for connection, one in list(self.draining.items()):
-            if not connection.still_runs():
-                seconds = time.monotonic() - one.since
-                told = "%s: %r has ended, %.1f s after its session"
-                log.log(self._drain_level, told, self.name, one.function, seconds)
-                del self.draining[connection]
-                self.workers.write_off(len(self.draining))
-                self._place_is_free(connection)
-        if not self._closed:
-            self.io_loop.call_later(_LOOK, self._look)
-
-    def tell(self, kind: type[Any], **facts: Any) -> None:
-        """Tell the observers, if there are any."""
-        if self.observers:
-            self.observers.tell(kind(source=self.name, time=time.monotonic(), **facts))
-
-    def _later(self, seconds: float, function: Callable[[], object]) -> Callable[[], object]:
-        """Call ``function`` on the loop after some seconds; from any thread. Returns what cancels that."""
-        loop = self.io_loop.asyncio_loop
-        timers: list[asyncio.TimerHandle] = []
-        cancelled = False
-
-        def arm() -> None:
-            if not cancelled:
-                timers.append(loop.call_later(seconds, lambda: None if cancelled else function()))
-
-        def cancel() -> None:
-            nonlocal cancelled
-            cancelled = True
-            with contextlib.suppress(RuntimeError):  # the loop has been closed
-                for timer in timers:
-                    loop.call_soon_threadsafe(timer.cancel)
-
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(arm)
-        return cancel
-
-    def _hook(self, name: str) -> None:
-        entry = self.environment.registry.get(name)
-        if entry is not None:
-            try:
-                entry.call()
-            except BaseException as error:  # SystemExit would end the loop
-                log.exception("%s: hook %s failed", self.name, name)
-                if is_ours(error):
-                    raise
 
     # -- for users -----------------------------------------------------------------------------------------------
 
@@ -516,65 +397,9 @@ class Server(StaysHere):
         registration, dial_out = self._registration, self._dial_out
         return (registration is not None and registration.connected) or (dial_out is not None and dial_out.waiting)
 
-    @property
-    def pending(self) -> list[ClientState]:
-        """What each client's session is doing: its state, the function in progress and its age, requests behind it."""
-        return [
-            connection.describe()
-            for connection in list(self._connections)
-            if connection.servant is not None and not connection.lane
-        ]
-
-    @property
-    def kernel_busy(self) -> float | None:
-        """Seconds for which a blocking cell has kept a function with ``run="kernel"`` waiting; None if none does."""
-        since = None if self.kernel is None else self.kernel.busy_since
-        return None if since is None else time.monotonic() - since
-
-    def _waits_for_kernel(self, address: object, number: int | None) -> bool:
-        """Tell whether the client at ``address`` waits for a function on the kernel's loop."""
-        return any(
-            connection.waits_for_kernel(number)
-            for connection in list(self._connections)
-            if connection.address == address
-        )
-
-    def _status(self, say: Callable[[dict[str, Any]], object]) -> None:
-        """Say how the server is; where functions run on the kernel's loop, once it is known whether that is busy."""
-        said = False
-
-        def tell() -> None:
-            nonlocal said
-            if not said:
-                said = True
-                busy = self.kernel_busy
-                say({"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, **self._counts()})
-
-        if self.kernel is None or self.environment.default_run != "kernel":
-            tell()
-        else:
-            self.kernel(lambda: self.io_loop.add_callback(tell))
-            self.io_loop.call_later(BUSY_AFTER + 0.05, tell)
-
-    def _counts(self) -> dict[str, Any]:
-        """Return what is open, and what still runs."""
-        now = time.monotonic()
-        still = [{"function": one.function, "seconds": now - one.since} for one in self.draining.values()]
-        return {"sessions": self._sessions, "draining": still}
-
     def panel(self) -> Any:
         """Return a live view of this server and its clients, for a notebook."""
         return parts.find("panel")("servers", server=self)
-
-    @property
-    def sessions(self) -> int:
-        """Sessions that are open."""
-        return self._sessions
-
-    @property
-    def closed(self) -> bool:
-        """Tell whether it has been closed."""
-        return self._closed
 
     def close(self) -> None:
         """Stop listening, end all sessions, and return when everything is released. Idempotent."""
@@ -607,9 +432,7 @@ class Server(StaysHere):
         for part in (self._registration, self._dial_out, self._web, self._acceptor):
             if part is not None:
                 part.close()
-        for connection in list(self._connections):
-            connection.close()
-        self.watcher.close()
+        super()._stop()
 
     def __enter__(self) -> Server:
         return self

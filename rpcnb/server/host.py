@@ -1,0 +1,283 @@
+"""What serves sessions on a loop: a server, or the process of one isolated session."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from rpcnb import events
+from rpcnb.runtime.completion import is_ours
+from rpcnb.runtime.environment import Environment
+from rpcnb.runtime.tasks import spawn_on
+from rpcnb.server.connection import ClientState, Connection, Draining
+from rpcnb.server.lanes import Lanes
+from rpcnb.server.workers import WorkerPool
+from rpcnb.transport.kernel import BUSY_AFTER, KernelLoop
+from rpcnb.transport.refusals import Refusals
+from rpcnb.transport.watcher import make_watcher
+from rpcnb.values import StaysHere
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from tornado.ioloop import IOLoop
+
+    from rpcnb.protocol.codes import Limits
+    from rpcnb.runtime.access import Gate
+
+__all__ = ["SessionHost"]
+
+log = logging.getLogger(__name__)
+
+_LOOK = 0.5  # seconds
+
+
+class SessionHost(StaysHere):
+    """Connections, their sessions and what these share, on a loop.
+
+    Args:
+        key: Key of the server.
+        io_loop: Where connections are served.
+        gate: Decides who may enter.
+        limits: What clients may ask for.
+        log_level: Of the usual: who comes and goes.
+        powers: Further facts of the sessions' :class:`~rpcnb.runtime.environment.Environment`.
+    """
+
+    def __init__(
+        self, key: str, io_loop: IOLoop, gate: Gate, limits: Limits, log_level: int, powers: dict[str, Any]
+    ) -> None:
+        self.name = f"server:{key}" if key else "server"
+        self.key = key
+        self.io_loop = io_loop
+        self.gate = gate
+        self.limits = limits
+        self.log_level = log_level
+        self.kernel = KernelLoop.running(self._waits_for_kernel)
+        self.workers = WorkerPool("rpcnb")
+        self.lanes: Lanes[Connection] = Lanes()
+        self.observers = events.Observers(events.observers)
+        self.refusals = Refusals(log, time.monotonic)
+        self.draining: dict[Connection, Draining] = {}
+        self._connections: dict[Connection, None] = {}  # in order of arrival
+        self._sessions = 0
+        self._closed = False
+        asyncio_loop = io_loop.asyncio_loop
+        self.environment = Environment(
+            limits=limits,
+            spawn=lambda awaitable, done: spawn_on(asyncio_loop, awaitable, done),
+            run_in_thread=self.workers.submit,
+            run_in_kernel=self.kernel,
+            later=self._later,
+            status=self._status,
+            **powers,
+        )
+        self._install_constructors()
+
+    def _install_constructors(self) -> None:
+        from rpcnb.server.hop import connect_constructor
+
+        self.environment.constructors["rpc.Connect"] = connect_constructor
+
+    # -- on the loop ---------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Begin to look after connections."""
+        self.watcher = make_watcher(self.io_loop)
+        self.io_loop.call_later(_LOOK, self._look)
+
+    def adopt(self, connection: Connection) -> None:
+        """Take a connection that was not accepted here: dialled, or handed over."""
+        self._connections[connection] = None
+        self.watcher.add(connection.fd, connection.ready)
+
+    def takes_over(self, connection: Connection) -> bool:
+        """Tell whether another process serves a client that has been greeted, from now on."""
+        return False
+
+    @property
+    def full(self) -> bool:
+        """Tell whether there is no room for a session."""
+        return False
+
+    @property
+    def is_crowded(self) -> bool:
+        """Tell whether more connections would leave none of the process's descriptors for others."""
+        return False
+
+    def why_full(self) -> str:
+        """Return what to say to a client for whom there is no room."""
+        return ""
+
+    def why_refused(self) -> str:
+        """Say why no plain function can be run now; empty if one can."""
+        count, most = len(self.draining), self.limits.draining
+        if count < most:
+            return ""
+        return f"{count} functions go on running here after their sessions, draining={most}; try again later"
+
+    def opened(self, connection: Connection) -> None:
+        """Note that a handshake has succeeded."""
+        if connection.lane:
+            return
+        self._sessions += 1
+        log.log(self.log_level, "%s: session of %s opened", self.name, connection.peer)
+        self.tell(events.ConnectionAccepted, peer=connection.peer)
+        self._hook("tvm.rpc.server.start")
+
+    def closed_connection(self, connection: Connection) -> None:
+        """Note that a connection is gone."""
+        if self._connections.pop(connection, connection) is connection:
+            return
+        if connection.servant is None or connection.refused:
+            self._never_opened(connection)
+            return
+        for lane in self.lanes.leave(connection):
+            lane.close()
+        if connection.lane:
+            return
+        self._sessions -= 1
+        log.log(self.log_level, "%s: session of %s ended", self.name, connection.peer)
+        self._hook("tvm.rpc.server.shutdown")
+        running = "" if self._closed else connection.still_runs()
+        if not running:
+            self._place_is_free(connection)
+            return
+        told = "%s: the session of %s is over, %r still runs: draining"
+        log.log(self._drain_level, told, self.name, connection.peer, running)
+        self.draining[connection] = Draining(running, connection.peer, time.monotonic())
+        self.workers.write_off(len(self.draining))
+        self._drains(connection)
+
+    def _never_opened(self, connection: Connection) -> None:
+        """Note that a connection is gone that never was a session."""
+
+    @property
+    def _drain_level(self) -> int:
+        """At which it is logged that something still runs."""
+        return self.log_level
+
+    def _drains(self, connection: Connection) -> None:
+        """Note that a session is over, of which something still runs."""
+
+    def _place_is_free(self, connection: Connection) -> None:
+        """Note that a session has ended, and nothing of it runs any more."""
+
+    def _look(self) -> None:
+        """Look after clients whose sockets nobody reads, and after what still runs; twice a second."""
+        self.refusals.sweep()
+        for connection in list(self._connections):
+            connection.look()
+        for connection, one in list(self.draining.items()):
+            if not connection.still_runs():
+                seconds = time.monotonic() - one.since
+                told = "%s: %r has ended, %.1f s after its session"
+                log.log(self._drain_level, told, self.name, one.function, seconds)
+                del self.draining[connection]
+                self.workers.write_off(len(self.draining))
+                self._place_is_free(connection)
+        if not self._closed:
+            self.io_loop.call_later(_LOOK, self._look)
+
+    def tell(self, kind: type[Any], **facts: Any) -> None:
+        """Tell the observers, if there are any."""
+        if self.observers:
+            self.observers.tell(kind(source=self.name, time=time.monotonic(), **facts))
+
+    def _later(self, seconds: float, function: Callable[[], object]) -> Callable[[], object]:
+        """Call ``function`` on the loop after some seconds; from any thread. Returns what cancels that."""
+        loop = self.io_loop.asyncio_loop
+        timers: list[asyncio.TimerHandle] = []
+        cancelled = False
+
+        def arm() -> None:
+            if not cancelled:
+                timers.append(loop.call_later(seconds, lambda: None if cancelled else function()))
+
+        def cancel() -> None:
+            nonlocal cancelled
+            cancelled = True
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                for timer in timers:
+                    loop.call_soon_threadsafe(timer.cancel)
+
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(arm)
+        return cancel
+
+    def _hook(self, name: str) -> None:
+        entry = self.environment.registry.get(name)
+        if entry is not None:
+            try:
+                entry.call()
+            except BaseException as error:  # SystemExit would end the loop
+                log.exception("%s: hook %s failed", self.name, name)
+                if is_ours(error):
+                    raise
+
+    def _stop(self) -> None:
+        """End all connections."""
+        for connection in list(self._connections):
+            connection.close()
+        self.watcher.close()
+
+    # -- for users -----------------------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> list[ClientState]:
+        """What each client's session is doing: its state, the function in progress and its age, requests behind it."""
+        return [
+            connection.describe()
+            for connection in list(self._connections)
+            if connection.servant is not None and not connection.lane
+        ]
+
+    @property
+    def kernel_busy(self) -> float | None:
+        """Seconds for which a blocking cell has kept a function with ``run="kernel"`` waiting; None if none does."""
+        since = None if self.kernel is None else self.kernel.busy_since
+        return None if since is None else time.monotonic() - since
+
+    def _waits_for_kernel(self, address: object, number: int | None) -> bool:
+        """Tell whether the client at ``address`` waits for a function on the kernel's loop."""
+        return any(
+            connection.waits_for_kernel(number)
+            for connection in list(self._connections)
+            if connection.address == address
+        )
+
+    def _status(self, say: Callable[[dict[str, Any]], object]) -> None:
+        """Say how the server is; where functions run on the kernel's loop, once it is known whether that is busy."""
+        said = False
+
+        def tell() -> None:
+            nonlocal said
+            if not said:
+                said = True
+                busy = self.kernel_busy
+                say({"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, **self._counts()})
+
+        if self.kernel is None or self.environment.default_run != "kernel":
+            tell()
+        else:
+            self.kernel(lambda: self.io_loop.add_callback(tell))
+            self.io_loop.call_later(BUSY_AFTER + 0.05, tell)
+
+    def _counts(self) -> dict[str, Any]:
+        """Return what is open, and what still runs."""
+        now = time.monotonic()
+        still = [{"function": one.function, "seconds": now - one.since} for one in self.draining.values()]
+        return {"sessions": self.sessions, "draining": still}
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that are open."""
+        return self._sessions
+
+    @property
+    def closed(self) -> bool:
+        """Tell whether it has been closed."""
+        return self._closed
