@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 # name -> module that has it; imported on first use, so that `import rpcnb` loads neither numpy nor tornado
 _PUBLIC = {
     "AsyncSession": "rpcnb.client.aio",
+    "Isolation": "rpcnb.server.isolation",
     "Limits": "rpcnb.protocol.codes",
     "LocalServingSession": "rpcnb.runtime.local",
     "LocalSession": "rpcnb.client.local",

@@ -12,7 +12,8 @@ Each has the builtin base a caller would catch anyway. Facts are attributes; the
     │   ├── LocalProtocolError               our side asked for something illegal
     │   └── RemoteProtocolError              the peer sent something illegal
     ├── SessionLost (ConnectionError)        the connection ended under a session
-    │   └── ForkedSession                    opened before a fork, used in the child
+    │   ├── ForkedSession                    opened before a fork, used in the child
+    │   └── SessionCrashed                   its process at the server crashed: .how, .function
     ├── SessionClosed (ConnectionError)      used after close()
     ├── SessionTimeout (TimeoutError)        the server's session time limit is over
     ├── DeadlineExceeded (TimeoutError)      our own ``timeout=`` is over
@@ -55,6 +56,7 @@ __all__ = [
     "ForkedSession",
     "FunctionNotFound",
     "InvalidHandle",
+    "IsolationFailed",
     "KeyMismatch",
     "LibraryError",
     "LimitExceeded",
@@ -66,6 +68,7 @@ __all__ = [
     "ResultError",
     "RpcError",
     "SessionClosed",
+    "SessionCrashed",
     "SessionLost",
     "SessionTimeout",
     "StaleHandle",
@@ -154,8 +157,42 @@ class ForkedSession(SessionLost):
     """Something of a session that was opened before a fork is used in the child; the connection stays the parent's."""
 
 
+class SessionCrashed(SessionLost):
+    """The session's process at the server has ended: by a crash, or because it used more than it may.
+
+    Other sessions of that server go on, and it takes new ones: ``session.reconnect()`` opens one.
+
+    Attributes:
+        how: ``signal:SIGSEGV``, ``exit:3``, ``memory`` or ``cpu``.
+        signal: Name of the signal that ended it; empty if none did.
+        function: The call that was in progress, the oldest if there were several; empty if none was.
+    """
+
+    def __init__(self, peer: str, how: str, function: str = "") -> None:
+        kind, _, fact = how.partition(":")
+        self.how = how
+        self.signal = fact if kind == "signal" else ""
+        self.function = function
+        words = {
+            "signal": f"its process there was ended by {fact}",
+            "exit": f"its process there has exited with code {fact}",
+            "memory": "its process there used more memory than the server gives a session (--memory)",
+            "cpu": "its process there used more processor time than the server gives a session (--cpu-time)",
+        }
+        hint = ", perhaps as memory was short" if fact == "SIGKILL" else ""
+        during = f" during {function!r}" if function else ""
+        super().__init__(
+            f"session lost: {peer}: {words.get(kind, f'its process there has ended ({how})')}{hint}{during}; "
+            "the server goes on: reconnect() opens a fresh session"
+        )
+
+
 class SessionClosed(RpcError, ConnectionError):
     """The session was closed by its user before this operation."""
+
+
+class IsolationFailed(RpcError, RuntimeError):
+    """Sessions cannot have processes of their own here, or the operator's modules cannot be imported there."""
 
 
 class SessionTimeout(RpcError, TimeoutError):

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from rpcnb.cells.runners import Runner
     from rpcnb.runtime.local import LocalServingSession
 
-__all__ = ["Cells"]
+__all__ = ["Cells", "run_source"]
 
 _FLAGS = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 _numbers = itertools.count(1)
@@ -252,11 +252,19 @@ class _Source:
         if not self._pieces:
             linecache.cache.pop(self.filename, None)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Source:
         self._pieces += 1
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._one_is_gone()
+
+
+def run_source(text: str, filename: str, namespace: dict[str, Any]) -> Any:
+    """Run the source of a cell that is nobody's: a detached job; returns the value of its last expression."""
+    with _Source(text, filename) as source:
+        prepare_display()
+        return _run(source, {"display": display, "input": _no_input, **namespace})
 
 
 def _run(source: _Source, namespace: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.client.aiooperation import AsyncOperation, AsyncTransfer, AwaitedCall
 from rpcnb.client.base import SessionBase
 from rpcnb.client.cellmethods import AsyncCellMethods
+from rpcnb.client.jobs import AsyncJobs
 from rpcnb.client.moving import Moving, Progress, describe_upload, moving_array
 from rpcnb.client.remote import (
     AsyncRemoteDevice,
@@ -83,6 +84,11 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         else:
             operation = AsyncTransfer(self, ops, flow, what, limit, names_of(uses), moving, progress)
         return await operation.run(queued)
+
+    @property
+    def jobs(self) -> AsyncJobs:
+        """Detached jobs: what goes on at the server without a session; ``await session.jobs.get("burnin")``."""
+        return AsyncJobs(self)
 
     @property
     def pending(self) -> list[AsyncOperation]:

@@ -17,7 +17,9 @@ from rpcnb.client.life import Life
 from rpcnb.client.names import FunctionNames
 from rpcnb.client.operations import Operations
 from rpcnb.errors import LocalProtocolError, SessionClosed, SessionLost, SessionTimeout
+from rpcnb.link.inquiry import Inquiry
 from rpcnb.protocol.endpoint import State
+from rpcnb.protocol.messages import CallFunc
 from rpcnb.transport import forks
 from rpcnb.transport.turn import Turn
 from rpcnb.values import StaysHere
@@ -113,6 +115,11 @@ class SessionBase(StaysHere):
             link.on_abandoned = lanes.cancel_at
         ops = Operations(self, self._types, link, lanes, answer)
         ops.through_stock = not ops.is_rpcnb and self._dialer is not None and self._dialer.hops
+        if self._dialer is not None and ticket and "isolated" in (answer.features or ()):
+            inquiry = Inquiry(self._dialer.address, ticket, partial(_call_owed, weakref.ref(ops)))
+            link.wire.inquire = partial(inquiry.ask, link)
+            if lanes is not None:
+                lanes.inquiry = inquiry
         self._ops = ops
         link.on_tick = partial(_look, weakref.ref(self))
 
@@ -143,6 +150,7 @@ class SessionBase(StaysHere):
             raise LocalProtocolError("this session has no address to connect to")
         self._before = self.traffic
         error = SessionLost(f"{self.name} was opened again; nothing is repeated by itself")
+        self._link.wire.inquire = None
         if self._lanes is not None:
             self._lanes.fail(error)
         self._link.fail(error)
@@ -314,6 +322,15 @@ class SessionBase(StaysHere):
         kind = "rpcnb" if self.is_rpcnb else "stock TVM"
         key = f", key {self.server_key!r}" if self.server_key else ""
         return f"<{type(self).__name__} {self.name}: {self.peer}{key}, {kind}, {self.state}>"
+
+
+def _call_owed(operations: weakref.ref[Operations]) -> str:
+    """Name the call that has been owed for longest; empty if none is."""
+    ops = operations()
+    if ops is None:
+        return ""
+    owed = [*ops.link.wire.tickets, *(() if ops.lanes is None else ops.lanes.owed())]
+    return next((ops.name_of(one.request.handle) for one in owed if type(one.request) is CallFunc), "")
 
 
 def _look(session: weakref.ref[SessionBase]) -> None:

@@ -62,6 +62,8 @@ class Life:
         ops = session._ops
         wire, lanes = ops.link.wire, ops.lanes
         if wire.ended is not None:
+            if wire.asking:
+                return
             if lanes is not None and not lanes.closed:
                 lanes.fail(wire.ended)
         else:

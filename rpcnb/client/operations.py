@@ -67,6 +67,7 @@ __all__ = ["Operations"]
 T = TypeVar("T")
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None), DType})
 _PART, _PARTS_AHEAD = 2 << 20, 4  # of files: what is on the way is in memory
+_REMEMBERED = 256  # names of functions
 _BYTES = (bytes, bytearray, memoryview)
 _ATTRIBUTES = {
     "exist": 0,
@@ -126,6 +127,7 @@ class Operations:
         self._surely_short = self._most_text // 4  # characters
         self._helpers: dict[str, Any] = {}
         self._names: list[str] | None = None
+        self._names_of: dict[int, str] = {}  # of functions, by handle
 
     @property
     def session(self) -> Any:
@@ -142,7 +144,18 @@ class Operations:
         handle = yield from flows.get_function(name)
         if not handle:
             raise FunctionNotFound((yield from self._not_found(name)))
+        self._note_name(handle, name)
         return self.function_type(self, handle, name, True)
+
+    def _note_name(self, handle: int, name: str) -> None:
+        """Remember what a function is called; of the last ones."""
+        self._names_of[handle] = name
+        if len(self._names_of) > _REMEMBERED:
+            del self._names_of[next(iter(self._names_of))]
+
+    def name_of(self, handle: int) -> str:
+        """Name the function of a handle, for people; empty if that is not known any more."""
+        return self._names_of.get(handle, "")
 
     def _not_found(self, name: str) -> Flow[str]:
         text = f"{self.peer} has no function {name!r}"
@@ -159,6 +172,7 @@ class Operations:
             handle = yield from flows.get_function(name)
             if not handle:
                 raise FunctionNotFound(f"{self.peer} has no function {name!r}; it does not support this")
+            self._note_name(handle, name)
             found = self._helpers[name] = self.function_type(self, handle, name)
         return found
 
@@ -611,6 +625,7 @@ class Operations:
         if found is None:
             raise FunctionNotFound(f"module has no function {name!r}")
         expect(found, self.function_type, "a function").name = name
+        self._note_name(found.handle, name)
         return found
 
     def import_module(self, parent: Any, child: Any) -> Flow[None]:

@@ -10,7 +10,7 @@ import math
 import struct
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from rpcnb.client.moving import Moving
 from rpcnb.errors import RemoteError, RemoteProtocolError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from rpcnb.client.jobs import Job
     from rpcnb.client.operations import Operations
     from rpcnb.client.pending import Pending
     from rpcnb.protocol.flows import Flow
@@ -130,8 +131,21 @@ class RemoteFunction(_Function):
             return wait_or_cancel(self.submit(*args, timeout=timeout))  # its time limit goes to the server
         return session._run(lambda ops: ops.call(self, args), timeout, self.name, args)
 
-    def submit(self, *args: Any, timeout: float | None = None) -> Pending:
-        """Start a call and return at once; arguments as for a call."""
+    @overload
+    def submit(self, *args: Any, timeout: float | None = None, detach: Literal[False] = False) -> Pending: ...
+    @overload
+    def submit(self, *args: Any, detach: Literal[True], name: str | None = None) -> Job: ...
+
+    def submit(
+        self, *args: Any, timeout: float | None = None, detach: bool = False, name: str | None = None
+    ) -> Pending | Job:
+        """Start a call and return at once; arguments as for a call.
+
+        With ``detach`` it becomes a job that outlives session and notebook, found again as ``session.jobs[name]``.
+        """
+        if detach:
+            job: Job = self.session.jobs.start(self, *args, name=name)
+            return job
         pending: Pending | None = self.session._submit_plainly(self, args) if timeout is None else None
         return pending or self.session.submit(self, *args, timeout=timeout)
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.client.base import SessionBase
 from rpcnb.client.cellmethods import CellMethods
+from rpcnb.client.jobs import Jobs
 from rpcnb.client.moving import BULK, Moving, Progress, describe_upload, moving_array
 from rpcnb.client.pending import Pending, Work
 from rpcnb.client.plaincall import PlainCall
@@ -267,6 +268,11 @@ class Session(CellMethods, SessionBase):
             pending = Transfer(self, work, limit, work.moving, progress)
         pending.start()
         return pending
+
+    @property
+    def jobs(self) -> Jobs:
+        """Detached jobs: what goes on at the server without a session; ``session.jobs["burnin"].result()``."""
+        return Jobs(self)
 
     # -- functions -----------------------------------------------------------------------------------------------
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import json
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.command.until import until_signal
 from rpcnb.runtime.libraries import ffi_global_names
 from rpcnb.runtime.registry import REGISTRY
+from rpcnb.server.isolation import Isolation
+from rpcnb.server.modules import load_modules
 from rpcnb.server.server import Server
 from rpcnb.transport.address import is_loopback, outside_address, parse_address, parse_pair, show_address
 from rpcnb.transport.loopthread import call_in_loop
@@ -39,21 +40,16 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _serve_until(stop: Stop, options: argparse.Namespace) -> int:
-    before = ffi_global_names()
-    for name in options.load:
-        _load(name)
-    # What the operator's modules registered with apache-tvm-ffi may be called; its own globals are there by import.
-    loaded = ffi_global_names() - (before or _ffi_own_names())
-    if options.demo:
-        from rpcnb.command.demo import register_demo
-
-        register_demo(REGISTRY)
+    isolation = _isolation(options)
+    loaded: frozenset[str] = frozenset()
     runner = None
-    if options.allow_exec:
-        from rpcnb.cells.runners import MainThread
+    if isolation is None:
+        loaded = load_modules(_modules(options), before=ffi_global_names())
+        if options.allow_exec:
+            from rpcnb.cells.runners import MainThread
 
-        runner = MainThread()  # this thread has nothing else to do
-    server = _make_server(options, loaded, runner)
+            runner = MainThread()  # this thread has nothing else to do
+    server = _make_server(options, loaded, runner, isolation)
     shaped = None
     published: Path | None = None
     try:
@@ -88,30 +84,40 @@ def _await_end_of_input(stop: Stop) -> None:
     stop.set()
 
 
-def _load(name: str) -> None:
-    """Import a module by name, or a file by path; it registers functions."""
-    if name.endswith(".py") or os.sep in name:
-        path = Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"cannot load {name}: no such file")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None, name
-        assert spec.loader is not None, name
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, os.getcwd())
-        importlib.import_module(name)
+def _modules(options: argparse.Namespace) -> list[str]:
+    """Return what is imported for its functions."""
+    return [*options.load, *(["rpcnb.command.demo:register_demo"] if options.demo else [])]
 
 
-def _ffi_own_names() -> frozenset[str]:
-    """Return the globals that apache-tvm-ffi itself brings."""
-    own = ("ffi.", "testing.")
-    return frozenset(name for name in ffi_global_names() if name.startswith(own))
+def _isolation(options: argparse.Namespace) -> Isolation | None:
+    """Return how sessions are isolated; None where they share one process."""
+    if options.isolate and options.shared_state:
+        raise ValueError("--isolate and --shared-state exclude each other")
+    if options.shared_state or not (options.isolate or hasattr(os, "fork")):
+        wanted = {"--memory": options.memory, "--cpu-time": options.cpu_time, "--preload": options.preload}
+        for name, value in wanted.items():
+            if value:
+                raise ValueError(f"{name} is for sessions that have processes of their own; leave out --shared-state")
+        return None
+    memory = None if options.memory is None else parse_size(options.memory)
+    return Isolation(_modules(options), options.preload, False, memory, options.cpu_time, options.session)
 
 
-def _make_server(options: argparse.Namespace, ffi_names: frozenset[str], runner: Runner | None) -> Server:
+def parse_size(text: str) -> int:
+    """Return the bytes of ``512M`` or ``2G``.
+
+    Raises:
+        ValueError: It is not a size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if found is None:
+        raise ValueError(f"expected a size such as 512M or 2G, got {text!r}")
+    return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
+
+
+def _make_server(
+    options: argparse.Namespace, ffi_names: frozenset[str], runner: Runner | None, isolation: Isolation | None
+) -> Server:
     token: str | bool | None = options.token
     if options.token_file:
         token = Path(options.token_file).read_text().strip()
@@ -120,7 +126,7 @@ def _make_server(options: argparse.Namespace, ffi_names: frozenset[str], runner:
             raise ValueError("--no-token and a token exclude each other")
         token = False
     session = None
-    if options.session:
+    if options.session and isolation is None:
         entry = REGISTRY.get(options.session)
         if entry is None:
             raise LookupError(
@@ -153,7 +159,8 @@ def _make_server(options: argparse.Namespace, ffi_names: frozenset[str], runner:
         web_port=options.web_port,
         allow_origin=options.allow_origin,
         trust_tracker=options.trust_tracker,
-        allow_exec=runner or False,
+        allow_exec=runner or bool(options.allow_exec),
+        isolate=isolation or False,
         switch_interval=_SWITCH_INTERVAL,
     )
 

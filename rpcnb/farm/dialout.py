@@ -52,7 +52,7 @@ class _Dialled(Connection):
             self.note_refusal(f"refused a client behind {self.peer}: wrong key or token")
             refusal = WRONG_TOKEN
         self._settle("paired")  # before anything that may end the connection
-        self._begin(key, {}, refusal)
+        self.begin(key, {}, refusal)
 
     def _answer(self, options: dict[str, str]) -> None:
         """Nothing: our key went out first."""
@@ -96,7 +96,7 @@ class DialOut:
         told = ""
         while not self._closed:
             self._room.clear()
-            if self._server.full:
+            if self._server.taken:
                 await self._room.wait()
                 continue
             began = time.monotonic()

@@ -66,7 +66,7 @@ class AsyncLanes(LanesBase):
         if self.closed:
             link.close()
             return None
-        self.wires.append(link.wire)
+        self.opened_link(link)
         return link, result
 
     def _do_soon(self, use: Callable[[Control], object]) -> None:

@@ -209,6 +209,15 @@ class AsyncLink:
             if self.wire.ended is None:
                 self.wire.fail(error)
 
+    def conclude(self, error: RpcError) -> None:
+        """Tell everybody who waits why the connection was lost; from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self.loop.call_soon_threadsafe(self._conclude, error)
+
+    def _conclude(self, error: RpcError) -> None:
+        with self.wire.lock:
+            self.wire.conclude(error)
+
     def close(self) -> None:
         """Say goodbye and close; idempotent, never waits, from any thread."""
         if self.runs_elsewhere:

@@ -291,6 +291,7 @@ class LanesBase:
         self.control_lane: Control | None = None
         self.bulk_links: list[Any] = []
         self.wires: list[Any] = []  # of every lane there has been: what they have carried counts
+        self.inquiry: Any = None  # finds out how the session has ended, where somebody knows
         self.refused = False  # they cannot be opened: do without
         self.closed = False
 
@@ -336,6 +337,12 @@ class LanesBase:
         """Return the open connections."""
         control = self.opened
         return [*self.bulk_links, *([] if control is None else [control.link])]
+
+    def opened_link(self, link: Any) -> None:
+        """Note a further connection."""
+        self.wires.append(link.wire)
+        if self.inquiry is not None:
+            link.wire.inquire = partial(self.inquiry.ask, link)
 
     def cancel_at(self, lane: int, ordinals: list[int]) -> None:
         """Cancel requests of a connection at the server, without waiting: the control lane may have to be opened."""

@@ -82,6 +82,14 @@ class ClientKey:
         made.text = key_text(Role.CLIENT, "", {"-rpcnb": offer, "-session": ticket, "-lane": str(number)})
         return made
 
+    @classmethod
+    def for_end(cls, ticket: str) -> ClientKey:
+        """Return what asks how a session has ended."""
+        made = cls("")
+        offer = extension(EXTENSION, made.limits)
+        made.text = key_text(Role.CLIENT, "", {"-rpcnb": offer, "-session": ticket, "-ended": ""})
+        return made
+
     def __repr__(self) -> str:
         return f"ClientKey({self.key!r})"  # the text may hold a token
 

@@ -86,7 +86,7 @@ class Lanes(LanesBase):
         if self.closed:
             found[0].close()
             return None
-        self.wires.append(found[0].wire)
+        self.opened_link(found[0])
         iothread.IO_THREAD.watch(found[0])
         return found
 

@@ -513,6 +513,14 @@ class Link:
                 self._signal()
         self._resume_ready()
 
+    def conclude(self, error: RpcError) -> None:
+        """Tell everybody who waits why the connection was lost; from any thread."""
+        with self.wire.lock:
+            self.wire.conclude(error)
+            if self._wake_writer >= 0:
+                self._signal()
+        self._resume_ready()
+
     def close(self) -> None:
         """Say goodbye and close; idempotent, never waits."""
         with self.wire.lock:

@@ -121,6 +121,9 @@ class Wire:
         self.depth: int | None = None
         self.held: deque[list[tuple[Buffer, Ticket | None]]] = deque()  # requests that must not be sent yet
         self.ended: RpcError | None = None
+        # Finds out why it was lost, and has it concluded then.
+        self.inquire: Callable[[SessionLost], object] | None = None
+        self.asking = False  # that goes on
         self.is_parents = False  # this process was forked: the connection stays the parent's
         self.requests = 0  # sent so far
         self.bytes_sent = 0
@@ -284,7 +287,7 @@ class Wire:
 
     def lost(self, error: OSError) -> None:
         """End the connection after a system call has failed."""
-        self.fail(SessionLost(f"session lost: {self.peer}: {error.strerror or error}{self._during()}"))
+        self._lose(f"{self.peer}: {error.strerror or error}")
 
     def take(self, count: int) -> None:
         """Go on with ``count`` bytes that have been received into the endpoint's buffer."""
@@ -368,7 +371,7 @@ class Wire:
 
     def _ended_by_peer(self) -> None:
         self.endpoint.receive_eof()
-        self.fail(SessionLost(f"session lost: {self.peer} closed the connection{self._during()}"))
+        self._lose(f"{self.peer} closed the connection")
 
     def _during(self) -> str:
         request = self.tickets[0].request if self.tickets else None
@@ -387,23 +390,45 @@ class Wire:
             except OSError:
                 count = 0
             if count == 0:
-                self.fail(SessionLost(f"session lost: {self.peer}: {error.strerror or error}{self._during()}"))
+                self._lose(f"{self.peer}: {error.strerror or error}")
                 return
             self.endpoint.received(count)
             self.settle()
+
+    def _lose(self, how: str) -> None:
+        """The connection has ended under us; where somebody can be asked why, what is owed waits for that."""
+        error = SessionLost(f"session lost: {how}{self._during()}")
+        if self.inquire is None or self.ended is not None:
+            self.fail(error)
+            return
+        self.asking = True
+        self.ended = error.again()
+        self._release()
+        self.inquire(error)
+
+    def conclude(self, error: RpcError) -> None:
+        """Settle what is owed with the reason why the connection was lost."""
+        if self.asking:
+            self.asking = False
+            self.ended = error.again()
+            self.fail(error)
 
     def fail(self, error: RpcError) -> None:
         """End the connection; everything owed is settled with ``error``."""
         if self.ended is None:
             self.ended = error.again()  # without the frames that it came through
-        self.out.clear()
-        self.held.clear()
+        self._release()
         tickets, self.tickets = self.tickets, deque()
         for ticket in tickets:
             ticket.error = self.ended.again()
             ticket.done = True
             if ticket.waker is not None:
                 ticket.waker()
+
+    def _release(self) -> None:
+        """Let go of the socket and of what was to be sent."""
+        self.out.clear()
+        self.held.clear()
         if self.before_close is not None:
             self.before_close()
         self.sock.close()

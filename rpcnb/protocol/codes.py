@@ -97,6 +97,9 @@ class Limits:
             its client has not collected.
         draining: Functions that go on running after their clients have gone; then no plain function is begun.
         input_buffered: Bytes of requests kept behind one that is parked.
+        jobs: Detached jobs of one token, finished ones included.
+        job_bytes: Bytes that finished jobs keep: output, result and files; of one result, too.
+        job_output: Bytes of a job's output that are kept: the last ones.
         auth_failures: Wrong tokens per minute and remote address; then its attempts are refused unseen.
         exempt_loopback: Do not count connections and failures of this machine per address.
     """
@@ -117,5 +120,8 @@ class Limits:
     outcomes: int = 256 << 20
     draining: int = 512
     input_buffered: int = 8 << 20
+    jobs: int = 64
+    job_bytes: int = 4 << 30
+    job_output: int = 16 << 20
     auth_failures: int = 10
     exempt_loopback: bool = True

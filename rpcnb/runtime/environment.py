@@ -52,6 +52,10 @@ class Environment:
         local_session: Default session constructor of this server; None for the registry's ``rpc.LocalSession``.
         constructors: Further session constructors of this server, by name (``rpc.Connect``).
         cells: Runs clients' source; None where the operator gave no consent.
+        directory: Where sessions make their directories of files; the system's place for such by default.
+        jobs: Passes what a client asks of detached jobs on: words, bytes, and what is called with the answer's; None
+            where there are none.
+        visitor: Why the sessions here may only look after jobs: the board is taken by one. Empty: they may do all.
         status: Says how the server is, now or a moment later: what ``rpcnb.status()`` answers.
     """
 
@@ -69,6 +73,9 @@ class Environment:
     local_session: Callable[..., Any] | None = None
     constructors: dict[str, Callable[..., Any]] = field(default_factory=dict)
     cells: RemoteCells | None = None
+    directory: str | None = None
+    jobs: Callable[[dict[str, Any], bytes, Callable[[dict[str, Any], bytes], object]], object] | None = None
+    visitor: str = ""
     status: Callable[[Callable[[dict[str, Any]], object]], object] = lambda say: say({"state": "READY"})
 
 

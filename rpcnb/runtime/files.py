@@ -151,9 +151,18 @@ class SessionFiles:
         quota: Bytes that uploads may hold at once; files and folders are 1,024 at most, or one for 4 KiB of it.
         most_parts: Files that may arrive in parts at once.
         trusted_paths: Accept any path, as stock TVM does.
+        directory: Where the work directory is made; the system's place for such by default.
     """
 
-    def __init__(self, quota: int = 4 << 30, *, most_parts: int = 64, trusted_paths: bool = False) -> None:
+    def __init__(
+        self,
+        quota: int = 4 << 30,
+        *,
+        most_parts: int = 64,
+        trusted_paths: bool = False,
+        directory: str | None = None,
+    ) -> None:
+        self._directory = directory
         self._root: Path | None = None
         self._lock = threading.Lock()  # uploads may come on several connections
         self._quota = quota
@@ -173,11 +182,17 @@ class SessionFiles:
             raise SessionClosed("the session is closed and its files are removed")
         with self._lock:
             if self._root is None:
-                self._root = Path(tempfile.mkdtemp(prefix="rpcnb-"))
+                self._root = Path(tempfile.mkdtemp(prefix="rpcnb-", dir=self._directory))
                 # A process that ends without closing its servers leaves no directory behind either.
                 self._owner = os.getpid()
                 self._remove = weakref.finalize(self, _remove_tree, str(self._root), self._owner)
             return self._root
+
+    def keep_at(self, root: Path) -> None:
+        """Have the directory at ``root``; it is not removed: somebody else does that."""
+        root.mkdir(mode=0o700, exist_ok=True)
+        self._root, self._owner = root, os.getpid()
+        self._remove = weakref.finalize(self, _remove_tree, str(root), 0)  # nobody's: nothing is removed
 
     def path(self, name: str) -> Path:
         """Return where ``name`` is.

@@ -7,7 +7,8 @@ import inspect
 import threading
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import ArgumentError, InvalidHandle, ResultError
+from rpcnb.errors import ArgumentError, InvalidHandle, LimitExceeded, ResultError
+from rpcnb.protocol.records import CANCEL, CANCEL_AT, NEXT, START
 from rpcnb.protocol.sequence import encode_call_result
 from rpcnb.runtime.completion import Callback, bind, errors_to_done, is_ours
 from rpcnb.runtime.current import CALL, SESSION
@@ -19,7 +20,7 @@ from rpcnb.runtime.overlap import Calls
 from rpcnb.runtime.registry import Registered
 from rpcnb.runtime.served import Module, ServedFunction, Shape
 from rpcnb.runtime.serving import ServingSession
-from rpcnb.runtime.wellknown import UPLOAD, find_well_known
+from rpcnb.runtime.wellknown import JOBS, UPLOAD, find_well_known
 from rpcnb.values import (
     NULL,
     Device,
@@ -48,6 +49,9 @@ __all__ = ["LocalServingSession", "current_session", "workpath"]
 # Type indices of stock TVM's counterparts; any other object is "opaque Python object", 74.
 _OBJECT_INDICES: dict[type, int] = {Shape: 69, list: 71, tuple: 71, dict: 72}
 
+# What the client of a board may use that is taken by a job.
+_LOOKING = frozenset({JOBS, START, NEXT, CANCEL, CANCEL_AT, "rpcnb.status"})
+
 # Values that a registered function gets as they are; everything else is a handle to be looked up.
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None), DType, Device, Pointer})
 
@@ -64,7 +68,10 @@ class LocalServingSession(ServingSession):
         limits = self.environment.limits
         self.table = HandleTable(limits.handles, limits.bad_handles)
         self.files = SessionFiles(
-            limits.upload_quota, most_parts=limits.uploads, trusted_paths=self.environment.trusted_paths
+            limits.upload_quota,
+            most_parts=limits.uploads,
+            trusted_paths=self.environment.trusted_paths,
+            directory=self.environment.directory,
         )
         self._by_name: dict[str, ServedFunction] = {}
         self._running: set[Callable[[], object]] = set()  # what cancels the coroutines of this session
@@ -85,6 +92,8 @@ class LocalServingSession(ServingSession):
 
     def get_function(self, name: str) -> Pointer:
         """Find ``name`` in the registry, among the well-known functions, as ``__async.name``, or in the FFI."""
+        if self.environment.visitor and name not in _LOOKING:
+            raise LimitExceeded(f"{self.environment.visitor}; until it ends only session.jobs can be used here")
         registry = self.environment.registry
         entry = registry.get(name)
         known = self._by_name.get(name)

@@ -10,11 +10,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import AccessDenied, DeviceError, InvalidHandle
+from rpcnb.protocol.parcel import pack, unpack
 from rpcnb.runtime.served import Module, ServedFunction, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rpcnb.runtime.completion import Callback
     from rpcnb.runtime.files import StoredFile
     from rpcnb.runtime.serving import HandleSession
 
@@ -74,6 +76,17 @@ IN_PARTS: dict[str, Callable[..., Any]] = {
 CELLS = frozenset(
     {"rpcnb.cell", "rpcnb.cells", "rpcnb.variable", "rpcnb.set_variable", "rpcnb.del_variable", "rpcnb.variables"}
 )
+
+
+# Detached jobs, where sessions have processes of their own (``server/jobs.py``).
+JOBS = "rpcnb.jobs"
+
+
+def ask_jobs(session: HandleSession, done: Callback, question: bytes) -> None:
+    """``rpcnb.jobs(parcel)``: words and bytes to the server's jobs, and theirs back."""
+    words, data = unpack(question)
+    assert session.environment.jobs is not None, "looked at before"
+    session.environment.jobs(words, data, lambda words, data: done(pack([words, data])))
 
 
 def _no_cells(*_: Any) -> None:
@@ -255,6 +268,9 @@ def find_well_known(session: HandleSession, name: str) -> ServedFunction | None:
     if name == "rpcnb.status":
         say = session.environment.status
         return ServedFunction(name, lambda done: say(lambda status: done(json.dumps(status))), "callback")
+    if name == JOBS:
+        known = session.environment.jobs is not None
+        return ServedFunction(name, functools.partial(ask_jobs, session), "callback") if known else None
     if name in CELLS:
         cells = session.environment.cells
         return ServedFunction(name, _no_cells) if cells is None else cells.serve(session, name)

@@ -29,7 +29,7 @@ from rpcnb.protocol.peerlimits import PeerLimits, extension
 from rpcnb.runtime.completion import is_ours
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.servant import Servant
-from rpcnb.server.lanes import TICKET
+from rpcnb.server.lanes import ENDED, TICKET
 from rpcnb.transport.sockets import tune
 from rpcnb.transport.spin import receiving
 from rpcnb.transport.watcher import READ, WRITE
@@ -62,6 +62,7 @@ _HOT_TIME = struct.pack("ll", 0, 500_000)
 _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
 # What poll() says of a client that has gone: its stream's end, or worse.
 _GONE: int = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+_ASKED = 0.4  # seconds after which a client that asks how its session has ended is told that it has not
 _LINGER = 5.0  # seconds for the last replies of a session that ends
 
 
@@ -82,6 +83,16 @@ class Host(Protocol):
     @property
     def kernel(self) -> Callable[[Callable[[], None]], object] | None:
         """What runs functions on the notebook kernel's loop; None where there is none."""
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What its sessions have besides lanes."""
+
+    def takes_over(self, connection: Connection) -> bool:
+        """Tell whether another process serves a client that has been greeted, from now on."""
+
+    def waits_for_place(self, go_on: Callable[[], object]) -> bool:
+        """Have ``go_on`` called in a moment if a place may be free then; False: there is no hope for that."""
 
     @property
     def full(self) -> bool:
@@ -170,6 +181,8 @@ class Connection:
         self.fd = sock.fileno()
         self.since = time.monotonic()
         self.key = KeyText("", "")
+        self.text = ""  # the client's key text
+        self.rest = b""  # what came behind it
         self.lane = 0  # number among its session's connections; 0 opens the session, and ends it
         self.main: Connection | None = None  # a lane's session
         self.servant: Servant | None = None
@@ -259,11 +272,12 @@ class Connection:
                 return
         if self.closed:
             return
+        self._guarded(self._shake_hands if self.servant is None else self._serve)
+
+    def _guarded(self, step: Callable[[], object]) -> None:
+        """Perform a step on the loop; whatever it raises ends this connection alone."""
         try:
-            if self.servant is None:
-                self._shake_hands()
-            else:
-                self._serve()
+            step()
         except RemoteProtocolError as error:
             self.note_refusal(f"{self.peer}: {error}")
             self.close()
@@ -286,6 +300,7 @@ class Connection:
             return
         found = self._handshake.receive_data(data)
         if isinstance(found, str):
+            self.text, self.rest = found, self._handshake.rest
             self._accept(found)
         elif found is not None:
             self._refused(found)
@@ -304,18 +319,27 @@ class Connection:
         server = self.server
         key = KeyText.parse(text)
         if TICKET in key.options:
-            self._accept_lane(key)
+            (self._tell_end if ENDED in key.options else self._accept_lane)(key)
             return
         if not server.admits(text, self.address):
             self.note_refusal(f"refused {self.peer}: wrong key or token")
             server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong key or token")
             self._send_last(refusal())
             return
+        if not (server.full and server.waits_for_place(lambda: self._guarded(lambda: self._enter(key)))):
+            self._enter(key)
+
+    def _enter(self, key: KeyText) -> None:
+        """Open a session, or say that there is no room."""
+        if self.closed:
+            return
+        server = self.server
         full = self.why_full()
         options = {"-rpcnb": extension(EXTENSION, server.limits)} if key.features is not None else {}
         if options and not full:
-            options = {"-rpcnb": extension(EXTENSION, server.limits, "lanes"), TICKET: server.lanes.issue(self)}
-        self._begin(key, options, full)
+            features = ("lanes", *server.features)
+            options = {"-rpcnb": extension(EXTENSION, server.limits, *features), TICKET: server.lanes.issue(self)}
+        self.begin(key, options, full)
 
     def why_full(self) -> str:
         """Return what to say to a client for whom there is no room; empty if there is."""
@@ -349,17 +373,38 @@ class Connection:
         before = server.lanes.join(main, self.lane, self)
         if before is not None:
             before.close()
-        self._begin(key, {"-rpcnb": extension(EXTENSION, server.limits)}, "")
+        self.begin(key, {"-rpcnb": extension(EXTENSION, server.limits)}, "")
+
+    def _tell_end(self, key: KeyText) -> None:
+        """Tell a client that has lost its session how that has ended, as soon as that is known."""
+        server = self.server
+
+        def tell(how: str) -> None:
+            if not self.closed:
+                self.send_all(hello(key_text(Role.SERVER, server.key, {ENDED: how})))
+                self.close()
+
+        if server.throttles(self.address) or not server.lanes.when_ended(key, tell):
+            self.note_refusal(f"refused {self.peer}: wrong session or secret")
+            server.note_failure(self.address)
+            self._send_last(refusal())
+        elif not self.closed:
+            server.io_loop.call_later(_ASKED, tell, "")
 
     def _session_of_lane(self) -> Any:
         main = self.main
         return None if main is None or main.servant is None or main.closed else main.servant.session
 
-    def _begin(self, key: KeyText, options: dict[str, str], full: str) -> None:
-        """Answer the handshake and begin the conversation."""
-        server = self.server
+    def begin(self, key: KeyText, options: dict[str, str], full: str) -> None:
+        """Answer the handshake and begin the conversation, here or in a process of its own."""
         self.key = key
         self._answer(options)
+        if full or not self.server.takes_over(self):
+            self.converse(full)
+
+    def converse(self, full: str) -> None:
+        """Serve a client that has been greeted; or tell it why there is no session for it."""
+        server, key = self.server, self.key
         servant = Servant(
             Endpoint(Role.SERVER, server.limits),
             server.environment,
@@ -380,9 +425,8 @@ class Connection:
             server.opened(self)
         if key.timeout is not None and not (self.lane or full):
             self.deadline = server.io_loop.call_later(key.timeout, self._expire, key.options["-timeout"])
-        rest = self._handshake.rest
-        if rest:
-            servant.endpoint.receive_data(rest)
+        if self.rest:
+            servant.endpoint.receive_data(self.rest)
         self._serve()
 
     def _answer(self, options: dict[str, str]) -> None:
@@ -697,6 +741,11 @@ class Connection:
             self.close()
         else:
             self.deadline = self.server.io_loop.call_later(0.02, self._say_goodbye, until)
+
+    def let_go(self) -> int:
+        """Give the socket up without a word to the client; returns its descriptor, which the caller owns."""
+        self.fd = -1
+        return self.sock.detach()
 
     def forked(self) -> None:
         """In a forked child: let the client's socket go without a word; what runs here is answered by the parent."""

@@ -94,9 +94,45 @@ class SessionHost(StaysHere):
         self._connections[connection] = None
         self.watcher.add(connection.fd, connection.ready)
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What its sessions have besides lanes."""
+        return ()
+
+    def forget(self, connection: Connection) -> None:
+        """Look after a connection no more: it is another process's."""
+        if connection.deadline is not None:
+            self.io_loop.remove_timeout(connection.deadline)
+            connection.deadline = None
+        self._connections.pop(connection, None)
+        self.watcher.remove(connection.fd)
+
+    def ended_elsewhere(self, connection: Connection, how: str) -> None:
+        """Note that the session of a connection, in a process of its own, has ended."""
+        for lane in self.lanes.leave(connection, how):
+            lane.close()
+        self._note_end(connection)
+        if not self._closed:
+            self._place_is_free(connection)
+
     def takes_over(self, connection: Connection) -> bool:
         """Tell whether another process serves a client that has been greeted, from now on."""
         return False
+
+    def waits_for_place(self, go_on: Callable[[], object]) -> bool:
+        """Have ``go_on`` called in a moment if a place may be free then; False: there is no hope for that."""
+        return False
+
+    def admits(self, text: str, address: tuple[Any, ...]) -> bool:
+        """Tell whether a client with this key text may enter."""
+        return False
+
+    def throttles(self, address: tuple[Any, ...]) -> bool:
+        """Tell whether this address has guessed too often."""
+        return False
+
+    def note_failure(self, address: tuple[Any, ...]) -> None:
+        """Count a wrong guess."""
 
     @property
     def full(self) -> bool:
@@ -139,8 +175,7 @@ class SessionHost(StaysHere):
             lane.close()
         if connection.lane:
             return
-        self._sessions -= 1
-        log.log(self.log_level, "%s: session of %s ended", self.name, connection.peer)
+        self._note_end(connection)
         self._hook("tvm.rpc.server.shutdown")
         running = "" if self._closed else connection.still_runs()
         if not running:
@@ -151,6 +186,11 @@ class SessionHost(StaysHere):
         self.draining[connection] = Draining(running, connection.peer, time.monotonic())
         self.workers.write_off(len(self.draining))
         self._drains(connection)
+
+    def _note_end(self, connection: Connection) -> None:
+        """Note that a session has ended."""
+        self._sessions -= 1
+        log.log(self.log_level, "%s: session of %s ended", self.name, connection.peer)
 
     def _never_opened(self, connection: Connection) -> None:
         """Note that a connection is gone that never was a session."""
@@ -258,7 +298,7 @@ class SessionHost(StaysHere):
             if not said:
                 said = True
                 busy = self.kernel_busy
-                say({"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, **self._counts()})
+                say({"state": "READY" if busy is None else "BUSY", "kernel_busy": busy, **self.counts()})
 
         if self.kernel is None or self.environment.default_run != "kernel":
             tell()
@@ -266,7 +306,7 @@ class SessionHost(StaysHere):
             self.kernel(lambda: self.io_loop.add_callback(tell))
             self.io_loop.call_later(BUSY_AFTER + 0.05, tell)
 
-    def _counts(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         """Return what is open, and what still runs."""
         now = time.monotonic()
         still = [{"function": one.function, "seconds": now - one.since} for one in self.draining.values()]

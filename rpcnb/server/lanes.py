@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rpcnb.protocol.handshake import KeyText
 
 C = TypeVar("C")  # a connection
 
-__all__ = ["LANE", "MOST_LANES", "TICKET", "Lanes"]
+__all__ = ["ENDED", "LANE", "MOST_LANES", "TICKET", "Lanes"]
 
 TICKET, LANE = "-session", "-lane"
+ENDED = "-ended"  # asked of a server with a ticket: how the session has ended
+_REMEMBERED = 256  # tickets of sessions that ended lately
 MOST_LANES = 7  # of a session; more are refused
 
 
@@ -29,6 +32,7 @@ class _Session(Generic[C]):
     secret: str
     main: C
     lanes: dict[int, C] = field(default_factory=dict)
+    asked: list[Callable[[str], object]] = field(default_factory=list)  # who wants to know how it ends
 
 
 class Lanes(Generic[C]):
@@ -36,12 +40,29 @@ class Lanes(Generic[C]):
 
     def __init__(self) -> None:
         self._sessions: dict[str, _Session[C]] = {}
-        self._ended: deque[str] = deque(maxlen=256)  # tickets of sessions that ended lately
+        self._ended: dict[str, str] = {}  # tickets of sessions that ended lately, and how
 
     def came_late(self, key: KeyText) -> bool:
         """Tell whether a lane that is refused was on its way when its session ended: nobody guesses there."""
+        return self._how_ended(key) is not None
+
+    def _how_ended(self, key: KeyText) -> str | None:
         given = key.options.get(TICKET, "").encode()
-        return any([hmac.compare_digest(given, one.encode()) for one in self._ended])  # noqa: C419  # in constant time
+        found = [
+            how for one, how in self._ended.items() if hmac.compare_digest(given, one.encode())
+        ]  # all are compared
+        return found[0] if found else None
+
+    def when_ended(self, key: KeyText, tell: Callable[[str], object]) -> bool:
+        """Call ``tell`` with how the session of a ticket has ended, now or once that is so; False: a wrong ticket."""
+        how = self._how_ended(key)
+        if how is not None:
+            tell(how)
+            return True
+        found = self._find_session(key)
+        if found is not None and len(found.asked) < MOST_LANES:
+            found.asked.append(tell)
+        return found is not None
 
     def issue(self, main: C) -> str:
         """Return the ticket of a session that has just been admitted."""
@@ -51,13 +72,17 @@ class Lanes(Generic[C]):
 
     def find(self, key: KeyText) -> tuple[C, int] | None:
         """Return the connection that a lane's key text names and the lane's number; None if it is not right."""
+        found = self._find_session(key)
+        number = key.options.get(LANE, "")
+        if found is None or not (number.isdecimal() and 0 < int(number) <= MOST_LANES):
+            return None
+        return found.main, int(number)
+
+    def _find_session(self, key: KeyText) -> _Session[C] | None:
         name, _, secret = key.options.get(TICKET, "").partition(".")
         found = self._sessions.get(name)
         right = hmac.compare_digest(secret.encode(), (found.secret if found else secrets.token_urlsafe(16)).encode())
-        number = key.options.get(LANE, "")
-        if found is None or not right or not (number.isdecimal() and 0 < int(number) <= MOST_LANES):
-            return None
-        return found.main, int(number)
+        return found if right else None
 
     def join(self, main: C, number: int, lane: C) -> C | None:
         """Note a lane; returns the earlier connection of this number, which it replaces."""
@@ -67,12 +92,16 @@ class Lanes(Generic[C]):
                 return before
         return None
 
-    def leave(self, connection: C) -> list[C]:
-        """Forget a connection that has ended; returns the lanes that end with it."""
+    def leave(self, connection: C, how: str = "") -> list[C]:
+        """Forget a connection that has ended, as ``how`` says; returns the lanes that end with it."""
         for name, session in self._sessions.items():
             if session.main is connection:
                 del self._sessions[name]
-                self._ended.append(f"{name}.{session.secret}")
+                self._ended[f"{name}.{session.secret}"] = how
+                if len(self._ended) > _REMEMBERED:
+                    del self._ended[next(iter(self._ended))]
+                for tell in session.asked:
+                    tell(how)
                 return list(session.lanes.values())
             for number, lane in session.lanes.items():
                 if lane is connection:

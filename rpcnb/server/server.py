@@ -26,8 +26,12 @@ from rpcnb import parts
 from rpcnb.errors import AccessDenied
 from rpcnb.protocol.codes import Limits
 from rpcnb.runtime.access import Gate, check_token, new_token
-from rpcnb.server.connection import Connection
+from rpcnb.server.connection import ClientState, Connection
 from rpcnb.server.host import SessionHost
+from rpcnb.server.isolated import IsolatedSessions
+from rpcnb.server.isolation import Isolation
+from rpcnb.server.jobs import Jobs
+from rpcnb.server.processes import Processes
 from rpcnb.transport import forks, interval
 from rpcnb.transport.address import is_loopback, parse_address, show_address, tracker_pair
 from rpcnb.transport.halfopen import HalfOpen, within_descriptors
@@ -97,6 +101,9 @@ class Server(SessionHost):
         trust_tracker: A match key that the tracker (or proxy) hands out is enough; else a client needs the token too.
         allow_exec: Let clients run Python source here: full trust. True runs it in a thread; or a
             :class:`~rpcnb.cells.runners.Runner`.
+        isolate: Serve each session in a process of its own: a crash, or a function that never ends, costs that session
+            alone. In a script, under ``if __name__ == "__main__":``, as each process imports the script for its
+            functions; not in a notebook. :class:`rpcnb.Isolation` says more: modules, limits.
         switch_interval: Seconds after which a thread that computes in Python lets the server go on, for the process and
             as long as the server is open; None leaves Python's 5 ms. With 0.0003 calls take less than 0.5 ms beside a
             busy main thread, which pays for each of them with a hand-over.
@@ -144,6 +151,7 @@ class Server(SessionHost):
         allow_origin: Sequence[str] = (),
         trust_tracker: bool = False,
         allow_exec: bool | Runner = False,
+        isolate: bool | Isolation = False,
         switch_interval: float | None = None,
     ) -> None:
         if switch_interval is not None and switch_interval <= 0:
@@ -181,7 +189,7 @@ class Server(SessionHost):
         }
         if registry is not None:
             powers["registry"] = registry
-        if allow_exec:
+        if allow_exec and not isolate:
             from rpcnb.cells.cells import Cells
             from rpcnb.cells.runners import Worker
 
@@ -200,13 +208,25 @@ class Server(SessionHost):
         self._web: Any = None
         self._registration: Any = None
         self._dial_out: Any = None
+        self._processes: Processes | None = None
+        self._isolated: IsolatedSessions | None = None
+        self._jobs: Jobs | None = None
         try:
             self.environment.ffi_names = ffi_names
-            if load_library:
+            libraries = load_library.split(":") if isinstance(load_library, str) else [*(load_library or ())]
+            if isolate:
+                if registry is not None or session is not None:
+                    raise ValueError("isolate=True: registry= and session= stay in this process; see rpcnb.Isolation")
+                given = Isolation(main=True) if isolate is True else isolate
+                options = given.options(self, bool(allow_exec), libraries, switch_interval)
+                self._processes = Processes(self.name, self.io_loop, options)
+                whose = self.token or f"no token, key {key}"
+                self._jobs = Jobs(self._processes, whose, self.io_loop, limits, self._job_ended)
+                self._isolated = IsolatedSessions(self, self._processes, self._jobs, self.max_sessions)
+            elif libraries:
                 from rpcnb.runtime.libraries import load_libraries
 
-                paths = load_library.split(":") if isinstance(load_library, str) else load_library
-                self.environment.ffi_names |= load_libraries(paths)
+                self.environment.ffi_names |= load_libraries(libraries)
             if server_init_callback is not None:
                 server_init_callback()
             if not is_proxy:
@@ -221,6 +241,9 @@ class Server(SessionHost):
         except BaseException:
             for listener in self._listeners:
                 listener.close()
+            if self._processes is not None:
+                self._processes.close()
+                self._processes.wait()
             if self._own_loop is not None:
                 self._own_loop.stop()
             raise
@@ -254,6 +277,8 @@ class Server(SessionHost):
         tracker: tuple[str, int] | None,
     ) -> None:
         self._begin()
+        if self._processes is not None:
+            self._processes.listen()
         if web_port is not None:
             self._open_web(web_port, allow_origin)
         self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._half_open.drop_oldest)
@@ -312,10 +337,32 @@ class Server(SessionHost):
             self.gate.note_failure(host)
 
     @property
+    def pending(self) -> list[ClientState]:
+        """What each client's session is doing: its state, the function in progress and its age, requests behind it."""
+        found = super().pending
+        return found if self._isolated is None else [*found, *self._isolated.pending()]
+
+    def _look(self) -> None:
+        super()._look()
+        if self._isolated is not None:
+            self._isolated.look()
+
+    def _hook(self, name: str) -> None:
+        if not self.isolated:  # else the session's process does
+            super()._hook(name)
+
+    @property
     def full(self) -> bool:
         """Tell whether there is no room for a session; those count of which something still runs."""
         most = self.max_sessions
         return self.is_crowded or (most is not None and self._sessions + len(self.draining) >= most)
+
+    @property
+    def taken(self) -> bool:
+        """Tell whether no session is to be handed out: there is no room, or a job of a session that has ended runs."""
+        held = 0 if self._isolated is None else self._isolated.held
+        most = self.max_sessions
+        return self.full or (most is not None and self._sessions + held >= most)
 
     @property
     def is_crowded(self) -> bool:
@@ -358,10 +405,53 @@ class Server(SessionHost):
 
     def _place_is_free(self, connection: Connection) -> None:
         """Note that a session has ended, and nothing of it runs any more."""
+        if self._jobs is not None and self._jobs.of(connection):
+            return  # until that has ended
         if self._registration is not None:
             self._registration.ended(connection.key.key)
         if self._dial_out is not None:
             self._dial_out.ended()
+
+    # -- isolation -----------------------------------------------------------------------------------------------
+
+    @property
+    def isolated(self) -> bool:
+        """Tell whether each session has a process of its own."""
+        return self._processes is not None
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What its sessions have besides lanes."""
+        return ("isolated",) if self.isolated else ()
+
+    def takes_over(self, connection: Connection) -> bool:
+        """Tell whether another process serves a client that has been greeted, from now on."""
+        if self._isolated is None:
+            return False
+        self._isolated.take(connection)
+        return True
+
+    def _job_ended(self, owner: Any) -> None:
+        """Note that a detached job has ended: the place of the session that began it may be free now."""
+        if owner is not None and not self._closed and not self._is_taken(owner):
+            self._place_is_free(owner)
+
+    def _is_taken(self, connection: Connection) -> bool:
+        """Tell whether the place of a session is not free, although it has ended: a job of it runs."""
+        assert self._isolated is not None
+        return self._isolated.is_open(connection) or bool(self._jobs is not None and self._jobs.of(connection))
+
+    def waits_for_place(self, go_on: Callable[[], object]) -> bool:
+        """Have ``go_on`` called in a moment if a place may be free then; False: there is no hope for that."""
+        if self._isolated is None or self.is_crowded:
+            return False
+        self._isolated.when_free(go_on)
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        """Look after a connection no more: it is another process's."""
+        self._half_open.forget(connection)
+        super().forget(connection)
 
     # -- for users -----------------------------------------------------------------------------------------------
 
@@ -411,6 +501,8 @@ class Server(SessionHost):
         call_in_loop(self.io_loop, self._stop)
         if self.environment.cells is not None:
             self.environment.cells.runner.close()
+        if self._processes is not None:
+            self._processes.wait()
         self.workers.close(1.0)
         if self._own_loop is not None:
             self._own_loop.stop()
@@ -432,6 +524,10 @@ class Server(SessionHost):
         for part in (self._registration, self._dial_out, self._web, self._acceptor):
             if part is not None:
                 part.close()
+        if self._jobs is not None:
+            self._jobs.close()
+        if self._processes is not None:
+            self._processes.close()
         super()._stop()
 
     def __enter__(self) -> Server:

@@ -103,6 +103,25 @@ class WebSocket:
         self._sent = True  # since the last look of `keep_alive`
         self._quiet_since = 0.0
 
+    _STATE = ("_head", "_left", "_key", "_offset", "_control", "_opcode", "_unsent", "_open", "_pong")
+
+    def state(self) -> dict[str, Any]:
+        """Return where it is in the stream, for :meth:`resumed`; of a server's side."""
+        found = {name: getattr(self, name) for name in self._STATE}
+        return {
+            name: value if value is None or isinstance(value, int) else bytes(value).hex()
+            for name, value in found.items()
+        }
+
+    @classmethod
+    def resumed(cls, sock: socket.socket, state: dict[str, Any]) -> WebSocket:
+        """Return what goes on, in another process, where one with this state has stopped."""
+        made = cls(sock, client=False)
+        for name in cls._STATE:
+            value, kind = state[name], type(getattr(made, name)) if name != "_control" else bytearray
+            setattr(made, name, kind(bytes.fromhex(value)) if isinstance(value, str) else value)
+        return made
+
     # -- as a socket ---------------------------------------------------------------------------------------------
 
     def fileno(self) -> int:

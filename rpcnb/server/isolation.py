@@ -1,0 +1,94 @@
+"""What an operator says of sessions that have processes of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import IsolationFailed
+from rpcnb.server.modules import MAIN, main_program
+from rpcnb.server.zygote import ONE_THREAD
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rpcnb.server.host import SessionHost
+
+__all__ = ["Isolation"]
+
+_LEAST_MEMORY = 64 << 20  # bytes: Python with numpy needs so much before anything is done
+_INTERVAL = 0.005  # Python's own
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How sessions are isolated: ``rpcnb.Server(isolate=rpcnb.Isolation(load=["board.py"], memory=2 << 30))``.
+
+    Attributes:
+        load: Modules (names or paths) that each session's process imports when it begins; they register functions.
+        preload: Modules that are imported once, and shared by all processes: none that start threads, or open ports,
+            cameras or GPUs.
+        main: Import the program that makes the server, too, as ``multiprocessing`` does: under the name
+            ``__mp_main__``.
+        memory: Bytes that a session's process may use; None for no limit.
+        cpu_time: Seconds of processor time that a session's process may use; None for no limit.
+        session: Name of the registered session constructor that serves clients.
+    """
+
+    load: Sequence[str] = ()
+    preload: Sequence[str] = ()
+    main: bool = False
+    memory: int | None = None
+    cpu_time: float | None = None
+    session: str | None = None
+
+    def __post_init__(self) -> None:
+        if not hasattr(os, "fork"):
+            raise IsolationFailed("sessions cannot have processes of their own on this system: it cannot fork")
+        if self.memory is not None and self.memory < _LEAST_MEMORY:
+            raise ValueError(f"expected at least {_LEAST_MEMORY >> 20} MiB of memory for a session, got {self.memory}")
+        if self.cpu_time is not None and self.cpu_time < 1:
+            raise ValueError(f"expected at least one second of processor time for a session, got {self.cpu_time}")
+
+    def options(
+        self, server: SessionHost, allow_exec: bool, libraries: Sequence[str], switch_interval: float | None
+    ) -> dict[str, Any]:
+        """Return what travels to the processes of a server's sessions: nothing secret.
+
+        Raises:
+            IsolationFailed: There is no program that a process could import.
+        """
+        environment = server.environment
+        program = main_program() if self.main else None
+        if self.main and program is None:
+            raise IsolationFailed(
+                "isolate=True needs a program in a file, whose functions each process imports; "
+                "a notebook or a prompt is none (rpcnb serve --load FILE)"
+            )
+        if self.main and MAIN in sys.modules:
+            raise IsolationFailed('put rpcnb.Server(isolate=True) under if __name__ == "__main__":')
+        return {
+            "key": server.key,
+            "limits": asdict(server.limits),
+            "native": environment.native,
+            "expose_ffi": environment.expose_ffi,
+            "trusted_paths": environment.trusted_paths,
+            "default_run": environment.default_run,
+            "ffi_names": sorted(environment.ffi_names),
+            "allow_exec": allow_exec,
+            "load": [*self.load],
+            "load_library": [*libraries],
+            "session": self.session,
+            "main": program,
+            "preload": [*self.preload],
+            "warm": ["rpcnb.cells.cells", "rpcnb.cells.runners"] if allow_exec else [],
+            "memory": self.memory,
+            "cpu_time": self.cpu_time,
+            "switch_interval": switch_interval or _INTERVAL,
+            "path": list(sys.path),
+            "log_level": logging.getLogger().getEffectiveLevel(),
+            "threads": {name: os.environ[name] for name in ONE_THREAD if name in os.environ},
+        }

@@ -1,0 +1,271 @@
+"""The process of one isolated session: forked from the zygote, it serves the connections that the server hands over.
+
+::
+
+    server -> here   {"job": facts}, a parcel and a pipe   instead of all others: see jobprocess.py
+                     {"open": facts} and a socket     the client, greeted; then its lanes
+                     {"ask": n, "what": "pending"}    -> {"answer": n, "states": [...]}
+                     {"observe": bool}
+    here -> server   {"ready": true}, {"over": true}, {"event": kind, "facts": {...}}
+                     {"ask": n, "what": "counts"}     -> {"answer": n, "counts": {...}}
+                     {"ask": n, "what": "jobs", "question": words}, data -> {"answer": n, "reply": words}, data
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from rpcnb import events
+from rpcnb.protocol.codes import Limits
+from rpcnb.protocol.handshake import KeyText
+from rpcnb.runtime.access import Gate
+from rpcnb.runtime.libraries import ffi_global_names
+from rpcnb.runtime.registry import REGISTRY
+from rpcnb.server.connection import Connection
+from rpcnb.server.host import SessionHost
+from rpcnb.server.modules import load_modules
+from rpcnb.transport import interval
+from rpcnb.transport.keepalive import KeepAlive
+from rpcnb.transport.loopthread import LoopThread, call_in_loop
+from rpcnb.transport.websocket import WebSocket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rpcnb.cells.runners import MainThread
+    from rpcnb.transport.channel import Channel, Note
+
+__all__ = ["run_session"]
+
+log = logging.getLogger(__name__)
+
+_POWERS = ("native", "expose_ffi", "trusted_paths", "default_run")
+
+
+class _HandedOver(Connection):
+    """A connection that the server has greeted: its key text is known, and what came behind it."""
+
+    def __init__(self, host: SessionProcess, sock: Any, facts: dict[str, Any]) -> None:
+        super().__init__(host, sock, tuple(facts["address"]))
+        self.rest = base64.b64decode(facts["rest"])
+        self.lane = facts["lane"]
+
+    def _answer(self, options: dict[str, str]) -> None:
+        """Nothing: the server did."""
+
+
+class SessionProcess(SessionHost):
+    """Serves one session and its lanes.
+
+    Args:
+        options: The server's.
+        channel: To the server.
+        runner: Where remote cells run; None where there are none.
+    """
+
+    def __init__(self, options: dict[str, Any], channel: Channel, runner: MainThread | None) -> None:
+        self.channel = channel
+        self.over = threading.Event()
+        self._refusal = ""
+        self._main: Connection | None = None
+        self._answers: dict[int, Callable[[Note], object]] = {}
+        self._numbers = itertools.count(1)
+        self._unsubscribe: Callable[[], None] | None = None
+        self._loop = LoopThread("rpcnb-session")
+        powers: dict[str, Any] = {
+            name: options[name] for name in ("native", "expose_ffi", "trusted_paths", "default_run")
+        }
+        if runner is not None:
+            from rpcnb.cells.cells import Cells
+
+            powers["cells"] = Cells(runner)
+        limits = Limits(**options["limits"])
+        gate = Gate(options["key"], None, time.monotonic)
+        powers["jobs"] = self._ask_jobs
+        super().__init__(options["key"], self._loop.io_loop, gate, limits, logging.DEBUG, powers)
+        self._options = options
+
+    def load(self) -> str:
+        """Import the operator's modules; returns why that failed, in one line."""
+        options = self._options
+        try:
+            before = ffi_global_names()
+            self.environment.ffi_names = load_modules(options["load"], options["main"], before)
+            self.environment.ffi_names |= frozenset(options["ffi_names"])
+            if options["load_library"]:
+                from rpcnb.runtime.libraries import load_libraries
+
+                self.environment.ffi_names |= load_libraries(options["load_library"])
+            if options["session"]:
+                entry = REGISTRY.get(options["session"])
+                if entry is None:
+                    raise LookupError(
+                        f"no session constructor is registered as {options['session']!r}; load its module with --load"
+                    )
+                self.environment.local_session = entry.call
+        except BaseException as error:  # a module may exit
+            lines = str(error).splitlines() or [""]
+            kind = type(error).__name__
+            self._refusal = lines[0] if isinstance(error, LookupError) else f"{kind}: {lines[0]}".rstrip(": ")
+        return self._refusal
+
+    def begin(self, first: Note) -> None:
+        """Serve what the server hands over."""
+        call_in_loop(self.io_loop, lambda: self._start(first))
+
+    def _start(self, first: Note) -> None:
+        self._begin()
+        self._keep_alive = KeepAlive()
+        self._hear(first)
+        self.channel.listen(self.io_loop, self._hear, self._alone)
+
+    def _alone(self) -> None:
+        """The server has gone."""
+        os._exit(0)
+
+    def _hear(self, note: Note) -> None:
+        words = note.words
+        if "open" in words:
+            self._open(words["open"], note.descriptors[0])
+        elif "answer" in words:
+            take = self._answers.pop(words["answer"], None)
+            if take is not None:
+                take(note)
+        elif "ask" in words:
+            states = [state._asdict() for state in self.pending]
+            self.channel.post({"answer": words["ask"], "states": states})
+        elif "observe" in words:
+            self._observe(words["observe"])
+
+    def _open(self, facts: dict[str, Any], descriptor: int) -> None:
+        """Go on with a client where the server has stopped."""
+        sock: Any = socket.socket(fileno=descriptor)
+        if facts["web"] is not None:
+            sock = WebSocket.resumed(sock, facts["web"])
+            self._keep_alive.add(sock)
+        self.environment.directory, self.environment.visitor = facts["directory"], facts["visitor"]
+        connection = _HandedOver(self, sock, facts)
+        key = KeyText.parse(facts["key"])
+        if connection.lane:
+            main = self._main
+            if main is None or main.closed:
+                sock.close()
+                return
+            connection.main = main
+            before = self.lanes.join(main, connection.lane, connection)
+            if before is not None:
+                before.close()
+        else:
+            self._main = connection
+            self.lanes.issue(connection)
+            self._observe(facts["observe"])
+        self.adopt(connection)
+        connection.begin(key, {}, self._refusal)
+
+    def _never_opened(self, connection: Connection) -> None:
+        if connection is self._main:
+            self._end()
+
+    def _place_is_free(self, connection: Connection) -> None:
+        self._end()
+
+    def _drains(self, connection: Connection) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self.channel.post({"over": True})
+        self.over.set()
+
+    def _observe(self, wanted: bool) -> None:
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        self._unsubscribe = self.observers.subscribe(self._report) if wanted else None
+
+    def _report(self, event: events.Event) -> None:
+        """Tell the server's observers what happens here."""
+        facts = {name: value for name, value in vars(event).items() if name not in ("source",)}
+        self.io_loop.add_callback(self.channel.post, {"event": type(event).__name__, "facts": facts})
+
+    def _ask(self, words: dict[str, Any], data: bytes, take: Callable[[Note], object]) -> None:
+        """Ask the server; from any thread."""
+
+        def ask() -> None:
+            number = next(self._numbers)
+            self._answers[number] = take
+            self.channel.post({"ask": number, **words}, data)
+
+        self.io_loop.add_callback(ask)
+
+    def _status(self, say: Callable[[dict[str, Any]], object]) -> None:
+        """Say how the server is, not this process."""
+        known = {"state": "READY", "kernel_busy": None}
+        self._ask({"what": "counts"}, b"", lambda note: say({**known, **note.words["counts"]}))
+
+    def _ask_jobs(self, words: dict[str, Any], data: bytes, answer: Callable[[dict[str, Any], bytes], object]) -> None:
+        self._ask({"what": "jobs", "question": words}, data, lambda note: answer(note.words["reply"], note.data))
+
+    @property
+    def _drain_level(self) -> int:
+        return logging.DEBUG
+
+
+def run_session(options: dict[str, Any], channel: Channel, *, check: bool) -> int:
+    """Serve one session; returns the exit code. With ``check`` only say whether its modules can be imported."""
+    logging.getLogger().setLevel(options["log_level"])
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    _limit(options)
+    interval.hold(options["switch_interval"])
+    runner = None
+    if options["allow_exec"]:
+        from rpcnb.cells.runners import MainThread
+
+        runner = MainThread()  # this thread has nothing else to do
+    process = SessionProcess(options, channel, runner)
+    why = process.load()
+    channel.send({"failed": why} if why else {"ready": True})
+    if check:
+        _leave()
+        return 0
+    note = channel.receive()
+    if note is None:
+        return 0
+    if "job" in note.words:
+        from rpcnb.server.jobprocess import run_job
+
+        code = run_job(process.environment, channel, note, bool(options["allow_exec"]), process.limits.job_bytes)
+        _leave()
+        return code
+    process.begin(note)
+    if runner is not None:
+        runner.run(process.over.wait)
+    else:
+        process.over.wait()
+    _leave()
+    return 0
+
+
+def _leave() -> None:
+    """Let the modules end what they have begun; without waiting for threads."""
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
+
+
+def _limit(options: dict[str, Any]) -> None:
+    """Bound what this process may use."""
+    import resource
+
+    if options["cpu_time"]:
+        seconds = int(options["cpu_time"])
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    if options["memory"] and not options["cgroup"]:
+        resource.setrlimit(resource.RLIMIT_DATA, (options["memory"], options["memory"]))
