@@ -148,6 +148,11 @@ class _Named:
         self._facts = facts
         self.name: str = facts["name"]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was known of it when it was last asked: name, state, function, since, ended, error, how, output..."""
+        return dict(self._facts)
+
     def _ask(self, make: Callable[[Operations], Flow[Any]], what: str, timeout: float | None = None) -> Any:
         return self._session._run(make, timeout, f"{what} {self.name}", on_output=_nothing)
 

@@ -21,6 +21,7 @@ from rpcnb.jupyter.sessions import BOOK
 
 if TYPE_CHECKING:
     from rpcnb.client.cells import CellOutput, CellResult
+    from rpcnb.client.jobs import Job
     from rpcnb.client.pending import Pending
     from rpcnb.client.session import Session
     from rpcnb.jupyter.panels import Panel
@@ -37,6 +38,8 @@ session.namespace["x"]         a variable of the device's cells
 %rpc_functions [PATTERN]       what may be called
 %rpc_upload, %rpc_download     files there and back
 %rpc_timeit CALL               time a function at the device; -n CALLS -r REPEATS
+%%rpc --detach NAME            run it as a job that outlives this notebook; %rpc_jobs [NAME] --follow --out VAR
+%rpc_restart                   begin afresh: a new process at the device
 %rpc_panel                     what goes on, live
 %rpc_serve                     make this kernel a device
 %rpc_sessions, %rpc_close      what is open; --session NAME picks one everywhere; -h explains"""
@@ -60,7 +63,7 @@ class CellMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
 
     @no_var_expand
     @line_cell_magic
-    def rpc(self, line: str, cell: str | None = None) -> CellResult | Pending | None:
+    def rpc(self, line: str, cell: str | None = None) -> CellResult | Pending | Job | None:
         """Run source on the device: a cell (``%%rpc``), or the rest of the line (``%rpc x.sum()``)."""
         if cell is None:
             return self._rpc_line(line)  # type: ignore[no-any-return]
@@ -87,13 +90,20 @@ class CellMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @argument("--timeout", type=float, help="seconds after which the cell is interrupted")
     @argument("--out", metavar="VAR", help="bind the value of the last expression here")
     @argument("--noblock", action="store_true", help="return at once: a Pending; output comes here all the same")
+    @argument(
+        "--detach", metavar="NAME", help="a job of this name, in a process of its own, which outlives the session"
+    )
     @argument("--session", help="name of the session; the current one by default")
-    def _rpc_cell(self, line: str) -> CellResult | Pending | None:
+    def _rpc_cell(self, line: str) -> CellResult | Pending | Job | None:
         """Run the cell's source on the device, in a namespace that lives as long as the session."""
         options = parse_argstring(self._rpc_cell, line)
         if options.out is not None and not options.out.isidentifier():
             raise UsageError(f"--out expects a variable's name, got {options.out!r}")
         session = BOOK.find(options.session)
+        if options.detach is not None:
+            if options.timeout is not None or options.out is not None or options.noblock:
+                raise UsageError("--detach goes alone: the job's result is session.jobs[NAME].result()")
+            return session.jobs.start_cell(self._cell, options.detach)
         if options.noblock:
             pending: Pending = session.submit(
                 session.run_cell, self._cell, self._name(session), timeout=options.timeout, on_output=show_output

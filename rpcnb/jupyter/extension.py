@@ -7,6 +7,7 @@ from typing import Any
 from rpcnb.jupyter import displays
 from rpcnb.jupyter.cellmagics import CellMagics
 from rpcnb.jupyter.completion import matcher
+from rpcnb.jupyter.jobmagics import JobMagics
 from rpcnb.jupyter.magics import RpcMagics
 from rpcnb.jupyter.progress import ProgressLine
 from rpcnb.jupyter.wakeup import WakeUp
@@ -14,7 +15,7 @@ from rpcnb.jupyter.workmagics import WorkMagics
 
 __all__ = ["load", "unload"]
 
-_MAGICS = (RpcMagics, WorkMagics, CellMagics)
+_MAGICS = (RpcMagics, WorkMagics, CellMagics, JobMagics)
 _wake_up = WakeUp()
 _progress: ProgressLine | None = None
 _matcher: Any = None

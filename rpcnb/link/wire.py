@@ -155,7 +155,7 @@ class Wire:
             SessionLost: The connection has ended; or SessionClosed, SessionTimeout.
         """
         if self.ended is not None:
-            raise self.ended.again()
+            return self._queue_in_vain(Ticket(request))
         ticket = Ticket(request)
         buffers = self.endpoint.send(request)
         self.requests += 1
@@ -205,9 +205,18 @@ class Wire:
             SessionLost: The connection has ended; or SessionClosed, SessionTimeout.
         """
         if self.ended is not None:
-            raise self.ended.again()
+            return self._queue_in_vain(Ticket(_CALL))
         ticket = self._note_call()
         self._post([(packet, None)])
+        return ticket
+
+    def _queue_in_vain(self, ticket: Ticket) -> Ticket:
+        """Have a ticket settled with the others once it is known why the connection was lost; else raise that."""
+        assert self.ended is not None
+        if not self.asking:
+            raise self.ended.again()
+        ticket.value = NOT_PLAIN
+        self.tickets.append(ticket)
         return ticket
 
     def queue_calls(self, handle: int, calls: list[tuple[Any, ...]]) -> list[Ticket]:
@@ -217,7 +226,7 @@ class Wire:
             ArgumentError: A value cannot travel; nothing is queued.
         """
         if self.ended is not None:
-            raise self.ended.again()
+            return [self._queue_in_vain(Ticket(_CALL)) for _ in calls]
         packets = [write_call(handle, args) or b"".join(encode_packet(CallFunc(handle, args))) for args in calls]
         if self.depth is not None:
             return [self.queue_call(packet) for packet in packets]
@@ -397,6 +406,8 @@ class Wire:
 
     def _lose(self, how: str) -> None:
         """The connection has ended under us; where somebody can be asked why, what is owed waits for that."""
+        if self.asking:
+            return
         error = SessionLost(f"session lost: {how}{self._during()}")
         if self.inquire is None or self.ended is not None:
             self.fail(error)

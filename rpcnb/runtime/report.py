@@ -27,7 +27,7 @@ __all__ = ["format_cell", "report", "text_of"]
 _MOST = 20  # exceptions that are told behind one
 _LONGEST = 1000  # characters that are told of each of them
 _FRAMES = 20  # frames likewise
-_ROOMS = ("/rpcnb/protocol/", "/rpcnb/runtime/", "/rpcnb/cells/")
+_ROOMS = ("/rpcnb/protocol/", "/rpcnb/runtime/", "/rpcnb/cells/", "rpcnb/server/jobprocess.py")
 _TRACEBACK = 1 << 16  # characters of a traceback
 
 

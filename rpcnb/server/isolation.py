@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Isolation"]
 
 _LEAST_MEMORY = 64 << 20  # bytes: Python with numpy needs so much before anything is done
+# What a session's process would import as it begins.
+_WARM = ("resource", "rpcnb.server.hop")
+_WARM_CELLS = ("rpcnb.cells.cells", "rpcnb.cells.runners", "IPython.display", "IPython.core.interactiveshell")
 _INTERVAL = 0.005  # Python's own
 
 
@@ -84,11 +87,17 @@ class Isolation:
             "session": self.session,
             "main": program,
             "preload": [*self.preload],
-            "warm": ["rpcnb.cells.cells", "rpcnb.cells.runners"] if allow_exec else [],
+            # Of "module:function" the module does nothing yet.
+            "warm": [
+                *_WARM,
+                *(name.partition(":")[0] for name in self.load if ":" in name),
+                *(_WARM_CELLS if allow_exec else ()),
+            ],
             "memory": self.memory,
             "cpu_time": self.cpu_time,
             "switch_interval": switch_interval or _INTERVAL,
             "path": list(sys.path),
+            "argv": list(sys.argv),
             "log_level": logging.getLogger().getEffectiveLevel(),
             "threads": {name: os.environ[name] for name in ONE_THREAD if name in os.environ},
         }

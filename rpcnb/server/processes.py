@@ -20,10 +20,13 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import IsolationFailed
+from rpcnb.server.cgroup import MemoryGroups
 from rpcnb.server.zygote import ONE_THREAD
 from rpcnb.transport.channel import Channel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tornado.ioloop import IOLoop
 
     from rpcnb.transport.channel import Note
@@ -55,6 +58,7 @@ class Child:
         self.pid = 0
         self.how = ""
         self.released = False
+        self.group: Path | None = None  # that bounds its memory
         self._timers: list[Any] = []
         ours, self.theirs = socket.socketpair()
         self.channel = Channel(ours)
@@ -120,7 +124,8 @@ class Processes:
         self.name = name
         self.io_loop = io_loop
         self.broken = ""  # why there is no zygote
-        self._options = options
+        self._groups = MemoryGroups.open(options["memory"]) if options["memory"] else None
+        self._options = {**options, "grouped": self._groups is not None}
         self._numbers = itertools.count(1)
         self._forking: dict[int, Child] = {}  # by number of the request
         self._children: dict[int, Child] = {}  # by process
@@ -154,8 +159,7 @@ class Processes:
             ours.settimeout(None)
         except BaseException as error:
             channel.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_CLOSE)
+            self._end_zygote()
             if isinstance(error, OSError):
                 raise IsolationFailed(f"{_ENDED}: {error}") from None
             raise
@@ -204,6 +208,10 @@ class Processes:
         if "forked" in words:
             child = self._forking.pop(words["forked"])
             self._children[words["pid"]] = child
+            if self._groups is not None:
+                with contextlib.suppress(OSError):
+                    child.group = self._groups.make()
+                    self._groups.put(child.group, words["pid"])
             child.forked(words["pid"])
         elif "failed" in words:
             child = self._forking.pop(words["failed"])
@@ -214,7 +222,8 @@ class Processes:
 
     def _note_end(self, child: Child, status: int) -> None:
         child.release()
-        child.ended(child.how or _how(status))
+        used_up = child.group is not None and MemoryGroups.remove(child.group)
+        child.ended(child.how or ("memory" if used_up else _how(status)))
 
     def _zygote_ended(self) -> None:
         """All processes have ended with it; another is started."""
@@ -260,12 +269,15 @@ class Processes:
 
     def wait(self) -> None:
         """Return when all processes have ended; the loop need not run any more."""
+        self._end_zygote()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _end_zygote(self) -> None:
         try:
             self._process.wait(_CLOSE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _await(channel: Channel, word: str, otherwise: str) -> None:

@@ -22,6 +22,7 @@ import os
 import socket
 import threading
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rpcnb import events
@@ -192,7 +193,8 @@ class SessionProcess(SessionHost):
 
     def _report(self, event: events.Event) -> None:
         """Tell the server's observers what happens here."""
-        facts = {name: value for name, value in vars(event).items() if name not in ("source",)}
+        facts = asdict(event)
+        del facts["source"]  # it is the server's there
         self.io_loop.add_callback(self.channel.post, {"event": type(event).__name__, "facts": facts})
 
     def _ask(self, words: dict[str, Any], data: bytes, take: Callable[[Note], object]) -> None:
@@ -267,5 +269,5 @@ def _limit(options: dict[str, Any]) -> None:
     if options["cpu_time"]:
         seconds = int(options["cpu_time"])
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    if options["memory"] and not options["cgroup"]:
+    if options["memory"] and not options["grouped"]:
         resource.setrlimit(resource.RLIMIT_DATA, (options["memory"], options["memory"]))

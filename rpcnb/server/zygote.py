@@ -228,17 +228,21 @@ def main() -> int:
         return 0
     options = note.words
     sys.path[:] = options["path"]
+    sys.argv[:] = options["argv"]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         importlib.import_module("rpcnb.server.sessionprocess")
-        for name in (*options["warm"], *options["preload"]):
+        for name in options["warm"]:
+            with contextlib.suppress(ImportError):  # IPython may not be there
+                importlib.import_module(name)
+        for name in options["preload"]:
             _preload(name)
         if threads() != 1:
             raise ImportError(f"the modules of --preload ({', '.join(options['preload'])}) start threads; use --load")
     except ImportError as error:
         channel.send({"failed": str(error)})
-        return 1
+        os._exit(1)  # also from what a module has started
     gc.collect()
     gc.freeze()
     channel.send({"ready": True})

@@ -18,7 +18,7 @@ import pytest
 
 import rpcnb
 from rpcnb.runtime.registry import Registry
-from rpcnb.server import server as server_module
+from rpcnb.server import host as host_module
 from rpcnb.server.workers import WorkerPool
 from rpcnb.transport import runfiles
 from rpcnb.transport.address import Address, is_loopback, parse_address, show_address
@@ -35,7 +35,7 @@ def test_a_server_without_epoll_serves_alike(serve: Serve, registry: Registry, m
 
     registry.register("later", later)
     registry.register("plain", lambda value: value)
-    monkeypatch.setattr(server_module, "make_watcher", LoopWatcher)
+    monkeypatch.setattr(host_module, "make_watcher", LoopWatcher)
     server = serve()
     assert isinstance(server.watcher, LoopWatcher)
     with rpcnb.connect(server.address) as session, rpcnb.connect(server.address) as other:
