@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ArgumentError, DeadlineExceeded, FunctionNotFound, RemoteError, SessionCrashed, SessionLost
-from rpcnb.protocol.parcel import pack, unpack
+from rpcnb.runtime.parcel import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import AccessDenied, DeviceError, InvalidHandle
-from rpcnb.protocol.parcel import pack, unpack
+from rpcnb.runtime.parcel import pack, unpack
 from rpcnb.runtime.served import Module, ServedFunction, Shape
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import AccessDenied, FunctionNotFound, LimitExceeded
-from rpcnb.protocol.parcel import pack, unpack
 from rpcnb.runtime.current import SESSION
 from rpcnb.runtime.local import LocalServingSession
+from rpcnb.runtime.parcel import pack, unpack
 from rpcnb.runtime.report import format_cell, report
 
 if TYPE_CHECKING:

@@ -193,7 +193,7 @@ class Channel:
         try:
             found = json.loads(text)
             count = found.pop("descriptors", 0)
-        except (ValueError, AttributeError, RecursionError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise RemoteProtocolError(f"expected a JSON object, got {text[:40]!r}") from error
         if not isinstance(count, int) or not 0 <= count <= len(self._descriptors):
             raise RemoteProtocolError(f"expected {len(self._descriptors)} descriptors, got {count!r}")

@@ -11,13 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
-import rpcnb
+from rpcnb.runtime.local import workpath
+from rpcnb.runtime.registry import register_func
 
 STATE: list[int] = []
-CRASHES = {
+CRASHES: dict[str, Callable[[], object]] = {
     "segfault": lambda: ctypes.string_at(8),
     "abort": os.abort,
     "exit": lambda: os._exit(3),
@@ -30,42 +32,42 @@ def no_core() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-@rpcnb.register_func("b.crash")
+@register_func("b.crash")
 def crash(kind: str) -> None:
     no_core()
     CRASHES[kind]()
 
 
-@rpcnb.register_func("b.crash_later")
+@register_func("b.crash_later")
 async def crash_later(kind: str) -> None:
     await asyncio.sleep(0.05)
     crash(kind)
 
 
-@rpcnb.register_func("b.stop")
+@register_func("b.stop")
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
 
 
-@rpcnb.register_func("b.close_all")
+@register_func("b.close_all")
 def close_all() -> None:
     os.closerange(3, 256)
 
 
-@rpcnb.register_func("b.hang")
+@register_func("b.hang")
 def hang(seconds: float) -> None:
     """Let nothing else run: a C call that does not give the interpreter away."""
     ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
 
-@rpcnb.register_func("b.leave_threads")
+@register_func("b.leave_threads")
 def leave_threads() -> None:
     for _ in range(4):
         threading.Thread(target=time.sleep, args=(1000,)).start()
 
 
-@rpcnb.register_func("b.leave_child")
+@register_func("b.leave_child")
 def leave_child(detached: bool) -> int:
     """Start a process that would go on; returns its number."""
     command = "sleep 1000 & echo $!" if detached else "exec sleep 1000"
@@ -73,54 +75,54 @@ def leave_child(detached: bool) -> int:
     return int(child.stdout.readline()) if child.stdout is not None else child.pid
 
 
-@rpcnb.register_func("b.burn")
+@register_func("b.burn")
 def burn() -> None:
     while True:
         pass
 
 
-@rpcnb.register_func("b.allocate")
+@register_func("b.allocate")
 def allocate(nbytes: int) -> int:
     return len(bytearray(nbytes))
 
 
-@rpcnb.register_func("b.pid")
+@register_func("b.pid")
 def pid() -> int:
     return os.getpid()
 
 
-@rpcnb.register_func("b.facts")
+@register_func("b.facts")
 def facts() -> str:
     """Say what the process is like."""
     with open("/proc/self/oom_score_adj") as file:
         return f"{os.environ.get('OMP_NUM_THREADS')} {file.read().strip()} {np.random.random()}"
 
 
-@rpcnb.register_func("b.note")
+@register_func("b.note")
 def note(number: int) -> int:
     """Count what this process has noted."""
     STATE.append(number)
     return len(STATE)
 
 
-@rpcnb.register_func("b.add")
+@register_func("b.add")
 def add(a: int, b: int) -> int:
     return a + b
 
 
-@rpcnb.register_func("b.sleep")
+@register_func("b.sleep")
 async def sleep(seconds: float) -> float:
     await asyncio.sleep(seconds)
     return seconds
 
 
-@rpcnb.register_func("b.block")
+@register_func("b.block")
 def block(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
 
 
-@rpcnb.register_func("b.work")
+@register_func("b.work")
 def work(steps: int, array: object) -> object:
     """Print, leave a file, and return what was given, twice."""
     for step in range(steps):
@@ -128,16 +130,16 @@ def work(steps: int, array: object) -> object:
         sys.stderr.write("noted\n")
         os.system("echo from a child")
         time.sleep(0.02)
-    with open(rpcnb.workpath("report.txt"), "w") as file:
+    with open(workpath("report.txt"), "w") as file:
         file.write("all well")
     return array * 2  # type: ignore[operator]
 
 
-@rpcnb.register_func("b.fail")
+@register_func("b.fail")
 def fail(text: str) -> None:
     raise ValueError(text)
 
 
-@rpcnb.register_func("b.callback", callback=True)
+@register_func("b.callback", callback=True)
 def callback(done: object, value: int) -> None:
     threading.Timer(0.02, lambda: done(value + 1)).start()  # type: ignore[operator]

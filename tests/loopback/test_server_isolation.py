@@ -60,7 +60,8 @@ def connect(server: Any, **options: Any) -> Any:
 
 
 def children_of(server: Any) -> list[psutil.Process]:
-    return psutil.Process(server._processes._process.pid).children(recursive=True)
+    found: list[psutil.Process] = psutil.Process(server._processes._process.pid).children(recursive=True)
+    return found
 
 
 def test_each_session_has_a_process_and_a_state_of_its_own(board: Any) -> None:
