@@ -157,6 +157,11 @@ class SessionBase(StaysHere):
         self._link.close()
 
     @property
+    def has_jobs(self) -> bool:
+        """Tell whether the server runs detached jobs: each of its sessions has a process of its own."""
+        return "isolated" in (self._ops.key.features or ())
+
+    @property
     def key(self) -> str:
         """The match key with which it was opened."""
         return self._key

@@ -31,6 +31,14 @@ _NO_JOBS = (
 )
 
 
+_changes = 0  # how often jobs were begun, cancelled and forgotten here
+
+
+def changes() -> int:
+    """Return a number that grows when this process has begun, cancelled or forgotten a job."""
+    return _changes
+
+
 def ask(ops: Operations, words: dict[str, Any], data: bytes = b"") -> Flow[tuple[dict[str, Any], bytes]]:
     """Ask the server's jobs for something; returns words and bytes.
 
@@ -44,6 +52,9 @@ def ask(ops: Operations, words: dict[str, Any], data: bytes = b"") -> Flow[tuple
     found, rest = unpack(bytes(answer))
     if "error" in found:
         raise RemoteError(str(found["error"]))
+    if words["op"] in ("start", "cancel", "forget"):
+        global _changes
+        _changes += 1
     return found, rest
 
 
@@ -270,8 +281,12 @@ class Jobs(Mapping[str, Job]):
         return Job(self._session, facts)
 
     def _list(self) -> list[Job]:
-        found = self._session._run(list_of, None, "jobs", on_output=_nothing)
-        return [Job(self._session, facts) for facts in found]
+        return [Job(self._session, facts) for facts in self.facts()]
+
+    def facts(self, timeout: float | None = None) -> list[dict[str, Any]]:
+        """Ask how all are: the facts of each, oldest first."""
+        found: list[dict[str, Any]] = self._session._run(list_of, timeout, "jobs", on_output=_nothing)
+        return found
 
     def __getitem__(self, name: str) -> Job:
         try:

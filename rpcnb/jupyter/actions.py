@@ -54,6 +54,19 @@ def _find(message: dict[str, Any]) -> SessionBase | None:
     return next((one for one in all_sessions() if one.name == message.get("session")), None)
 
 
+def _cancel_job(message: dict[str, Any]) -> None:
+    session = _find(message)
+    if isinstance(session, Session):
+        threading.Thread(target=_cancel_job_now, args=(session, message), name="rpcnb-job", daemon=True).start()
+
+
+def _cancel_job_now(session: Session, message: dict[str, Any]) -> None:
+    try:
+        session.jobs[str(message.get("name"))].cancel()
+    except (RpcError, LookupError) as error:
+        log.info("%s: a job could not be cancelled: %s", session.name, error)
+
+
 def _close(message: dict[str, Any]) -> None:
     session = _find(message)
     if isinstance(session, Session):
@@ -78,6 +91,7 @@ def _reconnect_now(session: Session) -> None:
 _OPERATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
     "cancel": _cancel,
     "dismiss": _dismiss,
+    "cancel_job": _cancel_job,
     "close": _close,
     "reconnect": _reconnect,
 }

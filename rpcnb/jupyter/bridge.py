@@ -15,11 +15,14 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rpcnb import events
+from rpcnb.client import jobs
+from rpcnb.client.base import all_sessions
+from rpcnb.client.session import Session
 from rpcnb.errors import RpcError
 from rpcnb.farm.devices import device_rows
 from rpcnb.farm.dialer import known_trackers, places_in_queues
 from rpcnb.farm.trackersession import TrackerSession
-from rpcnb.jupyter.facts import Scope, collect
+from rpcnb.jupyter.facts import Scope, collect, jobs_of
 from rpcnb.jupyter.models import PanelModel
 from rpcnb.transport.address import show_address
 
@@ -36,7 +39,8 @@ _BURST = 8 << 10  # bytes that a quiet panel may send at once
 _OVERHEAD = 1024  # bytes of a message besides the snapshot: headers, signature
 _ALIVE = 4.0  # seconds after which an unchanged snapshot is sent again: a view that hears nothing knows the kernel gone
 _ASK_TRACKERS = 1.0  # seconds
-_TRACKER_PATIENCE = 2.0
+_ASK_RUNNING, _ASK_IDLE = 2.0, 20.0  # seconds between two questions for jobs
+_PATIENCE = 2.0
 
 
 class View(Protocol):
@@ -83,8 +87,10 @@ class Bridge:
         self._model = PanelModel(time.time() - time.monotonic())
         self._unsubscribe: Callable[[], None] | None = None
         self._devices: list[dict[str, Any]] = []
+        self._jobs: list[dict[str, Any]] = []
         self._asking = False
-        self._ask_at = 0.0
+        self._trackers_at = self._jobs_at = 0.0
+        self._changes = -1
 
     def add(self, view: View) -> None:
         """Feed a view until it says that nobody looks, or :meth:`remove`."""
@@ -105,8 +111,8 @@ class Bridge:
     def snapshot(self, scope: Scope) -> dict[str, Any]:
         """Return what a view of this scope would show now."""
         with self._lock:
-            devices = self._devices
-        facts = collect(scope, self._model.epoch, devices)
+            devices, found = self._devices, self._jobs
+        facts = collect(scope, self._model.epoch, devices, found)
         with self._lock:
             return self._model.snapshot(facts)
 
@@ -138,7 +144,7 @@ class Bridge:
 
     def _feed(self, feeds: list[_Feed]) -> None:
         now = time.monotonic()
-        self._ask_trackers(now)
+        self._ask_others(now)
         with self._lock:
             self._model.fades(now)
         for feed in feeds:
@@ -146,30 +152,51 @@ class Bridge:
                 self.remove(feed.view)
             feed.view.tick(now)
 
-    # -- trackers --------------------------------------------------------------------------------------------------
+    # -- what has to be asked ----------------------------------------------------------------------------------------
 
-    def _ask_trackers(self, now: float) -> None:
-        """Have the known trackers asked in a thread of its own: they may not answer."""
-        if self._asking or now < self._ask_at:
+    def _ask_others(self, now: float) -> None:
+        """Have trackers and servers asked in a thread of its own: they may not answer."""
+        if self._asking:
             return
-        self._ask_at = now + _ASK_TRACKERS
-        if not known_trackers():
-            self._devices = []
+        trackers, servers = known_trackers(), _with_jobs()
+        asks_trackers = now >= self._trackers_at and bool(trackers or self._devices)
+        asks_servers = (now >= self._jobs_at or self._changes != jobs.changes()) and bool(servers or self._jobs)
+        if not asks_trackers and not asks_servers:
             return
         self._asking = True
-        threading.Thread(target=self._ask, name="rpcnb-devices", daemon=True).start()
 
-    def ask_trackers_now(self) -> None:
-        """Ask the known trackers, and wait for their answers (two seconds each at most)."""
-        rows = [row for tracker in known_trackers() for row in _devices_of(tracker)]
-        with self._lock:
-            self._devices = rows
+        def ask() -> None:
+            try:
+                self._ask(asks_trackers, asks_servers)
+            finally:
+                self._asking = False
 
-    def _ask(self) -> None:
-        try:
-            self.ask_trackers_now()
-        finally:
-            self._asking = False
+        threading.Thread(target=ask, name="rpcnb-devices", daemon=True).start()
+
+    def _ask(self, trackers: bool, servers: bool) -> None:
+        now = time.monotonic()
+        if trackers:
+            self._trackers_at = now + _ASK_TRACKERS
+            devices = [row for tracker in known_trackers() for row in _devices_of(tracker)]
+            with self._lock:
+                self._devices = devices
+        if servers:
+            self._changes = jobs.changes()
+            found = [row for session in _with_jobs() for row in jobs_of(session, _PATIENCE)]
+            runs = any(row["state"] == "running" for row in found)
+            self._jobs_at = now + (_ASK_RUNNING if runs else _ASK_IDLE)
+            with self._lock:
+                self._jobs = found
+
+    def ask_now(self) -> None:
+        """Ask the known trackers for boards and servers for jobs, and wait for their answers (two seconds each)."""
+        self._ask(True, True)
+
+
+def _with_jobs() -> list[Session]:
+    """Return the sessions whose servers may have detached jobs; one a server."""
+    found = {one.peer: one for one in all_sessions() if isinstance(one, Session) and one.has_jobs}
+    return [one for one in found.values() if one.state != "closed"]
 
 
 def _devices_of(address: Any) -> list[dict[str, Any]]:
@@ -177,7 +204,7 @@ def _devices_of(address: Any) -> list[dict[str, Any]]:
     where = show_address(address.host, address.port)
     rows: list[dict[str, Any]] = []
     try:
-        summary = TrackerSession(address).summary(timeout=_TRACKER_PATIENCE)
+        summary = TrackerSession(address).summary(timeout=_PATIENCE)
     except (RpcError, OSError) as error:
         return [{"tracker": where, "state": "no answer", "error": str(error)}]
     for board, key, state, since, holder, limit in device_rows(summary):

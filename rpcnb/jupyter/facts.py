@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.client.base import all_sessions
 from rpcnb.client.pending import Pending
 from rpcnb.client.transfers import Measured
+from rpcnb.errors import RpcError
 from rpcnb.jupyter.models import Facts, cut
 from rpcnb.server.server import all_servers
 
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rpcnb.client.base import SessionBase
+    from rpcnb.client.session import Session
     from rpcnb.server.connection import ClientState
     from rpcnb.server.server import Server
 
-__all__ = ["Scope", "collect"]
+__all__ = ["Scope", "collect", "jobs_of"]
 
 _WAITS = {
     "queued": "an earlier operation on the same thing",
@@ -62,16 +64,20 @@ class Scope:
         return sorted(all_servers(), key=lambda server: server.port) if self._everything else []
 
 
-def collect(scope: Scope, epoch: float, devices: list[dict[str, Any]]) -> Facts:
+def collect(scope: Scope, epoch: float, devices: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> Facts:
     """Return the rows of all sections.
 
     Args:
         scope: What to look at.
         epoch: Seconds since the epoch at ``time.monotonic() == 0``.
         devices: The rows of that section: they come from trackers, which have to be asked.
+        jobs: Likewise, from servers; of all sessions.
     """
-    facts = Facts(devices=devices)
+    peers = {session.peer for session in scope.sessions()}
+    facts = Facts(devices=devices, jobs=[row for row in jobs if row["peer"] in peers])
     for one in scope.operations():
+        if one.function == "jobs":
+            continue  # the panel's own question
         if isinstance(one, Measured):
             facts.transfers.append(_transfer(one, epoch))
         else:
@@ -132,6 +138,25 @@ def _waits_for(one: Any, state: str) -> str:
     if not earlier:
         return "the function at the server"
     return "an earlier call" if earlier == 1 else f"{earlier} earlier calls"
+
+
+def jobs_of(session: Session, seconds: float) -> list[dict[str, Any]]:
+    """Ask a session's server for its detached jobs; none where it does not answer in time, or has none."""
+    if not session.has_jobs or session.state not in ("ready", "busy", "idle"):
+        return []
+    try:
+        found = session.jobs.facts(seconds)
+    except (RpcError, OSError):
+        return []
+    rows = []
+    for facts in found:
+        row = {name: facts[name] for name in ("name", "state", "since", "ended", "output")}
+        row |= {"session": session.name, "peer": session.peer, "function": cut(facts["function"] or "a cell")}
+        error = facts["error"]
+        if facts["state"] == "failed":
+            row["error"] = cut(f"{error['type']}: {error['text']}" if error else facts["how"])
+        rows.append(row)
+    return rows
 
 
 def _session(session: SessionBase, epoch: float) -> dict[str, Any]:

@@ -36,6 +36,8 @@ _NOT_CALLS = {
     "get_function",
     "import_module",
     "init",
+    "job",
+    "jobs",
     "link",
     "list_cells",
     "list_functions",
@@ -61,6 +63,7 @@ class Facts:
 
     transfers: list[dict[str, Any]] = field(default_factory=list)
     pending: list[dict[str, Any]] = field(default_factory=list)
+    jobs: list[dict[str, Any]] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     devices: list[dict[str, Any]] = field(default_factory=list)
     servers: list[dict[str, Any]] = field(default_factory=list)
@@ -140,6 +143,7 @@ class PanelModel:
         return {
             "transfers": _capped([*facts.transfers, *ended]),
             "pending": _capped(facts.pending),
+            "jobs": _capped(facts.jobs),
             "sessions": _capped(sessions),
             "devices": _capped(facts.devices),
             "servers": _capped(facts.servers),

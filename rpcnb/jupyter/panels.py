@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SECTIONS", "Panel", "panel"]
 
-SECTIONS = ("transfers", "pending", "sessions", "devices", "servers")
+SECTIONS = ("transfers", "pending", "jobs", "sessions", "devices", "servers")
 _ANSWER_WITHIN = 3.0  # seconds
 _HTML_EVERY = 0.5  # seconds between two updates of static HTML
 _OLD_KERNEL = "while a cell runs, use the stop button: clicks reach this kernel between cells only"
@@ -138,8 +138,8 @@ class Panel:
         from IPython.display import display
 
         if not self._live:
-            if "devices" in self._sections:
-                BRIDGE.ask_trackers_now()
+            if "devices" in self._sections or "jobs" in self._sections:
+                BRIDGE.ask_now()
             display({"text/plain": show_text(self.snapshot(), time.time()), "text/html": self.static_html()}, raw=True)
             return
         if self.widget is not None:
@@ -160,12 +160,12 @@ def panel(
     pending: Any = None,
     server: Server | None = None,
 ) -> Panel:
-    """Return a live view of sessions, pending calls, transfers, farm devices and this kernel's server.
+    """Return a live view of sessions, pending calls, transfers, jobs, farm devices and this kernel's server.
 
     It goes on while a cell blocks. Every section stands alone: ``rpcnb.panel("transfers")``.
 
     Args:
-        sections: Of ``transfers``, ``pending``, ``sessions``, ``devices``, ``servers``; all by default.
+        sections: Of ``transfers``, ``pending``, ``jobs``, ``sessions``, ``devices``, ``servers``; all by default.
         session: Only this session and its operations.
         pending: Only this operation.
         server: Only this server.

@@ -10,6 +10,7 @@ __all__ = ["Html", "show_bytes", "show_html", "show_span", "show_text"]
 _TITLES = (
     ("transfers", "Transfers"),
     ("pending", "Pending"),
+    ("jobs", "Jobs"),
     ("sessions", "Sessions"),
     ("devices", "Devices"),
     ("servers", "Server"),
@@ -48,6 +49,12 @@ def _operation(row: dict[str, Any], now: float) -> tuple[str, ...]:
     return row["function"], row["session"], row["state"], age, waits
 
 
+def _job(row: dict[str, Any], now: float) -> tuple[str, ...]:
+    age = show_span((row["ended"] or now) - row["since"])
+    printed = f"{show_bytes(row['output'])} printed"
+    return row["name"], row["session"], row["state"], age, row["function"], printed, row.get("error", "")
+
+
 def _session(row: dict[str, Any], now: float) -> tuple[str, ...]:
     peer = f"{row['peer']}, key {row['key']}" if row["key"] else row["peer"]
     traffic = f"↑ {show_bytes(row['sent'])}, ↓ {show_bytes(row['received'])}"
@@ -66,7 +73,14 @@ def _server(row: dict[str, Any], now: float) -> tuple[str, ...]:
     return row["address"], key, f"{row['functions']} functions", clients or "no client", busy
 
 
-_ROWS = {"transfers": _transfer, "pending": _operation, "sessions": _session, "devices": _device, "servers": _server}
+_ROWS = {
+    "transfers": _transfer,
+    "pending": _operation,
+    "jobs": _job,
+    "sessions": _session,
+    "devices": _device,
+    "servers": _server,
+}
 
 
 def _sections(snapshot: dict[str, Any], now: float) -> list[tuple[str, list[tuple[str, ...]], int]]:

@@ -11,7 +11,7 @@
 
 Any number of clients at once; silent, slow, broken or hostile ones leave the others untouched. ``async def`` and
 callback functions run on the server's loop and may answer later; plain functions run in workers. A long C call that
-holds the GIL stalls every server in its process; only a helper process would not.
+holds the GIL stalls every server in its process: ``isolate=True`` gives each session one of its own.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Server(SessionHost):
             with apache-tvm-ffi may be called.
         custom_addr: Address that others should use to reach this server; shown in what is to be pasted.
         silent: Log at level DEBUG instead of INFO.
-        no_fork: TVM's keyword; there is never a fork.
+        no_fork: TVM's keyword; processes of sessions are ``isolate``.
         server_init_callback: Called once before the server listens.
         reuse_addr: TVM's keyword; the address is always reusable after an earlier server's end.
         token: Text that clients must present; None: none on loopback, a fresh one beyond; False: none at all.

@@ -55,7 +55,7 @@ def session(address: str) -> Iterator[rpcnb.Session]:
 
 
 def rows(scope: Scope, section: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = getattr(collect(scope, 0.0, []), section)
+    found: list[dict[str, Any]] = getattr(collect(scope, 0.0, [], []), section)
     return found
 
 

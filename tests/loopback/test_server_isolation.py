@@ -415,3 +415,17 @@ def test_many_sessions_come_and_go_at_once(board: Any) -> None:
         thread.join(60)
     assert not wrong
     eventually(lambda: board.sessions == 0 and not children_of(board))
+
+
+def test_crashes_beside_good_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The short form of ``tests/soak/crashes.py``."""
+    monkeypatch.setenv("RPCNB_STATE_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "soak"))
+    from crashes import run
+
+    counts, findings = run(24, 7, good=3)
+    assert not findings
+    assert counts["good"] > 3
+    caplog.clear()

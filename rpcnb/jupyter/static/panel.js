@@ -1,8 +1,10 @@
 // The panel's view: draws the snapshot that the kernel sends, once per animation frame, and says what was clicked.
 // Rows are kept by key and changed in place, so that focus and screen readers stay where they are.
 
-const SECTIONS = ["transfers", "pending", "sessions", "devices", "servers"];
-const TITLES = { transfers: "Transfers", pending: "Pending", sessions: "Sessions", devices: "Devices", servers: "Server" };
+const SECTIONS = ["transfers", "pending", "jobs", "sessions", "devices", "servers"];
+const TITLES = {
+  transfers: "Transfers", pending: "Pending", jobs: "Jobs", sessions: "Sessions", devices: "Devices", servers: "Server",
+};
 const EMPTY = { transfers: "nothing moves", pending: "nothing waits" };
 const TONES = {
   ready: "ok", idle: "ok", done: "ok", free: "ok",
@@ -183,6 +185,15 @@ const DRAW = {
     row.hint(data.remote ? "" : " no remote cancel");
   },
 
+  jobs(row, data, now) {
+    row.title(data.name, `job of ${data.session}`);
+    row.state(data.state, `${data.function}, ${data.session}`);
+    row.error(data.error);
+    put(row.figure, `${span((data.ended || now) - data.since)}, ${bytes(data.output)} printed`);
+    if (data.state === "running") row.action("cancel", `cancel the job ${data.name}`, { op: "cancel_job", session: data.session, name: data.name });
+    else row.action("", "", null);
+  },
+
   sessions(row, data, now) {
     row.title(data.name, `${data.peer}, ${data.kind}`);
     row.state(data.state, `${data.peer}${data.key ? `, key ${data.key}` : ""} (${data.kind})`);
@@ -230,6 +241,7 @@ const DRAW = {
 const KEYS = {
   transfers: (data) => data.id,
   pending: (data) => data.id,
+  jobs: (data) => `${data.session} ${data.name}`,
   sessions: (data) => data.name,
   devices: (data) => `${data.tracker} ${data.board || data.holder} ${data.key}`,
   servers: (data) => data.address,
