@@ -81,7 +81,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     add("--load", action="append", default=[], metavar="MODULE_OR_FILE", help="import before serving; repeatable")
     add("--load-library", metavar="PATHS", help="compiled libraries to load, with : between them")
     add("--session", metavar="NAME", help="registered session constructor that serves clients")
-    add("--isolate", action="store_true", help="a process for each session (the default where the system can fork)")
+    add("--isolate", action="store_true", help="a process for each session (the default on Linux)")
     add("--shared-state", action="store_true", help="one process for all: where a module owns the hardware, or a state")
     add("--preload", action="append", default=[], metavar="MODULE", help="import once, for all processes; no threads")
     add("--memory", metavar="SIZE", help="what a session's process may use, for example 2G")
@@ -97,7 +97,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     add("--demo", action="store_true", help="serve the demo board's functions")
     add("--link", metavar="RATE,LATENCY", help="shape the link, for example 10M,20ms")
     add("--silent", action="store_true", help="print errors only")
-    add("--no-fork", action="store_true", help=argparse.SUPPRESS)  # TVM's; there is never a fork
+    add("--no-fork", action="store_true", help=argparse.SUPPRESS)  # TVM's; here it is --shared-state
 
 
 def _origin_option(parser: argparse.ArgumentParser) -> None:

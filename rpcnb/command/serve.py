@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.command.until import until_signal
 from rpcnb.runtime.libraries import ffi_global_names
 from rpcnb.runtime.registry import REGISTRY
-from rpcnb.server.isolation import Isolation
+from rpcnb.server.isolation import CAN_ISOLATE, Isolation
 from rpcnb.server.modules import load_modules
 from rpcnb.server.server import Server
 from rpcnb.transport.address import is_loopback, outside_address, parse_address, parse_pair, show_address
@@ -93,7 +93,7 @@ def _isolation(options: argparse.Namespace) -> Isolation | None:
     """Return how sessions are isolated; None where they share one process."""
     if options.isolate and options.shared_state:
         raise ValueError("--isolate and --shared-state exclude each other")
-    if options.shared_state or not (options.isolate or hasattr(os, "fork")):
+    if options.shared_state or options.no_fork or not (options.isolate or CAN_ISOLATE):
         wanted = {"--memory": options.memory, "--cpu-time": options.cpu_time, "--preload": options.preload}
         for name, value in wanted.items():
             if value:

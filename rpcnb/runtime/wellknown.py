@@ -9,7 +9,7 @@ import functools
 import json
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import AccessDenied, DeviceError, InvalidHandle
+from rpcnb.errors import AccessDenied, ArgumentError, DeviceError, InvalidHandle, LimitExceeded
 from rpcnb.runtime.parcel import pack, unpack
 from rpcnb.runtime.served import Module, ServedFunction, Shape
 
@@ -80,11 +80,16 @@ CELLS = frozenset(
 
 # Detached jobs, where sessions have processes of their own (``server/jobs.py``).
 JOBS = "rpcnb.jobs"
+_MOST_WORDS = 1 << 20
 
 
 def ask_jobs(session: HandleSession, done: Callback, question: bytes) -> None:
     """``rpcnb.jobs(parcel)``: words and bytes to the server's jobs, and theirs back."""
     words, data = unpack(question)
+    if not isinstance(words, dict) or not isinstance(data, bytes):
+        raise ArgumentError(0, f"{type(words).__name__} and {type(data).__name__}", "words and bytes")
+    if len(json.dumps(words)) > _MOST_WORDS:
+        raise LimitExceeded(f"what is asked of jobs has more than {_MOST_WORDS} bytes: the source of a cell, perhaps")
     assert session.environment.jobs is not None, "looked at before"
     session.environment.jobs(words, data, lambda words, data: done(pack([words, data])))
 

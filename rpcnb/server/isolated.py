@@ -11,6 +11,7 @@ import base64
 import functools
 import itertools
 import logging
+import os
 import socket
 import struct
 import time
@@ -45,7 +46,12 @@ class _Session(Child):
     """One session's process."""
 
     def __init__(self, sessions: IsolatedSessions, connection: Connection) -> None:
-        super().__init__(sessions.processes, sessions.processes.make_directory())
+        directory = sessions.processes.make_directory()
+        try:
+            super().__init__(sessions.processes, directory)
+        except OSError:
+            os.rmdir(directory)
+            raise
         self.sessions = sessions
         self.connection = connection
         self.since = time.monotonic()
@@ -102,6 +108,8 @@ class _Session(Child):
             self.sessions.jobs.ask({**words["question"], "owner": self.connection}, note.data, reply)
         elif "event" in words:
             kind = getattr(events, words["event"])
+            if not issubclass(kind, events.Event):
+                raise TypeError(f"{words['event']} is no event")
             server.observers.tell(kind(source=server.name, **words["facts"]))
 
     def _reply(self, number: int, words: dict[str, Any], data: bytes) -> None:
@@ -183,6 +191,8 @@ class IsolatedSessions:
         del self._sessions[connection]
         self.server.ended_elsewhere(connection, "closed")
         self.server.adopt(connection)
+        limit = self.server.limits.handshake_timeout  # to hear why
+        connection.deadline = self.server.io_loop.call_later(limit, connection.close)
         connection.converse(f"no process for a session: {why}; try again later")
 
     def note_end(self, session: _Session, how: str) -> None:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from rpcnb.server.host import SessionHost
 
-__all__ = ["Isolation"]
+__all__ = ["CAN_ISOLATE", "Isolation"]
 
 _LEAST_MEMORY = 64 << 20  # bytes: Python with numpy needs so much before anything is done
+CAN_ISOLATE = sys.platform.startswith("linux")
 # What a session's process would import as it begins.
 _WARM = ("resource", "rpcnb.server.hop")
 _WARM_CELLS = ("rpcnb.cells.cells", "rpcnb.cells.runners", "IPython.display", "IPython.core.interactiveshell")
@@ -49,8 +50,8 @@ class Isolation:
     session: str | None = None
 
     def __post_init__(self) -> None:
-        if not hasattr(os, "fork"):
-            raise IsolationFailed("sessions cannot have processes of their own on this system: it cannot fork")
+        if not CAN_ISOLATE:
+            raise IsolationFailed("sessions have processes of their own on Linux only")
         if self.memory is not None and self.memory < _LEAST_MEMORY:
             raise ValueError(f"expected at least {_LEAST_MEMORY >> 20} MiB of memory for a session, got {self.memory}")
         if self.cpu_time is not None and self.cpu_time < 1:

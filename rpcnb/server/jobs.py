@@ -55,6 +55,16 @@ def state_directory() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "rpcnb"
 
 
+def _told(facts: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:
+    """Return what a client is told of a job; among all of them in few words."""
+    told = {name: value for name, value in facts.items() if name not in ("source", "kept")}
+    if not whole:
+        error = facts["error"]
+        brief = error and {**error, "text": error["text"][:500], "traceback": ""}
+        told |= {"files": facts["files"][:20], "error": brief}
+    return told
+
+
 class _Job(Child):
     """One job's process, and what is known of it."""
 
@@ -79,7 +89,7 @@ class _Job(Child):
         words = {name: self.facts[name] for name in ("name", "function", "source")}
         self.channel.post({"job": {**words, "directory": str(self.root)}}, self._data, [writing])
         self._data = b""
-        self._say({"job": self.facts})
+        self._say({"job": _told(self.facts)})
 
     def _say(self, words: dict[str, Any]) -> None:
         answer, self._answer = self._answer, None
@@ -179,7 +189,7 @@ class _Job(Child):
         elif self.facts["state"] == _RUNNING:
             self.facts |= {"state": "failed", "how": how}
         self._jobs.note_end(self.facts, self.owner)
-        self._say({"job": self.facts})
+        self._say({"job": _told(self.facts)})
         self.tell()
 
 
@@ -326,15 +336,16 @@ class Jobs:
         self.processes.fork(job)
 
     def _list(self, words: dict[str, Any], data: bytes, answer: Answer) -> None:
-        answer({"jobs": [*self._ended.values(), *(job.facts for job in self._running.values())]}, b"")
+        found = [*self._ended.values(), *(job.facts for job in self._running.values())]
+        answer({"jobs": [_told(facts, whole=False) for facts in found]}, b"")
 
     def _state(self, words: dict[str, Any], data: bytes, answer: Answer) -> None:
         facts = self._facts(words)
         job = self._running.get(facts["name"])
         if words.get("until_end") and job is not None:
-            job.when_more(lambda: answer({"job": facts}, b""))
+            job.when_more(lambda: answer({"job": _told(facts)}, b""))
         else:
-            answer({"job": facts}, b"")
+            answer({"job": _told(facts)}, b"")
 
     def _output(self, words: dict[str, Any], data: bytes, answer: Answer) -> None:
         """Return output from an offset on; with ``wait`` there is some, or the job has ended, or time went by."""
@@ -351,7 +362,7 @@ class Jobs:
             with open(path, "rb") as file:
                 file.seek(at - (facts["output"] - kept))
                 found = file.read(_PART)
-        answer({"job": facts, "at": at}, found)
+        answer({"job": _told(facts), "at": at}, found)
 
     def _read(self, words: dict[str, Any], data: bytes, answer: Answer) -> None:
         facts, at = self._facts(words), int(words["at"])
@@ -362,16 +373,16 @@ class Jobs:
             raise LookupError(f"the job {facts['name']!r} has no file {words['file']!r}; it has {facts['files'][:20]}")
         with open(path, "rb") as file:
             file.seek(max(0, at))
-            answer({"job": facts, "size": path.stat().st_size}, file.read(_PART))
+            answer({"job": _told(facts), "size": path.stat().st_size}, file.read(_PART))
 
     def _cancel(self, words: dict[str, Any], data: bytes, answer: Answer) -> None:
         facts = self._facts(words)
         job = self._running.get(facts["name"])
         if job is None:
-            answer({"job": facts, "cancelled": False}, b"")
+            answer({"job": _told(facts), "cancelled": False}, b"")
             return
         job.cancel()
-        job.when_more(lambda: answer({"job": facts, "cancelled": True}, b""))
+        job.when_more(lambda: answer({"job": _told(facts), "cancelled": True}, b""))
 
     def _forget(self, words: dict[str, Any], data: bytes, answer: Answer) -> None:
         facts = self._facts(words)

@@ -79,10 +79,20 @@ class Child:
         """Note that it is there."""
         self.pid = pid
         self.theirs.close()
-        self.channel.listen(self.processes.io_loop, self.hear, lambda: None)
+        self.channel.listen(self.processes.io_loop, self._heard, lambda: None)
         self.begin()
         if self.how:
             self.kill(self.how)
+
+    def _heard(self, note: Note) -> None:
+        """Take what it says; foreign code may run there, and say anything."""
+        try:
+            self.hear(note)
+        except Exception as error:
+            log.warning("%s: the process %d said what it should not: %s", self.processes.name, self.pid, error)
+            self.kill("closed")
+        for descriptor in note.descriptors:  # it is to send none
+            os.close(descriptor)
 
     def later(self, seconds: float, how: str) -> None:
         """End it after some seconds, if it has not ended by itself."""
@@ -193,7 +203,7 @@ class Processes:
         """Have a process made."""
         number = next(self._numbers)
         self._forking[number] = child
-        self._zygote.post({"fork": number}, b"", [os.dup(child.theirs.fileno())])
+        self._zygote.post({"fork": number}, b"", [child.theirs.detach()])
 
     def make_directory(self) -> str:
         """Return a fresh directory for what a process may leave.
@@ -259,6 +269,12 @@ class Processes:
     def children(self) -> list[Child]:
         """Those that are there, oldest first."""
         return list(self._children.values())
+
+    def forked(self) -> None:
+        """In a forked child of the server's process: what is open to processes is the parent's."""
+        for channel in [self._zygote, *(child.channel for child in [*self._forking.values(), *self.children])]:
+            with contextlib.suppress(OSError):
+                os.close(channel.sock.detach())
 
     def close(self) -> None:
         """End all processes; on the loop."""

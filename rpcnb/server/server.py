@@ -517,6 +517,8 @@ class Server(SessionHost):
             listener.close()
         for connection in list(self._connections):
             connection.forked()
+        if self._processes is not None:
+            self._processes.forked()
         self.watcher.forked()
         self.io_loop.asyncio_loop.stop()  # if it is this very thread's: it must not serve the parent's clients
 

@@ -9,7 +9,7 @@ import pytest
 from runtime_wire import Client
 
 from rpcnb.cells.cells import run_source
-from rpcnb.protocol.messages import Raised, Shutdown
+from rpcnb.protocol.messages import CallFunc, Raised, Shutdown
 from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.files import SessionFiles
 from rpcnb.runtime.parcel import pack, unpack
@@ -62,3 +62,14 @@ def test_a_cell_of_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "2\n"
     with pytest.raises(EOFError):
         run_source("input()", "<job>", {})
+
+
+@pytest.mark.parametrize(
+    "question",
+    [pack([1, b""]), pack([{}, 1]), pack([{}]), b"nothing", pack([{"op": "x" * (1 << 20)}, b""])],
+)
+def test_wrong_questions_are_answered_with_an_error(registry: Registry, question: bytes) -> None:
+    client = Client(Environment(registry=registry, jobs=lambda words, data, answer: None))
+    handle = client.local.get_function("rpcnb.jobs")
+    assert isinstance(client.ask(CallFunc(int(handle), (question,))), Raised)
+    client.send(Shutdown())
