@@ -29,6 +29,7 @@ Each has the builtin base a caller would catch anyway. Facts are attributes; the
     ├── AccessDenied (PermissionError)       no trust was given for this
     ├── DeviceError (RuntimeError)           no such device, scope or attribute
     ├── LibraryError (RuntimeError)          a compiled library cannot be loaded
+    ├── IsolationFailed (RuntimeError)       sessions cannot have processes of their own
     ├── WrongLoop (RuntimeError)             an awaited session is used in another event loop
     └── DeadlockError (RuntimeError)         a wait that only the waiting thread could end
 """

@@ -13,7 +13,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import ConnectFailed, RpcError
+from rpcnb.errors import ConnectFailed, IsolationFailed, RpcError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -242,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     except ConnectFailed as error:
         return _fail(error, NO_CONNECTION)
+    except IsolationFailed as error:
+        return _fail(error, USAGE)
     except (RpcError, OSError) as error:
         return _fail(error, FAILED)
     except (ValueError, ImportError, TypeError, LookupError, SyntaxError) as error:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import IsolationFailed
-from rpcnb.server.modules import MAIN, main_program
+from rpcnb.server.modules import MAIN, is_path, main_program
 from rpcnb.server.zygote import ONE_THREAD
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ class Isolation:
     def __post_init__(self) -> None:
         if not CAN_ISOLATE:
             raise IsolationFailed("sessions have processes of their own on Linux only")
+        for name in self.load:
+            if is_path(name) and not os.path.isfile(name):
+                raise FileNotFoundError(f"cannot load {name}: no such file")
         if self.memory is not None and self.memory < _LEAST_MEMORY:
             raise ValueError(f"expected at least {_LEAST_MEMORY >> 20} MiB of memory for a session, got {self.memory}")
         if self.cpu_time is not None and self.cpu_time < 1:

@@ -16,7 +16,7 @@ from rpcnb.runtime.registry import REGISTRY
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["MAIN", "load_modules", "main_program"]
+__all__ = ["MAIN", "is_path", "load_modules", "main_program"]
 
 MAIN = "__mp_main__"  # what multiprocessing calls a program whose functions are wanted, not its run
 _OWN = ("ffi.", "testing.")  # how the globals of apache-tvm-ffi itself begin
@@ -43,9 +43,14 @@ def load_modules(
     return ffi_global_names() - (before or own)
 
 
+def is_path(name: str) -> bool:
+    """Tell whether a module is named by where its file is."""
+    return name.endswith(".py") or os.sep in name
+
+
 def _load(name: str) -> None:
     module, colon, function = name.partition(":")
-    if name.endswith(".py") or os.sep in name:
+    if is_path(name):
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"cannot load {name}: no such file")

@@ -49,6 +49,8 @@ __all__ = ["run_session"]
 
 log = logging.getLogger(__name__)
 
+_LOOP = "rpcnb-session"
+_BROKEN = 71  # exit code
 _POWERS = ("native", "expose_ffi", "trusted_paths", "default_run")
 
 
@@ -81,7 +83,7 @@ class SessionProcess(SessionHost):
         self._answers: dict[int, Callable[[Note], object]] = {}
         self._numbers = itertools.count(1)
         self._unsubscribe: Callable[[], None] | None = None
-        self._loop = LoopThread("rpcnb-session")
+        self._loop = LoopThread(_LOOP)
         powers: dict[str, Any] = {
             name: options[name] for name in ("native", "expose_ffi", "trusted_paths", "default_run")
         }
@@ -227,6 +229,7 @@ def run_session(options: dict[str, Any], channel: Channel, *, check: bool) -> in
         file.write("1000")
     _limit(options)
     interval.hold(options["switch_interval"])
+    threading.excepthook = _fail_in_one_line
     runner = None
     if options["allow_exec"]:
         from rpcnb.cells.runners import MainThread
@@ -254,6 +257,15 @@ def run_session(options: dict[str, Any], channel: Channel, *, check: bool) -> in
         process.over.wait()
     _leave()
     return 0
+
+
+def _fail_in_one_line(failed: threading.ExceptHookArgs) -> None:
+    """End with the loop: a function has closed what it needs, say. Other threads are users'."""
+    if failed.thread is None or failed.thread.name != _LOOP:
+        threading.__excepthook__(failed)
+        return
+    log.error("the process %d of a session ends: its loop has failed: %s", os.getpid(), failed.exc_value)
+    os._exit(_BROKEN)
 
 
 def _leave() -> None:

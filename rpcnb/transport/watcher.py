@@ -7,6 +7,7 @@ epoll of their own, one-shot, and the loop watches that epoll: re-arming is one 
 
 from __future__ import annotations
 
+import contextlib
 import select
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,8 @@ class EpollWatcher:
     def remove(self, fd: int) -> None:
         """Forget ``fd``; before it is closed, as its number will be another's."""
         if self._ready.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            with contextlib.suppress(OSError):  # somebody else has closed it: a function that closes all there are
+                self._epoll.unregister(fd)
 
     def _on_event(self, fd: Any, events: int) -> None:
         for number, _ in self._epoll.poll(0, _BATCH):

@@ -217,12 +217,13 @@ def test_a_stopped_process_is_ended_with_its_client(board: Any) -> None:
     eventually(lambda: board.sessions == 0 and not children_of(board), "its end", 4)
 
 
-def test_closed_descriptors_cost_one_session(board: Any) -> None:
+def test_closed_descriptors_cost_one_session(board: Any, caplog: pytest.LogCaptureFixture) -> None:
     with connect(board) as good, connect(board) as bad:
         with pytest.raises(rpcnb.errors.SessionLost):
             bad.call("b.close_all", timeout=10)
         assert good.call("b.add", 1, 2) == 3
     eventually(lambda: board.sessions == 0 and not children_of(board), "its end", 5)
+    caplog.clear()
 
 
 def test_the_end_of_the_zygote_ends_its_sessions_and_no_more(board: Any, caplog: pytest.LogCaptureFixture) -> None:

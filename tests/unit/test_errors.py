@@ -26,6 +26,7 @@ BASES: dict[str, tuple[type, ...]] = {
     "ForkedSession": (errors.SessionLost,),
     "FunctionNotFound": (errors.RpcError, AttributeError),
     "InvalidHandle": (errors.RpcError, LookupError),
+    "IsolationFailed": (errors.RpcError, RuntimeError),
     "KeyMismatch": (errors.ConnectFailed,),
     "LibraryError": (errors.RpcError, RuntimeError),
     "LimitExceeded": (errors.RpcError, ValueError),
@@ -37,6 +38,7 @@ BASES: dict[str, tuple[type, ...]] = {
     "ResultError": (errors.RpcError, TypeError),
     "RpcError": (Exception,),
     "SessionClosed": (errors.RpcError, ConnectionError),
+    "SessionCrashed": (errors.SessionLost,),
     "SessionLost": (errors.RpcError, ConnectionError),
     "SessionTimeout": (errors.RpcError, TimeoutError),
     "StaleHandle": (errors.InvalidHandle,),
@@ -92,6 +94,7 @@ def test_an_argument_error_tells_the_position_and_what_can_travel() -> None:
 
 
 MADE = {
+    "SessionCrashed": errors.SessionCrashed("board:9090", "signal:SIGSEGV", "kernel"),
     "ArgumentError": errors.ArgumentError(3, "a list"),
     "CellError": errors.CellError("bad", "ValueError", "cell #1, line 2"),
     "DeadlineExceeded": errors.DeadlineExceeded("call", 1.5, 1.0),

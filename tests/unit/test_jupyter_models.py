@@ -126,6 +126,21 @@ UP = {"id": 1, "way": "up", "what": EVIL, "session": "s", "moved": 5, "total": 1
 DOWN = {"id": 2, "way": "down", "what": "f", "session": "s", "moved": 5, "total": 0}
 TRAFFIC = {"peer": "p", "kind": "rpcnb", "sent": 1, "received": 2, "held": 3}
 SNAPSHOT: dict[str, Any] = {
+    "jobs": {
+        "rows": [
+            {
+                "name": "burnin",
+                "session": "session-1",
+                "state": "failed",
+                "since": 90.0,
+                "ended": 95.0,
+                "output": 2000,
+                "function": "work",
+                "error": "ValueError: no",
+            },
+        ],
+        "more": 0,
+    },
     "transfers": {
         "rows": [{**UP, "rate": 2e6, "state": "copying"}, {**DOWN, "state": "failed", "error": "no"}],
         "more": 2,
@@ -167,6 +182,7 @@ def test_a_snapshot_as_text() -> None:
     assert "farm  b  k  free" in text
     assert "a  key k  2 functions  c idle" in text
     assert "the kernel is busy with a cell" in text
+    assert "burnin  session-1  failed  5.0 s  work  2 KB printed  ValueError: no" in text
     assert "%rpc_connect demo" in show_text(EMPTY, 0.0)
     assert show_text({**EMPTY, "sections": ["transfers"]}, 0.0) == "nothing to show"
 
