@@ -14,6 +14,7 @@ A session belongs to the event loop in which it was opened. Cancelling a call gi
 from __future__ import annotations
 
 import asyncio
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.client.aiooperation import AsyncOperation, AsyncTransfer, AwaitedCall
@@ -58,6 +59,8 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         """Begin to use a connection that has just been opened."""
         self._one_reopens = asyncio.Lock()
         super()._attach(link, answer)
+        finalizer = weakref.finalize(self, link.drop, () if self._lanes is None else (self._lanes,))
+        finalizer.atexit = False  # the sockets end with the process
 
     def _make_lanes(self, ticket: str) -> AsyncLanes:
         assert self._dialer is not None

@@ -67,7 +67,8 @@ class AsyncOperation(StaysHere):
         self._queued = False
         self._tickets: list[Any] = []
         self._waits = False
-        self._error: BaseException | None = None
+        self._was_cancelled = False
+        self._failed: str | None = None  # with what; no exception, whose frames would hold this
         self._task: asyncio.Task[Any] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -79,9 +80,9 @@ class AsyncOperation(StaysHere):
                 return "queued"
             begun = self._tickets and isinstance(self._tickets[-1], StartedTicket) and self._tickets[-1].begun
             return "running" if begun else "sent"
-        if self._error is None:
+        if self._failed is None:
             return "done"
-        return "cancelled" if isinstance(self._error, asyncio.CancelledError) else "failed"
+        return "cancelled" if self._was_cancelled else "failed"
 
     @property
     def runs_cell(self) -> bool:
@@ -126,19 +127,25 @@ class AsyncOperation(StaysHere):
         except BaseException as error:
             failure: BaseException = error
             if isinstance(error, asyncio.TimeoutError) and not isinstance(error, RpcError):  # a session's time limit is
-                exceeded = DeadlineExceeded(self.function, time.monotonic() - self.submitted, self._timeout or 0.0)
-                exceeded.explain(self._ops.link.wire.behind(self._tickets))
-                failure = exceeded
+                failure = self._exceeded()
             self._end(hold, failure)
             if watch is not None:
                 watch.ended(failure)
-            if failure is not error:
-                raise failure from None
-            raise
+            try:
+                if failure is not error:
+                    raise failure from None
+                raise
+            finally:
+                del failure  # its frames hold this one
         self._end(hold, None)
         if watch is not None:
             watch.ended(None)
         return result
+
+    def _exceeded(self) -> DeadlineExceeded:
+        error = DeadlineExceeded(self.function, time.monotonic() - self.submitted, self._timeout or 0.0)
+        error.explain(self._ops.link.wire.behind(self._tickets))
+        return error
 
     async def _perform(self, before: list[Hold]) -> Any:
         for earlier in before:
@@ -157,11 +164,16 @@ class AsyncOperation(StaysHere):
         return 0.0 if self.deadline is None else max(0.001, self.deadline - time.monotonic())
 
     def _end(self, hold: Hold, error: BaseException | None) -> None:
-        self.finished = time.monotonic()
-        self._error = error
-        self.session._pending.pop(self.id, None)
+        self._note_end(error)
         owed = [] if error is None else [ticket for ticket in self._tickets if moves_data(ticket)]
         release_when_drained(hold, self._ops.link, owed)
+
+    def _note_end(self, error: BaseException | None) -> None:
+        self.finished = time.monotonic()
+        self._failed = None if error is None else str(error)
+        self._was_cancelled = isinstance(error, asyncio.CancelledError)
+        self._task = None
+        self.session._pending.pop(self.id, None)
 
     def __repr__(self) -> str:
         age = (self.finished or time.monotonic()) - self.submitted
@@ -175,7 +187,8 @@ class AwaitedCall(AsyncOperation):
     finished = None
     deadline = None
     _waits = False
-    _error = None
+    _failed = None
+    _was_cancelled = False
     _tickets = ()  # type: ignore[assignment]  # its one ticket moves no bulk data
     _on_output = None
 
@@ -190,9 +203,7 @@ class AwaitedCall(AsyncOperation):
 
     def end(self, error: BaseException | None = None) -> None:
         """Note the end."""
-        self.finished = time.monotonic()
-        self._error = error
-        self.session._pending.pop(self.id, None)
+        self._note_end(error)
 
 
 class AsyncTransfer(Measured, AsyncOperation):
@@ -237,9 +248,9 @@ class AsyncTransfer(Measured, AsyncOperation):
     def _outcome(self) -> str | None:
         if self.finished is None:
             return None
-        if self._error is None:
+        if self._failed is None:
             return ""
-        return "cancelled" if self.state == "cancelled" else str(self._error)
+        return "cancelled" if self._was_cancelled else self._failed
 
     def _count(self) -> int:
         return sum(ticket.moved for ticket in list(self._tickets))

@@ -90,6 +90,18 @@ _ATTRIBUTES = {
 _MOST_NAMES = 1 << 16
 
 
+class _Known:
+    """A function that the session keeps; unlike the user's own it does not hold the session, which holds it."""
+
+    __slots__ = ("found", "handle", "name", "ops")
+
+    def __init__(self, ops: Operations, handle: int, name: str, found: bool) -> None:
+        self.ops = ops
+        self.handle = handle
+        self.name = name
+        self.found = found
+
+
 class Operations:
     """A session's knowledge of one connection, and its operations over it.
 
@@ -125,7 +137,7 @@ class Operations:
         # Bytes of a text argument; a stock server takes any.
         self._most_text = PeerLimits.told_by(key.features).text if self.is_rpcnb else 1 << 63
         self._surely_short = self._most_text // 4  # characters
-        self._helpers: dict[str, Any] = {}
+        self._helpers: dict[str, int] = {}  # handles of functions that the session keeps
         self._names: list[str] | None = None
         self._names_of: dict[int, str] = {}  # of functions, by handle
 
@@ -141,11 +153,15 @@ class Operations:
         name = plain(name)
         if not isinstance(name, str):
             raise ArgumentError(0, f"of type {type(name).__name__}", "a function's name")
+        return self.function_type(self, (yield from self._look_up(name)), name, True)
+
+    def _look_up(self, name: str) -> Flow[int]:
+        """Return the handle of a function."""
         handle = yield from flows.get_function(name)
         if not handle:
             raise FunctionNotFound((yield from self._not_found(name)))
         self._note_name(handle, name)
-        return self.function_type(self, handle, name, True)
+        return handle
 
     def _note_name(self, handle: int, name: str) -> None:
         """Remember what a function is called; of the last ones."""
@@ -167,21 +183,19 @@ class Operations:
 
     def helper(self, name: str) -> Flow[Any]:
         """Look up a well-known function once per session."""
-        found = self._helpers.get(name)
-        if found is None:
+        if name not in self._helpers:
             handle = yield from flows.get_function(name)
             if not handle:
                 raise FunctionNotFound(f"{self.peer} has no function {name!r}; it does not support this")
             self._note_name(handle, name)
-            found = self._helpers[name] = self.function_type(self, handle, name)
-        return found
+            self._helpers[name] = handle
+        return _Known(self, self._helpers[name], name, False)
 
     def named(self, name: str) -> Flow[Any]:
         """Look up a function once per session, for ``session.fn``."""
-        found = self._helpers.get(name)
-        if found is None:
-            found = self._helpers[name] = yield from self.get_function(name)
-        return found
+        if name not in self._helpers:
+            self._helpers[name] = yield from self._look_up(name)
+        return _Known(self, self._helpers[name], name, True)
 
     def call_named(self, name: str, args: tuple[Any, ...]) -> Flow[Any]:
         """Call a function by name, looked up once per session."""

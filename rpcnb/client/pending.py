@@ -252,6 +252,8 @@ class Pending(StaysHere, Future[Any]):
             super().set_exception(error)
         self._moved += sum(ticket.moved for ticket in self._tickets)
         self._tickets.clear()
+        self._route = None  # it holds this operation, and so may these:
+        self._done_callbacks: list[Any] = []
         with self._link.wire.lock:  # or a caller that begins to wait just now would sleep on
             self._settled = True
             for ticket in self._waiting:
@@ -306,7 +308,7 @@ class Pending(StaysHere, Future[Any]):
         self._new_condition()
         self._settled = True
         self._timer = None
-        self._waiting, self._done_callbacks, self._waiters = [], [], []  # type: ignore[var-annotated]  # as the base's
+        self._waiting, self._done_callbacks, self._waiters = [], [], []
         self._exception = ForkedSession(
             f"{self.function} was submitted before a fork; it goes on in the parent process"
         )

@@ -22,7 +22,7 @@ from rpcnb.transport.sockets import tune
 from rpcnb.transport.within import within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rpcnb.link.dial import ClientKey
     from rpcnb.protocol.handshake import KeyText
@@ -56,6 +56,7 @@ class AsyncLink:
         self.loop.add_reader(wire.sock, self._readable)
         forks.tell(self)
         self._housekeeper: asyncio.TimerHandle | None = None
+        self._dropped: Any = None  # what else is to be closed with it, as nobody has the session any more
         self.housekeeping()
 
     def send(self, request: Request) -> Ticket:
@@ -187,6 +188,10 @@ class AsyncLink:
 
     def housekeeping(self) -> None:
         """Send the frees that finalizers noted, every tenth of a second while there are any."""
+        if self._dropped is not None:
+            for one in (*self._dropped, self):
+                one.close()
+            return
         if self.on_tick is not None:
             self.on_tick()
         if self.wire.ended is not None or self.loop.is_closed():
@@ -199,6 +204,12 @@ class AsyncLink:
                 if not self._writing:
                     self._flush()
         self._housekeeper = self.loop.call_later(_FLUSH_EVERY, self.housekeeping)
+
+    def drop(self, others: Sequence[Any]) -> None:
+        """Close it soon, and others with it: for finalizers, which take no lock and may run in any thread."""
+        self._dropped = others
+        if self.loop.is_closed():  # nobody else uses it
+            self.wire.sock.close()
 
     def fail(self, error: RpcError) -> None:
         """End the connection with ``error`` for everybody who waits."""

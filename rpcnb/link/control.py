@@ -192,7 +192,7 @@ class Control:
                 self.link.garbage.extend(undo(ticket.request, reply))  # type: ignore[arg-type]  # a call's
             ticket.reply, ticket.error = reply, error
             ticket.done = True
-            waker = ticket.waker
+            waker, ticket.waker = ticket.waker, None
         if waker is not None:
             waker()
 

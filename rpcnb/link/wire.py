@@ -59,7 +59,8 @@ class Ticket:
     Attributes:
         reply: The reply, once ``done``.
         error: Why there will be none, once ``done``.
-        waker: Called when done, by whoever received the reply.
+        waker: Called when done, by whoever received the reply; then forgotten, as it holds an operation, which may
+            hold the ticket.
         abandoned: Nobody waits; what the reply brings is released.
         taken: Its reply belongs to the operation that waited, with whatever it brought.
         moved: Bytes of its bulk data that have moved, either way.
@@ -341,8 +342,10 @@ class Wire:
             self.out.extend(self.held.popleft())
         if self.tickets and self.on_more is not None:
             self.on_more()
-        if ticket.waker is not None:
-            ticket.waker()
+        waker = ticket.waker
+        if waker is not None:
+            ticket.waker = None
+            waker()
 
     def _count_received(self, nbytes: int) -> None:
         """Note that a part of the first reply's bulk data has come."""
@@ -369,8 +372,10 @@ class Wire:
                     self.out.extend(self.held.popleft())
                 if self.tickets and self.on_more is not None:
                     self.on_more()
-                if ticket.waker is not None:
-                    ticket.waker()
+                waker = ticket.waker
+                if waker is not None:
+                    ticket.waker = None
+                    waker()
                 elif ticket.abandoned and ticket.request is not None:
                     self.garbage.extend(undo(ticket.request, ticket.result()))
                 if not self.tickets and not endpoint.buffered:
@@ -433,8 +438,10 @@ class Wire:
         for ticket in tickets:
             ticket.error = self.ended.again()
             ticket.done = True
-            if ticket.waker is not None:
-                ticket.waker()
+            waker = ticket.waker
+            if waker is not None:
+                ticket.waker = None
+                waker()
 
     def _release(self) -> None:
         """Let go of the socket and of what was to be sent."""
