@@ -14,6 +14,7 @@ from rpcnb.runtime.tasks import spawn_on
 from rpcnb.server.connection import ClientState, Connection, Draining
 from rpcnb.server.lanes import Lanes
 from rpcnb.server.workers import WorkerPool
+from rpcnb.transport import forks
 from rpcnb.transport.kernel import BUSY_AFTER, KernelLoop
 from rpcnb.transport.refusals import Refusals
 from rpcnb.transport.watcher import make_watcher
@@ -87,6 +88,7 @@ class SessionHost(StaysHere):
     def _begin(self) -> None:
         """Begin to look after connections."""
         self.watcher = make_watcher(self.io_loop)
+        forks.tell(self)
         self.io_loop.call_later(_LOOK, self._look)
 
     def adopt(self, connection: Connection) -> None:
@@ -257,6 +259,14 @@ class SessionHost(StaysHere):
                 log.exception("%s: hook %s failed", self.name, name)
                 if is_ours(error):
                     raise
+
+    def forked(self) -> None:
+        """In a child that a function has forked: clients and the loop are the parent's."""
+        self._closed = True
+        for connection in list(self._connections):
+            connection.forked()
+        self.watcher.forked()
+        self.io_loop.asyncio_loop.stop()  # if it is this very thread's: it must not serve the parent's clients
 
     def _stop(self) -> None:
         """End all connections."""

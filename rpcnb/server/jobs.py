@@ -382,7 +382,14 @@ class Jobs:
             answer({"job": _told(facts), "cancelled": False}, b"")
             return
         job.cancel()
-        job.when_more(lambda: answer({"job": _told(facts), "cancelled": True}, b""))
+
+        def tell() -> None:
+            if facts["state"] == _RUNNING:
+                job.when_more(tell)  # it is killed before long
+            else:
+                answer({"job": _told(facts), "cancelled": True}, b"")
+
+        tell()
 
     def _forget(self, words: dict[str, Any], data: bytes, answer: Answer) -> None:
         facts = self._facts(words)

@@ -135,12 +135,12 @@ class Processes:
         self.io_loop = io_loop
         self.broken = ""  # why there is no zygote
         self._groups = MemoryGroups.open(options["memory"]) if options["memory"] else None
-        self._options = {**options, "grouped": self._groups is not None}
+        self.directory = tempfile.mkdtemp(prefix="rpcnb-server-")
+        self._options = {**options, "grouped": self._groups is not None, "directory": self.directory}
         self._numbers = itertools.count(1)
         self._forking: dict[int, Child] = {}  # by number of the request
         self._children: dict[int, Child] = {}  # by process
         self._closed = False
-        self.directory = tempfile.mkdtemp(prefix="rpcnb-server-")
         try:
             self._start()
         except BaseException:
@@ -253,6 +253,7 @@ class Processes:
     def _start_again(self) -> None:
         self._process.wait()
         try:
+            os.makedirs(self.directory, exist_ok=True)
             self._start()
         except (IsolationFailed, OSError) as error:
             self.broken = str(error)

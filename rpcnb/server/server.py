@@ -32,7 +32,7 @@ from rpcnb.server.isolated import IsolatedSessions
 from rpcnb.server.isolation import Isolation
 from rpcnb.server.jobs import Jobs
 from rpcnb.server.processes import Processes
-from rpcnb.transport import forks, interval
+from rpcnb.transport import interval
 from rpcnb.transport.address import is_loopback, parse_address, show_address, tracker_pair
 from rpcnb.transport.halfopen import HalfOpen, within_descriptors
 from rpcnb.transport.listen import Acceptor, listen
@@ -248,7 +248,6 @@ class Server(SessionHost):
                 self._own_loop.stop()
             raise
         _servers.add(self)
-        forks.tell(self)
         self._switch_interval = switch_interval
         if switch_interval is not None:
             interval.hold(switch_interval)
@@ -512,15 +511,11 @@ class Server(SessionHost):
 
     def forked(self) -> None:
         """In a child that a function has forked: clients, listeners and the loop are the parent's."""
-        self._closed = True
         for listener in [*self._listeners, *([] if self._web is None else self._web.listeners)]:
             listener.close()
-        for connection in list(self._connections):
-            connection.forked()
         if self._processes is not None:
             self._processes.forked()
-        self.watcher.forked()
-        self.io_loop.asyncio_loop.stop()  # if it is this very thread's: it must not serve the parent's clients
+        super().forked()
 
     def _stop(self) -> None:
         for part in (self._registration, self._dial_out, self._web, self._acceptor):

@@ -131,6 +131,12 @@ class SessionProcess(SessionHost):
         self._hear(first)
         self.channel.listen(self.io_loop, self._hear, self._alone)
 
+    def forked(self) -> None:
+        """In a child that a function has forked: the server talks to its parent."""
+        with contextlib.suppress(OSError):
+            os.close(self.channel.sock.detach())
+        super().forked()
+
     def _alone(self) -> None:
         """The server has gone."""
         os._exit(0)

@@ -19,6 +19,7 @@ import importlib
 import os
 import random
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -95,6 +96,7 @@ class Zygote:
         if note is None:
             for pid in self._pids:
                 _kill_group(pid)
+            shutil.rmtree(self._options["directory"], ignore_errors=True)  # the server may have been killed
             return False
         words = note.words
         if "kill" in words and words["kill"] in self._pids:  # else it has ended meanwhile
