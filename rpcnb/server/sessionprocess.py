@@ -179,6 +179,8 @@ class SessionProcess(SessionHost):
             self._observe(facts["observe"])
         self.adopt(connection)
         connection.begin(key, {}, self._refusal)
+        if self._refusal:  # it has the time of a handshake to hear why
+            self.io_loop.call_later(self.limits.handshake_timeout, connection.close)
 
     def _never_opened(self, connection: Connection) -> None:
         if connection is self._main:
@@ -200,7 +202,9 @@ class SessionProcess(SessionHost):
         self._unsubscribe = self.observers.subscribe(self._report) if wanted else None
 
     def _report(self, event: events.Event) -> None:
-        """Tell the server's observers what happens here."""
+        """Tell the server's observers what happens here; who comes they know."""
+        if isinstance(event, events.ConnectionAccepted):
+            return
         facts = asdict(event)
         del facts["source"]  # it is the server's there
         self.io_loop.add_callback(self.channel.post, {"event": type(event).__name__, "facts": facts})
