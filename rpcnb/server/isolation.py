@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import IsolationFailed
-from rpcnb.server.modules import MAIN, is_path, main_program
+from rpcnb.server.modules import is_path, loads_program, main_program
 from rpcnb.server.zygote import ONE_THREAD
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Isolation:
                 "isolate=True needs a program in a file, whose functions each process imports; "
                 "a notebook or a prompt is none (rpcnb serve --load FILE)"
             )
-        if self.main and MAIN in sys.modules:
+        if loads_program():
             raise IsolationFailed('put rpcnb.Server(isolate=True) under if __name__ == "__main__":')
         return {
             "key": server.key,

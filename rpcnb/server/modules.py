@@ -16,9 +16,9 @@ from rpcnb.runtime.registry import REGISTRY
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["MAIN", "is_path", "load_modules", "main_program"]
+__all__ = ["is_path", "load_modules", "loads_program", "main_program"]
 
-MAIN = "__mp_main__"  # what multiprocessing calls a program whose functions are wanted, not its run
+_MAIN = "__mp_main__"  # what multiprocessing calls a program whose functions are wanted, not its run
 _OWN = ("ffi.", "testing.")  # how the globals of apache-tvm-ffi itself begin
 
 
@@ -78,11 +78,24 @@ def main_program() -> dict[str, str] | None:
     return None if path is None or not os.path.isfile(path) else {"path": os.path.abspath(path)}
 
 
+_loads_program = False
+
+
+def loads_program() -> bool:
+    """Tell whether a program is being imported for its functions: what it does there is not meant to be run."""
+    return _loads_program
+
+
 def _load_program(main: dict[str, str]) -> None:
-    if "module" in main:
-        found = runpy.run_module(main["module"], run_name=MAIN, alter_sys=False)
-    else:
-        found = runpy.run_path(main["path"], run_name=MAIN)
-    module = type(sys)(MAIN)
+    global _loads_program
+    _loads_program = True
+    try:
+        if "module" in main:
+            found = runpy.run_module(main["module"], run_name=_MAIN, alter_sys=False)
+        else:
+            found = runpy.run_path(main["path"], run_name=_MAIN)
+    finally:
+        _loads_program = False
+    module = type(sys)(_MAIN)
     module.__dict__.update(found)
-    sys.modules[MAIN] = module
+    sys.modules[_MAIN] = module

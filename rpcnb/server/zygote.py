@@ -78,6 +78,12 @@ class Zygote:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(signalled.fileno(), warn_on_full_buffer=False)
         self._inherited = (wake, signalled)
+        try:
+            self._serve(wake)
+        finally:
+            signal.set_wakeup_fd(-1)
+
+    def _serve(self, wake: socket.socket) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._channel.sock, selectors.EVENT_READ)
             selector.register(wake, selectors.EVENT_READ)

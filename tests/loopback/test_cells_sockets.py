@@ -124,8 +124,9 @@ def test_a_call_that_blocks_in_the_system_is_interrupted_on_a_board(board: DemoB
         eventually(lambda: session.list_cells() == [], "the cell's end")
 
 
-def test_cells_of_all_clients_run_one_at_a_time(board: DemoBoard) -> None:
-    with rpcnb.connect(board.address, key="demo") as one, rpcnb.connect(board.address, key="demo") as other:
+def test_cells_of_all_clients_run_one_at_a_time(serve: Serve) -> None:
+    server = serve(allow_exec=True, token="t")
+    with rpcnb.connect(server.address, token="t") as one, rpcnb.connect(server.address, token="t") as other:
         first = one.submit(one.run_cell, "import time\nwhile True: time.sleep(0.01)", "first")
         eventually(lambda: [cell.state for cell in other.list_cells()] == ["running"], "its beginning")
         second = other.submit(other.run_cell, "2", "second")
@@ -138,9 +139,10 @@ def test_cells_of_all_clients_run_one_at_a_time(board: DemoBoard) -> None:
         assert second.result(10).data == {"text/plain": "2"}
 
 
-def test_the_end_of_a_session_ends_its_cell(board: DemoBoard) -> None:
-    with rpcnb.connect(board.address, key="demo") as other:
-        with rpcnb.connect(board.address, key="demo") as one:
+def test_the_end_of_a_session_ends_its_cell(serve: Serve) -> None:
+    server = serve(allow_exec=True, token="t")
+    with rpcnb.connect(server.address, token="t") as other:
+        with rpcnb.connect(server.address, token="t") as one:
             one.submit(one.run_cell, "import time\nwhile True: time.sleep(0.01)")
             eventually(lambda: len(other.list_cells()) == 1, "its beginning")
         eventually(lambda: other.list_cells() == [], "its end", 5)

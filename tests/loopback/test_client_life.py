@@ -47,6 +47,7 @@ def board(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A demo board in a process of its own, which answers polls soon."""
     ready = tmp_path / "ready.json"
     command = [sys.executable, "-c", BOARD, "serve", "--demo", "--port", "0", "--no-token", "--ready-file", str(ready)]
+    command.append("--shared-state")  # what stops is the process that serves
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
     try:
         eventually(ready.exists, "the board", 30)

@@ -292,6 +292,17 @@ def test_a_module_may_start_threads_where_it_is_loaded(start: Start, tmp_path: P
     eventually(lambda: board.sessions == 0)
 
 
+def test_cells_of_two_sessions_run_at_once(start: Start) -> None:
+    board = start(allow_exec=True)
+    with connect(board) as one, connect(board) as other:
+        busy = one.submit(one.run_cell, "import time\nwhile True: time.sleep(0.01)", "busy")
+        eventually(lambda: [cell.state for cell in one.list_cells()] == ["running"], "its beginning")
+        assert other.run_cell("1 + 1").data == {"text/plain": "2"}
+        assert other.list_cells() == []
+        busy.cancel()
+    eventually(lambda: board.sessions == 0)
+
+
 def test_a_websocket_goes_over_too(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     board = start(web_port=0)
     with rpcnb.connect(f"ws://127.0.0.1:{board.web_port}/ws", token=TOKEN) as session:
@@ -371,7 +382,7 @@ def test_a_program_serves_its_own_functions(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent("""
-        import os, sys
+        import multiprocessing, os, sys
         import rpcnb
 
         @rpcnb.register_func("mine")
