@@ -500,6 +500,8 @@ def test_a_server_pings_a_client_that_does_not(serve: Callable[..., Any], impati
         assert await client.read_message()
         found = await asyncio.to_thread(waited, balancer)
         client.close()
+        while await client.read_message() is not None:
+            pass  # until the other side has closed too
         return found
 
     assert asyncio.run(story())
