@@ -11,7 +11,6 @@ import base64
 import functools
 import itertools
 import logging
-import os
 import socket
 import struct
 import time
@@ -46,12 +45,7 @@ class _Session(Child):
     """One session's process."""
 
     def __init__(self, sessions: IsolatedSessions, connection: Connection) -> None:
-        directory = sessions.processes.make_directory()
-        try:
-            super().__init__(sessions.processes, directory)
-        except OSError:
-            os.rmdir(directory)
-            raise
+        super().__init__(sessions.processes, sessions.processes.make_directory())
         self.sessions = sessions
         self.connection = connection
         self.since = time.monotonic()

@@ -22,7 +22,7 @@ __all__ = ["CAN_ISOLATE", "Isolation"]
 _LEAST_MEMORY = 64 << 20  # bytes: Python with numpy needs so much before anything is done
 CAN_ISOLATE = sys.platform.startswith("linux")
 # What a session's process would import as it begins.
-_WARM = ("resource", "rpcnb.server.hop")
+_WARM = ("resource", "rpcnb.server.hop", "tornado.platform.asyncio")
 _WARM_CELLS = ("rpcnb.cells.cells", "rpcnb.cells.runners", "IPython.display", "IPython.core.interactiveshell")
 _INTERVAL = 0.005  # Python's own
 

@@ -38,19 +38,50 @@ log = logging.getLogger(__name__)
 _START = 120.0  # seconds for the zygote to import what it needs, and for the operator's modules
 _CLOSE = 3.0  # seconds for all processes to end
 _ENDED = "the process that makes those of sessions has ended"
+_PAUSE = 0.02  # seconds that a session that begins has the machine for itself, before the next one is prepared
+
+
+class _Forked:
+    """A process that the zygote has been asked for.
+
+    Raises:
+        OSError: There are no descriptors left.
+
+    Attributes:
+        channel: To it.
+        theirs: Its end of that; closed once it is there.
+        pid: Its number; 0 before it is there.
+        group: What bounds its memory.
+        child: What it is for; None while it is the spare one.
+    """
+
+    def __init__(self) -> None:
+        ours, self.theirs = socket.socketpair()
+        self.channel = Channel(ours)
+        self.pid = 0
+        self.group: Path | None = None
+        self.child: Child | None = None
+
+    def release(self) -> None:
+        """Let go of everything."""
+        self.theirs.close()
+        self.channel.close()
 
 
 class Child:
-    """One process; subclasses say what it is for. Methods run on the loop.
+    """What a process is for, said by subclasses. Methods run on the loop.
 
     Args:
         processes: Where it is made.
         directory: What it may leave there is removed after its end; None: nothing is.
 
     Attributes:
-        pid: Its number; 0 before it is there.
+        pid: The process's number; 0 before it is there.
+        channel: To the process, once it is there.
         how: Why the server is ending it; empty if it is not.
     """
+
+    channel: Channel
 
     def __init__(self, processes: Processes, directory: str | None) -> None:
         self.processes = processes
@@ -58,10 +89,7 @@ class Child:
         self.pid = 0
         self.how = ""
         self.released = False
-        self.group: Path | None = None  # that bounds its memory
         self._timers: list[Any] = []
-        ours, self.theirs = socket.socketpair()
-        self.channel = Channel(ours)
 
     def begin(self) -> None:
         """It is there: tell it what to do."""
@@ -75,10 +103,9 @@ class Child:
     def ended(self, how: str) -> None:
         """It has ended: ``closed``, ``signal:SIGSEGV``, ``exit:3``, or why the server has ended it."""
 
-    def forked(self, pid: int) -> None:
+    def forked(self, process: _Forked) -> None:
         """Note that it is there."""
-        self.pid = pid
-        self.theirs.close()
+        self.pid, self.channel = process.pid, process.channel
         self.channel.listen(self.processes.io_loop, self._heard, lambda: None)
         self.begin()
         if self.how:
@@ -109,8 +136,6 @@ class Child:
         self.released = True
         for timer in self._timers:
             self.processes.io_loop.remove_timeout(timer)
-        self.theirs.close()
-        self.channel.close()
         if self.directory is not None:  # it may be large
             remove = threading.Thread(
                 target=shutil.rmtree, args=(self.directory, True), name="rpcnb-remove", daemon=True
@@ -138,8 +163,9 @@ class Processes:
         self.directory = tempfile.mkdtemp(prefix="rpcnb-server-")
         self._options = {**options, "grouped": self._groups is not None, "directory": self.directory}
         self._numbers = itertools.count(1)
-        self._forking: dict[int, Child] = {}  # by number of the request
-        self._children: dict[int, Child] = {}  # by process
+        self._forking: dict[int, _Forked] = {}  # by number of the request
+        self._forked: dict[int, _Forked] = {}  # by process
+        self._spare: _Forked | None = None  # what the next session need not wait for
         self._closed = False
         try:
             self._start()
@@ -193,6 +219,7 @@ class Processes:
     def listen(self) -> None:
         """Begin to work; on the loop."""
         self._zygote.listen(self.io_loop, self._hear, self._zygote_ended)
+        self._prepare()
 
     def tell_zygote(self, words: dict[str, Any]) -> None:
         """Ask the zygote for something."""
@@ -200,10 +227,31 @@ class Processes:
             self._zygote.post(words)
 
     def fork(self, child: Child) -> None:
-        """Have a process made."""
+        """Have a process made, or take the spare one."""
+        try:
+            process = self._spare or self._ask_for_one()
+        except OSError as error:
+            child.release()
+            child.refused(str(error.strerror))
+            return
+        self._spare = None
+        process.child = child
+        if process.pid:
+            child.forked(process)
+        self.io_loop.call_later(_PAUSE, self._prepare)
+
+    def _ask_for_one(self) -> _Forked:
+        process = _Forked()
         number = next(self._numbers)
-        self._forking[number] = child
-        self._zygote.post({"fork": number}, b"", [child.theirs.detach()])
+        self._forking[number] = process
+        self._zygote.post({"fork": number}, b"", [process.theirs.detach()])
+        return process
+
+    def _prepare(self) -> None:
+        """Have a process made that is ready when the next session begins: that takes ten times as long as the rest."""
+        if self._spare is None and not self._closed and not self.broken:
+            with contextlib.suppress(OSError):  # who needs one is told
+                self._spare = self._ask_for_one()
 
     def make_directory(self) -> str:
         """Return a fresh directory for what a process may leave.
@@ -216,24 +264,37 @@ class Processes:
     def _hear(self, note: Note) -> None:
         words = note.words
         if "forked" in words:
-            child = self._forking.pop(words["forked"])
-            self._children[words["pid"]] = child
+            process = self._forking.pop(words["forked"])
+            process.pid = words["pid"]
+            self._forked[process.pid] = process
             if self._groups is not None:
                 with contextlib.suppress(OSError):
-                    child.group = self._groups.make()
-                    self._groups.put(child.group, words["pid"])
-            child.forked(words["pid"])
+                    process.group = self._groups.make()
+                    self._groups.put(process.group, process.pid)
+            if process.child is not None:
+                process.child.forked(process)
         elif "failed" in words:
-            child = self._forking.pop(words["failed"])
-            child.release()
-            child.refused(words["why"])
-        elif "ended" in words and words["ended"] in self._children:
-            self._note_end(self._children.pop(words["ended"]), words["status"])
+            self._note_failure(self._forking.pop(words["failed"]), words["why"])
+        elif "ended" in words and words["ended"] in self._forked:
+            self._note_end(self._forked.pop(words["ended"]), words["status"])
 
-    def _note_end(self, child: Child, status: int) -> None:
-        child.release()
-        used_up = child.group is not None and MemoryGroups.remove(child.group)
-        child.ended(child.how or ("memory" if used_up else _how(status)))
+    def _note_failure(self, process: _Forked, why: str) -> None:
+        process.release()
+        if process is self._spare:
+            self._spare = None
+        if process.child is not None:
+            process.child.release()
+            process.child.refused(why)
+
+    def _note_end(self, process: _Forked, status: int) -> None:
+        process.release()
+        if process is self._spare:
+            self._spare = None
+        used_up = process.group is not None and MemoryGroups.remove(process.group)
+        child = process.child
+        if child is not None:
+            child.release()
+            child.ended(child.how or ("memory" if used_up else _how(status)))
 
     def _zygote_ended(self) -> None:
         """All processes have ended with it; another is started."""
@@ -242,12 +303,11 @@ class Processes:
         self.broken = _ENDED
         log.error("%s: %s; all its sessions have ended with it", self.name, _ENDED)
         forking, self._forking = list(self._forking.values()), {}
-        for child in forking:
-            child.release()
-            child.refused(_ENDED)
-        children, self._children = list(self._children.values()), {}
-        for child in children:
-            self._note_end(child, signal.SIGKILL)
+        for process in forking:
+            self._note_failure(process, _ENDED)
+        forked, self._forked = list(self._forked.values()), {}
+        for process in forked:
+            self._note_end(process, signal.SIGKILL)
         threading.Thread(target=self._start_again, name="rpcnb-zygote", daemon=True).start()
 
     def _start_again(self) -> None:
@@ -266,22 +326,22 @@ class Processes:
 
         self.io_loop.add_callback(go_on)
 
-    @property
-    def children(self) -> list[Child]:
-        """Those that are there, oldest first."""
-        return list(self._children.values())
-
     def forked(self) -> None:
         """In a forked child of the server's process: what is open to processes is the parent's."""
-        for channel in [self._zygote, *(child.channel for child in [*self._forking.values(), *self.children])]:
+        for channel in [
+            self._zygote,
+            *(process.channel for process in [*self._forking.values(), *self._forked.values()]),
+        ]:
             with contextlib.suppress(OSError):
                 os.close(channel.sock.detach())
 
     def close(self) -> None:
         """End all processes; on the loop."""
         self._closed = True
-        for child in [*self._forking.values(), *self._children.values()]:
-            child.release()
+        for process in [*self._forking.values(), *self._forked.values()]:
+            process.release()
+            if process.child is not None:
+                process.child.release()
         self._zygote.close()
 
     def wait(self) -> None:

@@ -6,7 +6,7 @@
                      {"open": facts} and a socket     the client, greeted; then its lanes
                      {"ask": n, "what": "pending"}    -> {"answer": n, "states": [...]}
                      {"observe": bool}
-    here -> server   {"ready": true}, {"over": true}, {"event": kind, "facts": {...}}
+    here -> server   {"over": true}, {"event": kind, "facts": {...}}
                      {"ask": n, "what": "counts"}     -> {"answer": n, "counts": {...}}
                      {"ask": n, "what": "jobs", "question": words}, data -> {"answer": n, "reply": words}, data
 """
@@ -19,6 +19,7 @@ import contextlib
 import itertools
 import logging
 import os
+import select
 import socket
 import threading
 import time
@@ -34,6 +35,7 @@ from rpcnb.runtime.registry import REGISTRY
 from rpcnb.server.connection import Connection
 from rpcnb.server.host import SessionHost
 from rpcnb.server.modules import load_modules
+from rpcnb.server.rehearsal import rehearse
 from rpcnb.transport import interval
 from rpcnb.transport.keepalive import KeepAlive
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
@@ -246,14 +248,17 @@ def run_session(options: dict[str, Any], channel: Channel, *, check: bool) -> in
 
         runner = MainThread()  # this thread has nothing else to do
     process = SessionProcess(options, channel, runner)
-    why = process.load()
-    channel.send({"failed": why} if why else {"ready": True})
     if check:
+        why = process.load()
+        channel.send({"failed": why} if why else {"ready": True})
         _leave()
         return 0
+    if not select.select([channel.sock], [], [], 0)[0]:  # nobody waits
+        rehearse(process.io_loop)
     note = channel.receive()
     if note is None:
         return 0
+    process.load()
     if "job" in note.words:
         from rpcnb.server.jobprocess import run_job
 

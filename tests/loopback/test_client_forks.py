@@ -165,8 +165,10 @@ import rpcnb
 
 @rpcnb.register_func("killed")
 def killed():
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+    reader, writer = os.pipe()
+    child = multiprocessing.get_context("fork").Process(target=lambda: (os.write(writer, b"."), time.sleep(20)))
     child.start()
+    os.read(reader, 1)  # CPython forgets a signal that comes before a child has begun, where it has a handler
     child.terminate()
     child.join()
     return child.exitcode

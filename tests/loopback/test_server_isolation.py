@@ -60,7 +60,11 @@ def connect(server: Any, **options: Any) -> Any:
 
 
 def children_of(server: Any) -> list[psutil.Process]:
+    """Those of sessions, and what they have left; not the one that waits for the next session."""
+    spare = server._processes._spare
     found: list[psutil.Process] = psutil.Process(server._processes._process.pid).children(recursive=True)
+    if spare is not None:
+        found = [child for child in found if child.pid != spare.pid]
     return found
 
 
@@ -253,7 +257,7 @@ def test_where_no_process_can_be_made_a_client_is_told(
         forks, real = [], os.fork
         def fork():
             forks.append(1)
-            if len(forks) == 2:
+            if len(forks) in (2, 3):  # the one kept ready, and the client's
                 raise BlockingIOError(11, "Resource temporarily unavailable")
             return real()
         os.fork = fork
@@ -336,12 +340,13 @@ def test_a_session_behind_a_proxy_is_isolated(start: Start, caplog: pytest.LogCa
 
 def test_a_tracker_hands_a_board_out_again_after_a_crash(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     with rpcnb.Tracker(port=0, silent=True) as tracker:
-        start(key="rpi", tracker_addr=("127.0.0.1", tracker.port), trust_tracker=True)
+        board = start(key="rpi", tracker_addr=("127.0.0.1", tracker.port), trust_tracker=True)
         asked = rpcnb.connect_tracker("127.0.0.1", tracker.port)
         for _ in range(3):
             with asked.request("rpi") as session, pytest.raises(rpcnb.errors.SessionCrashed):
                 session.call("b.crash", "abort")
         asked.close()
+        board.close()
     caplog.clear()
 
 
@@ -448,3 +453,23 @@ def test_crashes_beside_good_sessions(
     assert not findings
     assert counts["good"] > 3
     caplog.clear()
+
+
+def test_the_process_that_waits_for_a_session_may_end_while_it_waits(start: Start) -> None:
+    board = start()
+    processes = board._processes
+
+    def ready() -> bool:
+        return processes._spare is not None and processes._spare.pid != 0
+
+    for _ in range(2):
+        eventually(ready, "a process that waits")
+        pid = processes._spare.pid
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not psutil.pid_exists(pid), "its end")
+        with connect(board, lanes=0) as session:
+            assert session.call("b.pid") != pid
+    eventually(ready)
+    pid = processes._spare.pid
+    with connect(board, lanes=0) as session:
+        assert session.call("b.pid") == pid

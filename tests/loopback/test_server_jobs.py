@@ -39,11 +39,8 @@ def session(board: Any) -> Iterator[Any]:
 
 def test_a_job_outlives_its_session(board: Any) -> None:
     with connect(board) as session:
-        job = (
-            session.fn.b.work.submit
-            if False
-            else session.get_function("b.work").submit(20, np.arange(6.0).reshape(2, 3), detach=True, name="burnin")
-        )
+        work = session.get_function("b.work")
+        job = work.submit(20, np.arange(6.0).reshape(2, 3), detach=True, name="burnin")
         assert job.state == "running"
         assert repr(job) == "<Job burnin: running, b.work>"
     with connect(board) as other:
