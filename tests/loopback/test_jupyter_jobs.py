@@ -83,11 +83,12 @@ def test_a_wrong_line_is_told_in_one(cell: Cell, source: str, text: str) -> None
 
 
 def test_restarting_is_a_fresh_process(cell: Cell) -> None:
-    before = BOOK.current.call("b.pid")
+    session = BOOK.find(None)
+    before = session.call("b.pid")
     cell("%rpc x = 1")
     cell("%rpc_restart")
     assert "begins afresh at" in cell.out
-    assert BOOK.current.call("b.pid") != before
+    assert session.call("b.pid") != before
     cell("%rpc x")
     assert "NameError: name 'x' is not defined" in cell.out + cell.err
 

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -465,8 +466,9 @@ def test_the_process_that_waits_for_a_session_may_end_while_it_waits(start: Star
     for _ in range(2):
         eventually(ready, "a process that waits")
         pid = processes._spare.pid
-        os.kill(pid, signal.SIGKILL)
-        eventually(lambda: not psutil.pid_exists(pid), "its end")
+        waiting = psutil.Process(pid)
+        waiting.kill()
+        eventually(partial(has_ended, waiting), "its end")
         with connect(board, lanes=0) as session:
             assert session.call("b.pid") != pid
     eventually(ready)
