@@ -13,6 +13,7 @@ import re
 import sys
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "is_array",
     "is_bare_enum",
     "plain",
+    "read_dtype",
     "type_name",
 ]
 
@@ -82,21 +84,46 @@ DEVICE_NAMES = {
 _DEVICE_TYPES = {name: number for number, name in DEVICE_NAMES.items()} | {"cl": 4, "llvm": 1}
 
 
-class DType(NamedTuple):
-    """An element type: kind code, bits of one lane, lanes (``float32x4`` has four)."""
+class DType(str):
+    """An element type, as text that numpy and TVM take for one: ``"float32"``, ``"float32x4"``.
 
+    Args:
+        code: DLPack's code of its kind.
+        bits: Of one lane.
+        lanes: ``float32x4`` has four.
+    """
+
+    __slots__ = ("bits", "code", "lanes")
     code: int
     bits: int
-    lanes: int = 1
+    lanes: int
 
-    def __str__(self) -> str:
-        name = _CODE_NAMES.get(self.code, f"code{self.code}_")
-        text = name if self.code in _SMALL_FLOAT_BITS or (self.code, self.bits) == (6, 8) else f"{name}{self.bits}"
-        return text if self.lanes == 1 else f"{text}x{self.lanes}"
+    def __new__(cls, code: int, bits: int, lanes: int = 1) -> DType:  # noqa: D102
+        name, usual = _CODE_NAMES.get(code, f"code{code}"), _SMALL_FLOAT_BITS.get(code, 8 if code == 6 else 0)
+        between = "_" if code in _SMALL_FLOAT_BITS or code not in _CODE_NAMES else ""
+        text = name if bits == usual else f"{name}{between}{bits}"
+        made = super().__new__(cls, text if lanes == 1 else f"{text}x{lanes}")
+        made.code, made.bits, made.lanes = code, bits, lanes
+        return made
+
+    def __getnewargs__(self) -> tuple[int, int, int]:  # type: ignore[override]  # of our __new__
+        return self.code, self.bits, self.lanes
+
+    def __repr__(self) -> str:
+        return f"DType({str.__repr__(self)})"
+
+    @property
+    def lane(self) -> DType:
+        """The type of one lane."""
+        return self if self.lanes == 1 else DType(self.code, self.bits)
 
     def nbytes(self, elements: int) -> int:
         """Return the bytes that ``elements`` of this type take, sub-byte types packed."""
         return (elements * self.bits * self.lanes + 7) // 8
+
+
+# The type of what arrives: few are different, and a stranger's do not fill the memory.
+read_dtype = lru_cache(maxsize=256)(DType)
 
 
 def dtype(text: str | DType) -> DType:

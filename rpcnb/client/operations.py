@@ -291,7 +291,7 @@ class Operations:
         Raises:
             ArgumentError: It cannot travel to this server.
         """
-        if isinstance(value, str):
+        if isinstance(value, str) and type(value) is not DType:
             return self._text(index, plain(value))
         if type(value) in _PLAIN or isinstance(value, (Pointer, TensorMeta)):
             return value  # type: ignore[no-any-return]  # checked
@@ -416,7 +416,7 @@ class Operations:
         meta = self._live(tensor)
         array = _local_array(source, meta)
         kind, shape = meta.dtype, lane_shape(meta.dtype, meta.shape)
-        if array.shape != shape or dtype_of(array) != kind._replace(lanes=1):
+        if array.shape != shape or dtype_of(array) != kind.lane:
             raise CopyMismatch(
                 f"cannot copy {array.nbytes} bytes, shape {array.shape} {array.dtype}, "
                 f"into {meta.nbytes} bytes, shape {meta.shape} {kind}"
@@ -443,9 +443,7 @@ class Operations:
         kind, shape = meta.dtype, lane_shape(meta.dtype, meta.shape)
         packed = kind.bits < 8
         given, out = out, None if out is None else plain_array(out)
-        if out is not None and (
-            out.shape != shape or dtype_of(out) != kind._replace(lanes=1) or not out.flags.writeable
-        ):
+        if out is not None and (out.shape != shape or dtype_of(out) != kind.lane or not out.flags.writeable):
             raise CopyMismatch(
                 f"cannot copy {meta.nbytes} bytes, shape {meta.shape} {kind}, "
                 f"into a {'writeable' if out.flags.writeable else 'read-only'} array of shape {out.shape} {out.dtype}"
@@ -464,7 +462,7 @@ class Operations:
         sync = self._needs_sync(meta)
         yield from flows.copy_from_remote(meta, byte_view(target), limit=limit, sync=sync, pace=self._pace(meta.nbytes))
         if packed:
-            target = unpack(target, kind._replace(lanes=1), shape)
+            target = unpack(target, kind.lane, shape)
         if out is not None and not direct:
             out[...] = target
         return target if given is None else given
@@ -618,7 +616,7 @@ class Operations:
     def listdir(self, path: str = ".") -> Flow[list[str]]:
         """List the names in a directory of the session."""
         text: str = expect((yield from self.ask("tvm.rpc.server.listdir", path)), str, "names with commas")
-        return text.split(",") if text else []
+        return [name for name in text.split(",") if name]  # TVM's C++ server ends with a comma
 
     def load_module(self, path: str) -> Flow[Any]:
         """Load an uploaded library as a module."""

@@ -289,6 +289,9 @@ class _Device(StaysHere):
     def __repr__(self) -> str:
         return f"{self.name}:{self.index} of {self.session.name}"
 
+    def __str__(self) -> str:
+        return f"remote[{self.session.name}]:{self.name}:{self.index}"  # as TVM writes it
+
     def _wire(self) -> Device:
         return Device(self.type, self.index)
 

@@ -287,21 +287,15 @@ def _match_key(value: Any) -> str:
     return match_key
 
 
-def _port(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError
-    return read_port(value)
-
-
 def _put(key: Any, value: Any, host: Any = None, *_: Any) -> Put:
     port, match_key = value
-    return Put(_text(key), _port(port), _match_key(match_key), _host(host))
+    return Put(_text(key), read_port(port), _match_key(match_key), _host(host))
 
 
 def _request(key: Any, user: Any, priority: Any, extra: Any = None, *_: Any) -> RequestBoard:
     if type(priority) not in (int, float) or not math.isfinite(priority):
         raise ValueError
-    return RequestBoard(_text(key), _text(user), priority, _is_ours(extra))
+    return RequestBoard(_text(key), _text(user or ""), priority, _is_ours(extra))
 
 
 def _info(info: Any, *_: Any) -> UpdateInfo:
@@ -357,7 +351,7 @@ def request_board(
         code, (host, port, match_key) = reply
         if code != TrackerCode.SUCCESS:
             raise ValueError
-        return _text(host), _port(port), _text(match_key)
+        return _text(host), read_port(port), _text(match_key)
     except (TypeError, ValueError):
         raise RemoteProtocolError(
             f"expected [0, [host, port, match key]] from the tracker, got {_show(reply)}"

@@ -49,6 +49,8 @@ _SELDOM = 20  # telling all places takes one part in so many of the time, at mos
 _AT_ONCE = 250  # places told per sweep, 4 ms; the others the next time
 _NAME = 256  # letters of who has a board
 _SHOWN = 64  # keys of one connection that are described
+_REMEMBERED, _REMEMBER = 4096, 86400.0  # keys that have no board any more, and the seconds for which they are shown
+_LAST = 1 << 30  # their rank
 # A summary that takes longer to make than that many seconds is kept for twenty times as long as it took: whoever asks
 # for it in a loop gets one of a moment ago, and the loop is free for others. If nothing changes, all are for a moment.
 _CHEAP, _KEPT, _MOMENT = 0.002, 20.0, 0.1
@@ -106,12 +108,14 @@ class BoardQueue:
     Attributes:
         rank: The least of all who use it.
         offering: Connections that ever put for this key.
+        had_board: Somebody did.
     """
 
     def __init__(self, key: str = "", rank: int = 0) -> None:
         self.rank = rank
         self._name = json.dumps(key)
         self.offering = 0
+        self.had_board = False
         self.free: deque[Board] = deque()
         self.waiting: list[Waiter] = []  # a heap
 
@@ -206,6 +210,7 @@ class Tracking:
         self._gate = Gate("", self.stop_key, clock)
         self._queues: dict[str, BoardQueue] = {}
         self._records: dict[Peer, _Record] = {}
+        self._remembered: dict[str, float] = {}  # keys that had a board, and since when not; the latest last
         self._count = 0
         self._changes = 0
         self._kept: dict[bool, _Kept] = {}
@@ -237,12 +242,22 @@ class Tracking:
         """Forget a key for which nobody offers or waits any more: strangers must not fill the memory with them."""
         queue = self._queues[key]
         queue.offering -= offered
-        if not (queue.offering or queue.waiting):
-            del self._queues[key]
+        if queue.offering or queue.waiting:
+            return
+        del self._queues[key]
+        if queue.had_board:
+            self._remember(key)
+
+    def _remember(self, key: str) -> None:
+        """Go on showing a key that had a board, as stock's tracker does; but neither all nor for ever."""
+        self._remembered[key] = self._clock()
+        if len(self._remembered) > _REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
 
     def _queue(self, key: str, record: _Record) -> BoardQueue:
         """Return the queue of a key that this connection uses."""
         rank = len(record.keys) + len(record.asked)
+        self._remembered.pop(key, None)
         queue = self._queues.setdefault(key, BoardQueue(key, rank))
         queue.rank = min(queue.rank, rank)
         return queue
@@ -287,6 +302,7 @@ class Tracking:
         if put.key not in record.keys:
             record.keys.add(put.key)
             queue.offering += 1
+            queue.had_board = True
         record.pending[put.match_key] = board
         record.offered[put.key] += 1
         record.given.pop(put.key, None)
@@ -371,7 +387,15 @@ class Tracking:
                     record.withheld += self._queues[key].take_back(peer)
                 text = f"tracker: the board of {peer.host} is silent; it is not handed out until it speaks"
                 self.refusals.note(peer.host, text)
+        self._forget_remembered()
         self.refusals.sweep()
+
+    def _forget_remembered(self) -> None:
+        for key, since in list(self._remembered.items())[:_AT_ONCE]:
+            if self._clock() - since < _REMEMBER:
+                break
+            del self._remembered[key]
+            self._changes += 1
 
     def _tell_places(self) -> None:
         left = _AT_ONCE
@@ -415,8 +439,10 @@ class Tracking:
 
     def _summary(self, boards: bool) -> str:
         records = self._records.values()
+        queues = [(queue.rank, queue.describe()) for queue in self._queues.values()]
+        queues += [(_LAST, BoardQueue(key).describe()) for key in self._remembered]
         return cut_summary(
-            [(queue.rank, queue.describe()) for queue in self._queues.values()],
+            queues,
             [record.told for record in records if record.told],
             [json.dumps(self._describe(record)) for record in records if record.keys] if boards else None,
         )

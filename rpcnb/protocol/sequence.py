@@ -19,7 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ArgumentError, LimitExceeded, RemoteProtocolError
 from rpcnb.protocol.codes import Limits
-from rpcnb.values import NULL, Device, DType, FunctionRef, ModuleRef, ObjectRef, Pointer, TensorMeta, Value, plain
+from rpcnb.values import (
+    NULL,
+    Device,
+    DType,
+    FunctionRef,
+    ModuleRef,
+    ObjectRef,
+    Pointer,
+    TensorMeta,
+    Value,
+    plain,
+    read_dtype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +79,7 @@ def _encode_bytes(data: Buffer, head: bytes, parts: list[Buffer]) -> None:
 def encode_tensor(meta: TensorMeta) -> bytes:
     """Encode a DLTensor, ``32 + 8 * ndim`` bytes."""
     kind, ndim = meta.dtype, len(meta.shape)
-    head = _TENSOR_HEAD.pack(meta.data, meta.device[0], meta.device[1], ndim, kind[0], kind[1], kind[2])
+    head = _TENSOR_HEAD.pack(meta.data, meta.device[0], meta.device[1], ndim, kind.code, kind.bits, kind.lanes)
     return head + struct.pack(f"<{ndim}qQ", *meta.shape, meta.byte_offset)
 
 
@@ -96,7 +108,7 @@ def _encode_rare(value: Any, style: Style, parts: list[Buffer], index: int) -> N
     elif isinstance(value, Device):
         parts.append(_DEVICE.pack(6, value[0], value[1]))
     elif isinstance(value, DType):
-        parts.append(_DTYPE.pack(5, value[0], value[1], value[2], 0))
+        parts.append(_DTYPE.pack(5, value.code, value.bits, value.lanes, 0))
     elif isinstance(value, (bytes, bytearray, memoryview)):
         value = plain(value)  # the length announced is that of what is sent
         if isinstance(value, memoryview) and not (value.ndim == value.itemsize == 1 and value.c_contiguous):
@@ -158,11 +170,13 @@ def encode_call_result(value: Value) -> tuple[Value, ...]:
     if value is None:
         return (0, None)
     value = plain(value)
+    if isinstance(value, DType):
+        return (5, value)
     if isinstance(value, str):
         return (11 if len(value.encode("utf-8", "surrogatepass")) <= 7 else 65, value)
     if isinstance(value, (bytes, bytearray, memoryview)):
         return (12 if memoryview(value).nbytes <= 7 else 66, value)
-    for kind, index in ((bool, 2), (Pointer, 4), (int, 1), (float, 3), (DType, 5), (Device, 6)):
+    for kind, index in ((bool, 2), (Pointer, 4), (int, 1), (float, 3), (Device, 6)):
         if isinstance(value, kind):
             return (index, value)
     raise ArgumentError(0, f"of type {type(value).__name__}")
@@ -186,7 +200,7 @@ def decode_tensor(data: memoryview, start: int, end: int, limits: Limits) -> tup
         raise RemoteProtocolError(
             f"expected a tensor shape and type, got shape {tuple(shape)}, {bits} bits, {lanes} lanes"
         )
-    meta = TensorMeta(handle, Device(kind, index), tuple(shape), DType(code, bits, lanes), offset)
+    meta = TensorMeta(handle, Device(kind, index), tuple(shape), read_dtype(code, bits, lanes), offset)
     if meta.nbytes > _I64_MAX or offset > _I64_MAX:
         raise LimitExceeded(f"tensor of shape {tuple(shape)} at offset {offset} exceeds 2**63 bytes")
     return meta, start + 32 + 8 * ndim
@@ -235,7 +249,7 @@ def _decode_rare(data: memoryview, pos: int, end: int, limits: Limits, out: list
         out.append(found[0])
         return found[1]
     if index == 5:
-        out.append(DType(*_DTYPE_PAYLOAD.unpack_from(data, pos + 4)))
+        out.append(read_dtype(*_DTYPE_PAYLOAD.unpack_from(data, pos + 4)))
         return pos + 12
     if index == 6:
         out.append(Device(*_DEVICE.unpack_from(data, pos)[1:]))

@@ -42,8 +42,8 @@ def numpy_dtype(kind: DType) -> np.dtype[Any]:
     Raises:
         CopyMismatch: numpy has nothing of this size.
     """
-    single = kind._replace(lanes=1)
-    if single == (6, 8, 1):
+    single = kind.lane
+    if single == "bool":
         return np.dtype(np.bool_)
     if kind.code in _LETTERS and kind.bits in (8, 16, 32, 64, 128):
         text = f"<{_LETTERS[kind.code]}{kind.bits // 8}"
@@ -51,7 +51,7 @@ def numpy_dtype(kind: DType) -> np.dtype[Any]:
             return np.dtype(text)
         except TypeError:
             pass
-    known = _extension_types().get(str(single))
+    known = _extension_types().get(single)
     if known is not None:
         return known
     if kind.bits <= 64:
@@ -138,7 +138,7 @@ def byte_view(array: np.ndarray[Any, Any]) -> memoryview:
 def array_view(data: np.ndarray[Any, Any], kind: DType, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """View bytes as an array of the wire's type and shape; types below 8 bits are unpacked into a copy."""
     if kind.bits < 8:
-        array = unpack(data, kind._replace(lanes=1), lane_shape(kind, shape))
+        array = unpack(data, kind.lane, lane_shape(kind, shape))
         array.flags.writeable = False
         return array
     return data.view(numpy_dtype(kind)).reshape(lane_shape(kind, shape))

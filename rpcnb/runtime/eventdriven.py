@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EventHandler", "create_event_driven_server"]
 
-READABLE, WRITABLE = 1, 2
+WRITABLE = 2
 SHUTDOWN, WAIT, WRITE = 0, 1, 2
 _GATHER = 64  # buffers joined for one fsend
 
@@ -59,7 +59,8 @@ class EventHandler:
 
         Args:
             in_bytes: What has arrived; may be empty.
-            event_flag: Bit 0: readable, bit 1: output may be sent now. Callers use 3.
+            event_flag: Bit 1: output may be sent now. Bit 0 says that there are bytes, which is seen anyway: they are
+                taken without it too, as stock takes them. Callers use 3.
 
         Returns:
             0: shut down, close; 2: output is left, call again when writable; 1: wait for input.
@@ -68,7 +69,7 @@ class EventHandler:
             RemoteProtocolError: The peer broke the framing.
         """
         servant = self.servant
-        if event_flag & READABLE and in_bytes and not servant.over:
+        if in_bytes and not servant.over:
             self._feed(in_bytes)
         if event_flag & WRITABLE and servant.output:
             self._send_once()

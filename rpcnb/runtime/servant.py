@@ -18,7 +18,14 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import CopyMismatch, LimitExceeded
+from rpcnb.errors import (
+    CopyMismatch,
+    FunctionNotFound,
+    LimitExceeded,
+    LocalProtocolError,
+    ResultError,
+    SessionClosed,
+)
 from rpcnb.protocol.codes import VERSION, Code
 from rpcnb.protocol.endpoint import State
 from rpcnb.protocol.messages import (
@@ -189,6 +196,7 @@ class Servant:
         self.congested = False  # it ended because replies have not left: to be tried again as soon as they have
         self._copy: tuple[CopyToRemote, memoryview | None, BaseException | None] | None = None
         self._cancel_init: Callable[[], object] | None = None
+        self._constructing = ""  # name of the session constructor that runs
         self._process = os.getpid()
         endpoint.sink_for = self._sink_for
 
@@ -404,7 +412,11 @@ class Servant:
 
     def exception(self, error: BaseException) -> Raised:
         """Return the reply that reports ``error``; a stock peer gets the text alone."""
-        return raised_by(self.session or ServingSession(), error, self.extended)
+        told = raised_by(self.session or ServingSession(), error, self.extended)
+        name, self._constructing = self._constructing, ""
+        if name:
+            told.text = f"Server[{self.name}]: Error caught from session constructor {name}:\n{told.text}"
+        return told
 
     # -- asynchronous completions ----------------------------------------------------------------------------------
 
@@ -476,9 +488,9 @@ class Servant:
     def _ready(self) -> ServingSession:
         session = self.session
         if session is None:
-            raise LimitExceeded(_NOT_INITIALIZED)
+            raise LocalProtocolError(_NOT_INITIALIZED)
         if self.plain and session.is_async:
-            raise LimitExceeded("Cannot host an async session in a non-Event driven server")
+            raise LocalProtocolError("Cannot host an async session in a non-Event driven server")
         return session
 
     def _call(self, message: CallFunc) -> None:
@@ -532,7 +544,7 @@ class Servant:
         """Bound a copy by the size it claims, before memory is made for it (protocol.md 5.2)."""
         self.copies += 1
         if nbytes > meta.nbytes:
-            raise LimitExceeded(f"copy of {nbytes} bytes is larger than its tensor of {meta.nbytes} bytes")
+            raise CopyMismatch(f"copy of {nbytes} bytes is larger than its tensor of {meta.nbytes} bytes")
 
     def _copy_to_end(self) -> None:
         assert self._copy is not None
@@ -568,13 +580,13 @@ class Servant:
 
     def _initialize(self, message: InitServer) -> None:
         if message.version != VERSION:
-            raise LimitExceeded(
+            raise LocalProtocolError(
                 f"Check failed: client_protocol_ver == server_protocol_ver ({message.version} vs. {VERSION}) : "
                 f"Server[{self.name}]: Client protocol version mismatch with the server  "
                 f"server protocol={VERSION}, client protocol={message.version}"
             )
         if self.session is not None:
-            raise LimitExceeded(
+            raise LocalProtocolError(
                 "Check failed: (serving_session_ == nullptr) is false: Server has already been initialized"
             )
         if self.refusal:
@@ -584,10 +596,11 @@ class Servant:
         if self.shares is not None:
             shared = self.shares()
             if shared is None:
-                raise LimitExceeded("the session of this lane is over")
+                raise SessionClosed("the session of this lane is over")
             self._answer(self._initialized(shared))
             return
-        constructor, args = self._constructor(message)
+        name, constructor, args = self._constructor(message)
+        self._constructing = name
         token = ENVIRONMENT.set(self.environment)
         try:
             made = constructor(*args)
@@ -603,8 +616,12 @@ class Servant:
 
     def _initialized(self, made: Any) -> Reply:
         self._cancel_init = None
+        name, self._constructing = self._constructing, ""
         if not isinstance(made, ServingSession):
-            raise LimitExceeded(f"session constructor returned {type(made).__name__}; expected a session")
+            kind = type(made).__name__
+            raise ResultError(
+                f"Server[{self.name}]: Constructor {name} need to return an RPCModule: a session; it returned {kind}"
+            )
         if self.over:
             if self.shares is None:
                 made.shutdown()
@@ -623,21 +640,21 @@ class Servant:
                 self._plain_session = made
         return _VOID
 
-    def _constructor(self, message: InitServer) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def _constructor(self, message: InitServer) -> tuple[str, Callable[..., Any], tuple[Any, ...]]:
         name, *args = message.args or ("rpc.LocalSession",)
         if not isinstance(name, str):
-            raise LimitExceeded(f"expected the name of a session constructor, got {type(name).__name__}")
+            raise TypeError(f"expected the name of a session constructor, got {type(name).__name__}")
         entry = self.environment.registry.get(name)
         if entry is not None:
-            return entry.call, tuple(args)
+            return name, entry.call, tuple(args)
         if name == "rpc.LocalSession":
-            return self.environment.local_session or LocalServingSession, tuple(args)
+            return name, self.environment.local_session or LocalServingSession, tuple(args)
         known = self.environment.constructors.get(name)
         if known is None:
-            raise LimitExceeded(
+            raise FunctionNotFound(
                 f"Check failed: (fconstructor.has_value()) is false:  Cannot find session constructor {name}"
             )
-        return known, tuple(args)
+        return name, known, tuple(args)
 
 
 def _direct(session: ServingSession, meta: TensorMeta, nbytes: int) -> memoryview | None:

@@ -79,6 +79,7 @@ class _Job(Child):
         self._asked: list[Callable[[], object]] = []  # who waits for more output, or the end
         self._pipe: int | None = None
         self._cancelled = False
+        self._outcome: tuple[str, dict[str, Any] | None] | None = None  # told before its end: state and error
 
     def begin(self) -> None:
         """It is there: tell it what to do."""
@@ -153,8 +154,7 @@ class _Job(Child):
     def hear(self, note: Note) -> None:
         """Take what it says."""
         if "done" in note.words:
-            self.facts["error"] = note.words["done"]
-            self.facts["state"] = "done" if note.words["done"] is None else "failed"
+            self._outcome = ("failed", note.words["done"]) if note.words["done"] else ("done", None)
 
     def cancel(self) -> None:
         """Interrupt it; kill it if that does not help."""
@@ -184,10 +184,12 @@ class _Job(Child):
     def ended(self, how: str) -> None:
         """It has ended."""
         self._jobs.forget_running(self)
-        if self._cancelled:
-            self.facts["state"] = "cancelled"
-        elif self.facts["state"] == _RUNNING:
+        if self._outcome is not None:
+            self.facts["state"], self.facts["error"] = self._outcome
+        else:
             self.facts |= {"state": "failed", "how": how}
+        if self._cancelled and self.facts["state"] == "failed":
+            self.facts |= {"state": "cancelled", "how": ""}
         self._jobs.note_end(self.facts, self.owner)
         self._say({"job": _told(self.facts)})
         self.tell()
@@ -387,7 +389,7 @@ class Jobs:
             if facts["state"] == _RUNNING:
                 job.when_more(tell)  # it is killed before long
             else:
-                answer({"job": _told(facts), "cancelled": True}, b"")
+                answer({"job": _told(facts), "cancelled": facts["state"] == "cancelled"}, b"")  # it may just have ended
 
         tell()
 

@@ -62,6 +62,16 @@ class _Forked:
         self.group: Path | None = None
         self.child: Child | None = None
 
+    @property
+    def is_alive(self) -> bool:
+        """Tell whether it has not ended; the zygote may not have told yet."""
+        try:
+            return self.channel.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     def release(self) -> None:
         """Let go of everything."""
         self.theirs.close()
@@ -228,13 +238,14 @@ class Processes:
 
     def fork(self, child: Child) -> None:
         """Have a process made, or take the spare one."""
+        process, self._spare = self._spare, None
         try:
-            process = self._spare or self._ask_for_one()
+            if process is None or not process.is_alive:
+                process = self._ask_for_one()
         except OSError as error:
             child.release()
             child.refused(str(error.strerror))
             return
-        self._spare = None
         process.child = child
         if process.pid:
             child.forked(process)

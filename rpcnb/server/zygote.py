@@ -93,23 +93,26 @@ class Zygote:
                     if key.fileobj is wake:
                         with contextlib.suppress(BlockingIOError):
                             wake.recv(4096)
-                    elif not self._hear():
+                        continue
+                    try:
+                        for note in self._channel.receive_some():
+                            self._hear(note)
+                    except EOFError:
+                        self._end()
                         return
                 self._reap()
 
-    def _hear(self) -> bool:
-        note = self._channel.receive()
-        if note is None:
-            for pid in self._pids:
-                _kill_group(pid)
-            shutil.rmtree(self._options["directory"], ignore_errors=True)  # the server may have been killed
-            return False
+    def _end(self) -> None:
+        for pid in self._pids:
+            _kill_group(pid)
+        shutil.rmtree(self._options["directory"], ignore_errors=True)  # the server may have been killed
+
+    def _hear(self, note: Note) -> None:
         words = note.words
         if "kill" in words and words["kill"] in self._pids:  # else it has ended meanwhile
             os.kill(words["kill"], signal.SIGKILL)
         elif "fork" in words:
             self._fork(note)
-        return True
 
     def _fork(self, note: Note) -> None:
         """Fork a session's process; it never returns from here."""
@@ -145,7 +148,7 @@ class Zygote:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self._selector.close()
-            for one in (self._channel.sock, *self._inherited):
+            for one in (self._channel, *self._inherited):  # with what was sent for the next ones
                 one.close()
             gc.unfreeze()
             self._restore_threads()

@@ -135,6 +135,17 @@ class Channel:
             if not self._fill():
                 return None
 
+    def receive_some(self) -> Iterator[Note]:
+        """Wait for bytes, once, and yield the messages that are whole then.
+
+        Raises:
+            EOFError: The other process has gone.
+            RemoteProtocolError: The other side does not keep to the form.
+        """
+        if not self._fill():
+            raise EOFError
+        yield from self._taken()
+
     def listen(self, io_loop: IOLoop, on_note: Callable[[Note], object], on_end: Callable[[], object]) -> None:
         """Call ``on_note`` with each message, and ``on_end`` once, on a loop."""
         self.sock.setblocking(False)
@@ -146,7 +157,7 @@ class Channel:
             if events & io_loop.WRITE:
                 self._flush()
             try:
-                alive = self._fill()
+                alive = self._fill() if events else True
                 for note in self._taken():
                     on_note(note)
                     if self._io_loop is None:  # it was closed by that
@@ -160,6 +171,8 @@ class Channel:
                 on_end()
 
         io_loop.add_handler(self.sock.fileno(), ready, io_loop.READ)
+        if self._buffer:  # messages, perhaps, that have come behind those that were received
+            io_loop.add_callback(ready, None, 0)
 
     def _fill(self) -> bool:
         try:

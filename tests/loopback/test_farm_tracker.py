@@ -114,6 +114,46 @@ def test_the_magic_word_may_come_in_pieces_or_with_the_first_request(tracker: rp
         assert peer.reads(len(answer)) == answer
 
 
+# What boards of TVM say, and what they wait for: C++ writes its port as text in its information, Java with blanks.
+EXCHANGES = {
+    "c++": [
+        ('[5, {"key": "server:rpi", "addr": [null, "9090"]}]', "0"),
+        ('[3, "rpi", [9090, "rpi:0.25"], null]', "0"),
+        ("[7]", '["rpi:0.25"]'),
+        ('[3, "rpi", [9090, "rpi:0.5"], null]', "0"),
+        ("[7]", '["rpi:0.25", "rpi:0.5"]'),
+    ],
+    "c++ with an address of its own": [
+        ('[5, {"key": "server:rpi", "addr": ["127.0.0.1", "9090"]}]', "0"),
+        ('[3, "rpi", [9090, "rpi:0.25"], "127.0.0.1"]', "0"),
+    ],
+    "java": [
+        ('[5, {"key" : "server:rpi", "addr": [null, "9090"]}]', "0"),
+        ('[3, "rpi", [9090, "rpi:0.25"], "127.0.0.1"]', "0"),
+        ("[7]", '["rpi:0.25"]'),
+    ],
+    "python": [
+        ('[5, {"key": "server:rpi", "addr": [null, 9090]}]', "0"),
+        ('[3, "rpi", [9090, "rpi:0.25"], null]', "0"),
+        ("[1]", "0"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_boards_of_every_language_are_handed_out(tracker: rpcnb.Tracker, name: str) -> None:
+    with Raw(tracker, GREETING) as board, Raw(tracker, GREETING) as client:
+        assert board.reads(4) == client.reads(4) == GREETING
+        for said, answer in EXCHANGES[name]:
+            board.sock.sendall(struct.pack("<i", len(said)) + said.encode())
+            assert board.reads(4 + len(answer)) == struct.pack("<i", len(answer)) + answer.encode()
+        client.ask([4, "rpi", "", 1])
+        answer = '[0, ["127.0.0.1", 9090, "rpi:0.25"]]'
+        assert client.reads(4 + len(answer))[4:] == answer.encode()
+        servers = tracker.tracking.summary()["server_info"]
+        assert servers == [{"key": "server:rpi", "addr": ["127.0.0.1", 9090]}]
+
+
 BAD = {
     "zero": struct.pack("<i", 0),
     "negative": struct.pack("<i", -1),

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import threading
@@ -25,6 +26,7 @@ from rawpeer import RawClient, hello
 import rpcnb
 from rpcnb import events
 from rpcnb.server.isolation import Isolation
+from rpcnb.transport.channel import Channel
 
 BOARD = str(Path(__file__).with_name("isolatedboard.py"))
 TOKEN = "a-token-of-the-tests"
@@ -475,3 +477,23 @@ def test_the_process_that_waits_for_a_session_may_end_while_it_waits(start: Star
     pid = processes._spare.pid
     with connect(board, lanes=0) as session:
         assert session.call("b.pid") == pid
+
+
+def test_what_the_zygote_is_asked_at_once_is_all_done(board: Any, tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    one, other = socket.socketpair()
+    ours.settimeout(10)
+    command = [sys.executable, "-m", "rpcnb.server.zygote", str(theirs.fileno())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process, theirs, one, other:
+        channel = Channel(ours)
+        channel.send({**board._processes._options, "directory": str(tmp_path / "none")})
+        assert channel.receive() == ({"ready": True}, b"", [])
+        psutil.Process(process.pid).suspend()
+        for _ in range(3):
+            channel.send({"kill": 1})  # none of its own
+        channel.send({"fork": 7}, b"", [other.fileno()])
+        psutil.Process(process.pid).resume()
+        note = channel.receive()
+        assert note is not None
+        assert note.words["forked"] == 7
+        channel.close()

@@ -114,7 +114,9 @@ GOOD = [
     ([3, "k", [9091, "k:1"]], Put("k", 9091, "k:1")),
     ([3, "k", [9091, "k:1"], None], Put("k", 9091, "k:1")),
     ([3, "k", [9091, "k:1"], "host", {}], Put("k", 9091, "k:1", "host")),
+    ([3, "k", ["9091", "k:1"], ""], Put("k", 9091, "k:1")),
     ([4, "k", "", 1], RequestBoard("k")),
+    ([4, "k", None, 1], RequestBoard("k")),
     ([4, "k", "me", 2.5, {"rpcnb": "1.7"}], RequestBoard("k", "me", 2.5, True)),
     ([4, "k", "", 1, {"rpcnb": "2.0"}], RequestBoard("k")),
     ([4, "k", "", 1, {"rpcnb": 1}], RequestBoard("k")),
@@ -148,7 +150,7 @@ BAD: list[Any] = [
     [2, 1],
     [3, "k"],
     [3, "k", [1]],
-    [3, "k", ["1", "k:1"]],
+    [3, "k", ["x", "k:1"]],
     [3, "k", [70000, "k:1"]],
     [3, "k", [1, 2]],
     [3, 1, [1, "k:1"]],
@@ -222,7 +224,7 @@ def test_the_place_in_the_queue_is_told_while_one_waits() -> None:
 
 
 @pytest.mark.parametrize(
-    "reply", [0, -1, [0], [1, ["h", 1, "k"]], [0, ["h", "1", "k"]], [0, [1, 1, "k"]], [0, 7], [100, {"place": 1}]]
+    "reply", [0, -1, [0], [1, ["h", 1, "k"]], [0, ["h", "x", "k"]], [0, [1, 1, "k"]], [0, 7], [100, {"place": 1}]]
 )
 def test_another_answer_to_a_request_is_refused(reply: Any) -> None:
     with pytest.raises(RemoteProtocolError, match=r"expected \[0, \[host"):

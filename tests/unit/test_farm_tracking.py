@@ -166,10 +166,46 @@ def test_keys_of_which_nothing_is_offered_any_more_make_room(tracking: Tracking)
         board.ask(Put(f"{number}", 1, f"{number}:1"))
         client.ask(RequestBoard(f"{number}"))
     queues = tracking.summary()["queue_info"]
-    assert len(queues) <= 1024
     assert queues["kept"] == {"free": 1, "pending": 0}
+    assert len(tracking._queues) <= 1024
     tracking.leave(board)
+    assert tracking._queues == {}
+
+
+def test_a_key_that_had_a_board_is_shown_for_a_day(clock: Clock, tracking: Tracking) -> None:
+    board, client = FakePeer(tracking), FakePeer(tracking)
+    board.ask(Put("k", 1, "k:1"))
+    client.ask(RequestBoard("k"))
+    client.ask(RequestBoard("k"))
+    tracking.leave(board)
+    assert tracking.summary()["queue_info"] == {"k": {"free": 0, "pending": 1}}
+    tracking.leave(client)
+    assert tracking.summary()["queue_info"] == {"k": {"free": 0, "pending": 0}}, "as stock's tracker"
+    clock.now += 86399
+    tracking.sweep()
+    assert list(tracking.summary()["queue_info"]) == ["k"]
+    other = FakePeer(tracking)
+    other.ask(Put("k", 1, "k:1"))
+    tracking.leave(other)
+    clock.now += 86399
+    tracking.sweep()
+    assert list(tracking.summary()["queue_info"]) == ["k"]
+    clock.now += 2
+    tracking.sweep()
     assert tracking.summary()["queue_info"] == {}
+
+
+def test_so_many_keys_without_boards_are_shown(tracking: Tracking) -> None:
+    for number in range(5):
+        board = FakePeer(tracking)
+        for one in range(1000):
+            board.ask(Put(f"{number}.{one}", 1, "a"))
+        tracking.leave(board)
+    assert len(tracking.summary()["queue_info"]) == 4096
+    client = FakePeer(tracking)
+    client.ask(RequestBoard("asked for"))
+    tracking.leave(client)
+    assert "asked for" not in tracking.summary()["queue_info"]
 
 
 def test_who_waits_twice_for_a_key_is_answered_twice(tracking: Tracking) -> None:

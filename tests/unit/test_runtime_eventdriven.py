@@ -402,10 +402,16 @@ def test_broken_framing_is_raised_and_ends_the_session() -> None:
     assert client.feed(packet(EXISTS)) == 0
 
 
-def test_input_without_the_read_flag_is_not_taken() -> None:
+def test_bytes_are_taken_without_the_read_flag_as_stock_does() -> None:
     client = Client()
-    assert client.feed(packet(EXISTS), WRITE) == 1
-    assert client.chunks == []
+    request = packet(EXISTS)
+    for flag, result in ((WRITE, 1), (0, 2)):
+        client.endpoint.note_sent(EXISTS)
+        assert client.feed(request, flag) == result
+    assert client.reply() == Return((1,))
+    assert client.reply() is None, "it may not be sent yet"
+    assert client.feed(b"", WRITE) == 1
+    assert client.reply() == Return((1,))
 
 
 def test_nothing_new_is_performed_while_the_client_does_not_read_its_replies() -> None:

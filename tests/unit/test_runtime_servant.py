@@ -139,10 +139,11 @@ def test_a_constructor_that_returns_no_session_is_refused(registry: Registry) ->
     registry.register("worse", also_bad)
     loop = Loop()
     client = Client(Environment(registry=registry, spawn=loop.spawn), init=None)
-    assert client.error(InitServer(("bad",))).text == "session constructor returned int; expected a session"
+    words = "need to return an RPCModule: a session; it returned"
+    assert client.error(InitServer(("bad",))).text == f"Server[test]: Constructor bad {words} int"
     client.send(InitServer(("worse",)))
     loop.run()
-    assert client.reply() == Raised("session constructor returned str; expected a session")
+    assert client.reply() == Raised(f"Server[test]: Constructor worse {words} str")
     assert client.ask(InitServer()) == VOID
     client.send(Shutdown())
     loop.close()
@@ -154,7 +155,9 @@ def test_a_constructor_that_raises_is_an_error(registry: Registry) -> None:
 
     registry.register("fail", fail)
     client = Client(Environment(registry=registry), init=None)
-    assert client.error(InitServer(("fail",))).text == "'board'"
+    text = client.error(InitServer(("fail",))).text
+    assert text == "Server[test]: Error caught from session constructor fail:\n'board'"
+    assert client.ask(InitServer()) == VOID
 
 
 class Opening:

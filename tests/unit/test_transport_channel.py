@@ -107,3 +107,29 @@ def test_the_end_of_the_other_side_is_told_once(ends: tuple[Channel, Channel]) -
     call_in_loop(loop.io_loop, lambda: one.post({"a": 1}, b"", [os.dup(0)]))
     loop.stop()
     assert told == [1]
+
+
+def test_messages_that_come_together_are_all_heard(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    for number in range(5):
+        one.send({"number": number})
+    assert [note.words["number"] for note in other.receive_some()] == [0, 1, 2, 3, 4]
+    for number in range(5):
+        one.send({"number": number})
+    first = other.receive()
+    assert first is not None
+    loop = LoopThread("channel")
+    heard: list[int] = [first.words["number"]]
+    call_in_loop(
+        loop.io_loop, lambda: other.listen(loop.io_loop, lambda note: heard.append(note.words["number"]), bool)
+    )
+    eventually(lambda: heard == [0, 1, 2, 3, 4], "those that had come behind the first")
+    call_in_loop(loop.io_loop, other.close)
+    loop.stop()
+
+
+def test_the_end_is_told_to_who_waits_for_some(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    one.close()
+    with pytest.raises(EOFError):
+        list(other.receive_some())

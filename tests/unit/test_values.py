@@ -59,9 +59,27 @@ DTYPES = {
 
 @pytest.mark.parametrize("text", DTYPES)
 def test_a_data_types_name_is_read_and_written(text: str) -> None:
-    assert dtype(text) == DTYPES[text]
-    assert str(dtype(text)) == text
-    assert dtype(dtype(text)) == DTYPES[text]
+    found = dtype(text)
+    assert (found.code, found.bits, found.lanes) == DTYPES[text]
+    assert found == text == str(found)
+    assert dtype(found) is found
+    for again in (copy.copy(found), pickle.loads(pickle.dumps(found))):
+        assert (again, again.code, again.bits, again.lanes) == (text, *DTYPES[text])
+
+
+def test_a_data_type_is_one_to_numpy_and_in_texts() -> None:
+    kind = dtype("float32")
+    assert np.zeros(3, kind).dtype == kind
+    assert np.zeros(3).astype(kind).dtype == np.float32
+    assert f"{kind}" == "%s" % kind == "float32"  # noqa: UP031  # that is what is tested
+    assert {"float32": 1}[kind] == 1
+    assert repr(kind) == "DType('float32')"
+    assert dtype("float32x4").lane == kind
+
+
+def test_types_of_sizes_that_nobody_has_are_not_taken_for_others() -> None:
+    texts = [DType(code, bits, lanes) for code in range(20) for bits in range(1, 70) for lanes in (1, 2, 11)]
+    assert len(set(texts)) == len(texts)
 
 
 @pytest.mark.parametrize(
