@@ -26,6 +26,7 @@ from rawpeer import RawClient, hello
 import rpcnb
 from rpcnb import events
 from rpcnb.server.isolation import Isolation
+from rpcnb.server.zygote import ONE_THREAD
 from rpcnb.transport.channel import Channel
 
 BOARD = str(Path(__file__).with_name("isolatedboard.py"))
@@ -484,7 +485,8 @@ def test_what_the_zygote_is_asked_at_once_is_all_done(board: Any, tmp_path: Path
     one, other = socket.socketpair()
     ours.settimeout(10)
     command = [sys.executable, "-m", "rpcnb.server.zygote", str(theirs.fileno())]
-    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process, theirs, one, other:
+    environment = {**os.environ, **ONE_THREAD}
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment) as process, theirs, one, other:
         channel = Channel(ours)
         channel.send({**board._processes._options, "directory": str(tmp_path / "none")})
         assert channel.receive() == ({"ready": True}, b"", [])
