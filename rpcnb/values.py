@@ -62,7 +62,7 @@ _CODE_NAMES = {
 }
 _SMALL_FLOAT_BITS = {code: int(name[5]) for code, name in _CODE_NAMES.items() if code >= 7}
 _CODES = {name: code for code, name in _CODE_NAMES.items()}
-_DTYPE_TEXT = re.compile(rf"({'|'.join(_CODES)})(\d*)(?:x(\d+))?")
+_DTYPE_TEXT = re.compile(rf"({'|'.join(_CODES)})(?:(_?)(\d+))?(?:x(\d+))?")
 
 # DLDeviceType, with the names TVM's sessions use.
 DEVICE_NAMES = {
@@ -136,9 +136,10 @@ def dtype(text: str | DType) -> DType:
         return text
     found = _DTYPE_TEXT.fullmatch(text)
     if found:
-        code, bits, lanes = _CODES[found[1]], found[2], int(found[3] or 1)
-        size = _SMALL_FLOAT_BITS.get(code, 0) or int(bits or (8 if code == 6 else 0))
-        if 0 < size < 256 and 0 < lanes < 65536:
+        code, between, lanes = _CODES[found[1]], found[2] or "", int(found[4] or 1)
+        size = int(found[3] or _SMALL_FLOAT_BITS.get(code, 8 if code == 6 else 0))
+        well_written = found[3] is None or between == ("_" if code in _SMALL_FLOAT_BITS else "")
+        if well_written and 0 < size < 256 and 0 < lanes < 65536:
             return DType(code, size, lanes)
     raise ValueError(f"{text!r} names no data type; expected for example 'float32', 'int8', 'bfloat16', 'bool'")
 

@@ -289,5 +289,11 @@ def find_well_known(session: HandleSession, name: str) -> ServedFunction | None:
 
         function_of_ffi = find_ffi_global(name)
         if function_of_ffi is not None:
-            return ServedFunction(name, function_of_ffi)
+            open_to_all = name in _FFI_ALLOWED or environment.expose_ffi or environment.native
+            return ServedFunction(name, function_of_ffi if open_to_all else functools.partial(_closed, session, name))
     return None
+
+
+def _closed(session: HandleSession, name: str, *_: Any) -> None:
+    """Refuse what a runtime has registered that the operator has loaded: it may run programs, as rpc.PopenSession."""
+    need_native(session, name)

@@ -9,8 +9,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
-from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +21,7 @@ import pytest
 from conftest import eventually
 
 from rpcnb.errors import LibraryError
-from rpcnb.runtime import libraries
+from rpcnb.runtime import backend, libraries
 from rpcnb.runtime.current import CALL
 from rpcnb.runtime.libraries import (
     FFIModule,
@@ -97,14 +95,14 @@ def test_names_of_the_ffi_and_what_loading_adds(monkeypatch: pytest.MonkeyPatch)
     loaded: list[Path] = []
 
     def load(path: Path) -> None:
-        libraries._ffi().register_global_func("rpcnb.test.added", lambda: 7)
+        backend.ffi().register_global_func("rpcnb.test.added", lambda: 7)
         loaded.append(path)
 
     monkeypatch.setattr(libraries, "load_library", load)
     try:
         assert libraries.load_libraries(["a.so"]) == {"rpcnb.test.added"}
     finally:
-        libraries._ffi().remove_global_func("rpcnb.test.added")
+        backend.ffi().remove_global_func("rpcnb.test.added")
     assert loaded == [Path("a.so")]
     monkeypatch.delitem(sys.modules, "tvm_ffi")
     assert libraries.ffi_global_names() == frozenset()
@@ -143,7 +141,7 @@ files.close()
 def test_what_is_refused_after_it_was_pinned_has_its_own_name(
     ffi: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libraries, "_install_backend", lambda: None)
+    monkeypatch.setattr(libraries, "install_backend", lambda: None)
     path = compile_to(tmp_path / "m.so")
     (tmp_path / "other").write_bytes(path.read_bytes()[:-1])
     with pytest.raises(LibraryError, match=r"^cannot load m\.so: it is an ELF .* whose end is missing"):
@@ -209,7 +207,7 @@ def ffi(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     libinfo = SimpleNamespace(find_libtvm_ffi=lambda: "libtvm_ffi")
     fake = SimpleNamespace(loaded=loaded, load_module=load_module, libinfo=libinfo)
-    monkeypatch.setattr(libraries, "_ffi", lambda: fake)
+    monkeypatch.setattr(libraries, "ffi", lambda: fake)
     return fake
 
 
@@ -217,7 +215,7 @@ def test_a_file_is_linked_registered_loaded_and_checked_by_its_absolute_path(
     ffi: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    monkeypatch.setattr(libraries, "_install_backend", lambda: order.append(f"backend before {len(ffi.loaded)}"))
+    monkeypatch.setattr(libraries, "install_backend", lambda: order.append(f"backend before {len(ffi.loaded)}"))
     path = compile_to(tmp_path / "m.o", NULL_SLOT.split("\n")[1], "-c")
     monkeypatch.chdir(tmp_path)
     module = load_library(Path("m.o"))
@@ -236,7 +234,7 @@ def test_a_file_that_is_no_library_is_refused_with_the_loaders_words(
         raise RuntimeError("file too short\nand a long story")
 
     ffi.load_module = refuse
-    monkeypatch.setattr(libraries, "_install_backend", lambda: None)
+    monkeypatch.setattr(libraries, "install_backend", lambda: None)
     (tmp_path / "t.so").write_bytes(b"no library")
     with pytest.raises(LibraryError, match=r"^cannot load t\.so: it is a text file; expected .* here$"):
         load_library(tmp_path / "t.so")
@@ -337,116 +335,6 @@ def test_without_a_compiler_linking_says_so(tmp_path: Path, monkeypatch: pytest.
         link_library(tmp_path / "m.o")
 
 
-# -- the callbacks of compiled code ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[libraries._Backend]:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    backend = libraries._Backend()
-    yield backend
-    backend._pool.shutdown()
-
-
-def test_workspaces_are_aligned_and_freed(backend: libraries._Backend) -> None:
-    address = backend._allocate(1, 0, 100, 2, 32)
-    assert address is not None
-    assert address % 64 == 0
-    ctypes.memset(address, 7, 100)
-    assert backend._free(1, 0, address) == 0
-    assert backend._workspaces == {}
-    assert backend._free(1, 0, None) == 0
-    assert backend._allocate(1, 0, 1 << 62, 2, 32) is None
-
-
-Task = Callable[[int, int, int | None], int]
-
-
-def launch(backend: libraries._Backend, task: Task, tasks: int) -> int:
-    function = libraries._LAMBDA(task)
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    assert address is not None
-    return backend._launch(address, None, tasks)
-
-
-def test_tasks_run_in_parallel_and_meet_at_the_barrier(backend: libraries._Backend) -> None:
-    seen: list[tuple[int, str]] = []
-
-    def task(index: int, environment: int, closure: int | None) -> int:
-        count = libraries._ParallelEnv.from_address(environment).num_task
-        assert count == 2
-        backend._barrier(index, environment)
-        seen.append((index, threading.current_thread().name.partition("_")[0]))
-        return 0
-
-    assert launch(backend, task, 0) == 0
-    assert sorted(index for index, _ in seen) == [0, 1]
-    assert "rpcnb-parallel" in {name for _, name in seen}
-    assert backend._barriers == {}
-    assert backend._barrier(0, 12345) == 0
-
-
-def test_a_task_that_fails_fails_the_launch(backend: libraries._Backend) -> None:
-    assert launch(backend, lambda index, environment, closure: -index, 2) == -1
-    assert launch(backend, lambda index, environment, closure: 3, 1) == 3
-
-
-def test_nested_and_oversized_launches_run_one_after_the_other(backend: libraries._Backend) -> None:
-    names: list[str] = []
-
-    def inner(index: int, environment: int, closure: int | None) -> int:
-        names.append(threading.current_thread().name)
-        return 0
-
-    def outer(index: int, environment: int, closure: int | None) -> int:
-        return launch(backend, inner, 2)
-
-    assert launch(backend, outer, 2) == 0
-    assert len(names) == 4
-    names.clear()
-    assert launch(backend, inner, 5) == 0
-    assert names == [threading.current_thread().name] * 5
-
-
-def test_where_affinity_is_unknown_the_cpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    backend = libraries._Backend()
-    assert backend._workers == 1
-    backend._pool.shutdown()
-
-
-@pytest.mark.parametrize("status", [0, 1])
-def test_the_callbacks_are_registered_under_both_names(
-    ffi: SimpleNamespace, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registered: list[bytes] = []
-
-    class Register:
-        def __call__(self, symbol: bytes, pointer: Any) -> int:
-            assert pointer.value
-            registered.append(symbol)
-            return status
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(TVMFFIEnvModRegisterContextSymbol=Register()))
-    monkeypatch.delitem(sys.modules, "tvm", raising=False)
-    install = libraries._install_backend.__wrapped__
-    if status:
-        with pytest.raises(LibraryError, match="apache-tvm-ffi refused the symbol TVMBackendAllocWorkspace"):
-            install()
-        return
-    backend = install()
-    assert backend is not None
-    assert len(registered) == 8
-    assert {b"TVMBackendParallelLaunch", b"__TVMBackendParallelLaunch"} <= set(registered)
-    backend._pool.shutdown()
-
-
-def test_tvms_own_runtime_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tvm", SimpleNamespace())
-    assert libraries._install_backend.__wrapped__() is None
-
-
 # -- modules and values ----------------------------------------------------------------------------------------------
 
 
@@ -518,7 +406,7 @@ def test_a_module_result_is_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     fake = SimpleNamespace(Tensor=Nothing, Function=Nothing, Module=FakeModule)
-    monkeypatch.setattr(libraries, "_ffi", lambda: fake)
+    monkeypatch.setattr(libraries, "ffi", lambda: fake)
     module = FakeModule()
     found = libraries._from_ffi(module)
     assert isinstance(found, FFIModule)

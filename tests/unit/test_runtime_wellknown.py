@@ -11,7 +11,7 @@ import pytest
 from runtime_wire import Client, function_of, handle_of, module_of, object_of
 
 from rpcnb.errors import DeviceError
-from rpcnb.protocol.messages import Shutdown
+from rpcnb.protocol.messages import CallFunc, Shutdown
 from rpcnb.runtime import libraries
 from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.registry import Registry
@@ -115,8 +115,6 @@ def test_stocks_test_functions_answer(client: Client) -> None:
     ("kind", "type_name"), [("ValueError", "ValueError"), ("len", "RuntimeError"), ("Nothing", "RuntimeError")]
 )
 def test_errors_of_a_wanted_kind_are_raised(kind: str, type_name: str) -> None:
-    from rpcnb.protocol.messages import CallFunc
-
     client = Client(extended=True)
     reply = client.error(CallFunc(client.find("testing.test_raise_error"), (kind, "abc")))
     assert (reply.text, reply.type_name) == ("abc", type_name)
@@ -162,8 +160,13 @@ def test_globals_of_the_ffi_are_an_allow_list(monkeypatch: pytest.MonkeyPatch) -
     assert asked == []
     assert closed.call("ffi.GetRegisteredTypeKeys") == (11, "ffi")
     assert opened.call("ffi.Anything") == (11, "ffi")
+    loaded = frozenset({"ffi.Anything"})
+    trusting, careful = (Client(Environment(ffi_names=loaded, native=native)) for native in (True, False))
+    assert trusting.call("ffi.Anything") == (11, "ffi")
+    text = careful.error(CallFunc(careful.find("ffi.Anything"), (1, 2))).text
+    assert text == "ffi.Anything needs trust: start the server with a token, or with --allow-native"
     assert opened.find("ffi.none") == 0
-    for client in (closed, opened):
+    for client in (closed, opened, trusting, careful):
         client.send(Shutdown())
 
 
