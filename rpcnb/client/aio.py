@@ -31,6 +31,7 @@ from rpcnb.client.remote import (
     TimingResult,
     _timing_options,
 )
+from rpcnb.client.vm import AsyncVM, open_vm
 from rpcnb.errors import SessionClosed
 from rpcnb.link.aiolanes import AsyncLanes
 from rpcnb.link.order import names_of
@@ -211,6 +212,13 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         """Load an uploaded library; the server must trust native code to us."""
         module: AsyncRemoteModule = await self._run(lambda ops: ops.load_module(path), timeout, f"load_module {path}")
         return module
+
+    async def vm(
+        self, library: Any, device: Any = None, memory_cfg: Any = None, *, timeout: float | None = None
+    ) -> AsyncVM:
+        """Open Relax's virtual machine for a library; as :meth:`Session.vm`."""
+        module, devices = await self._run(lambda ops: open_vm(ops, library, device, memory_cfg), timeout, "vm")
+        return AsyncVM(self, module, devices)
 
     async def download_linked_module(self, path: str, *, timeout: float | None = None) -> bytearray:
         """Have an uploaded object file or archive linked at the server; returns the shared library."""

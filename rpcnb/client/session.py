@@ -43,6 +43,7 @@ from rpcnb.client.remote import (
 )
 from rpcnb.client.submitting import record
 from rpcnb.client.transfers import Transfer
+from rpcnb.client.vm import VM, open_vm
 from rpcnb.client.watch import Watch
 from rpcnb.errors import DeadlockError, SessionClosed
 from rpcnb.link import iothread
@@ -413,6 +414,23 @@ class Session(CellMethods, SessionBase):
         """Load an uploaded library; the server must trust native code to us."""
         module: RemoteModule = self._run(lambda ops: ops.load_module(path), timeout, f"load_module {path}")
         return module
+
+    def vm(self, library: Any, device: Any = None, memory_cfg: Any = None, *, timeout: float | None = None) -> VM:
+        """Open Relax's virtual machine for a library: ``vm = session.vm("model.so"); vm["main"](x, w)``.
+
+        Args:
+            library: A local path, which is uploaded; a module that was loaded; or TVM's executable.
+            device: Of this session, or several; its CPU by default.
+            memory_cfg: ``"pooled"`` (the default) or ``"naive"``, or a dict of these by device; as in TVM.
+            timeout: Seconds for all of it.
+
+        Raises:
+            DeviceError: The server has no such device.
+            LibraryError: The library has no Relax executable.
+            RemoteError: The server has not loaded TVM's runtime, or does not trust native code to us.
+        """
+        module, devices = self._run(lambda ops: open_vm(ops, library, device, memory_cfg), timeout, "vm")
+        return VM(self, module, devices)
 
     def download_linked_module(self, path: str, *, timeout: float | None = None) -> bytearray:
         """Have an uploaded object file or archive linked at the server; returns the shared library."""

@@ -11,6 +11,7 @@ import ast
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, IsolationFailed, RpcError
@@ -50,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     devices.add_argument("--json", action="store_true", help="print JSON")
     devices.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     devices.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds for an answer")
+    runtime = commands.add_parser("runtime", help="copy TVM's runtime (5 MB) for a board: rpcnb serve --runtime FOLDER")
+    runtime.add_argument("folder", metavar="FOLDER", help="where to put it")
+    what = "of apache-tvm, also of another machine; by default the one that is installed here"
+    runtime.add_argument("--from", dest="wheel", metavar="WHEEL", help=what)
     commands.add_parser("demo", help="show the whole story in the terminal: a demo board, calls, copies, a wait")
     return parser
 
@@ -80,6 +85,12 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     add("--custom-addr", metavar="HOST", help="address under which others reach this machine")
     add("--load", action="append", default=[], metavar="MODULE_OR_FILE", help="import before serving; repeatable")
     add("--load-library", metavar="PATHS", help="compiled libraries to load, with : between them")
+    add(
+        "--runtime",
+        metavar="auto|PATH|none",
+        help="load TVM's runtime, for Relax models and GPUs, of an installed apache-tvm or this file; "
+        "by default when a library needs it",
+    )
     add("--session", metavar="NAME", help="registered session constructor that serves clients")
     add("--isolate", action="store_true", help="a process for each session (the default on Linux)")
     add("--shared-state", action="store_true", help="one process for all: where a module owns the hardware, or a state")
@@ -178,6 +189,14 @@ def _functions(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _runtime(options: argparse.Namespace) -> int:
+    from rpcnb.runtime.tvmruntime import copy_runtime
+
+    for path in copy_runtime(Path(options.folder), None if options.wheel is None else Path(options.wheel)):
+        _print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    return DONE
+
+
 def _servers(options: argparse.Namespace) -> int:
     from rpcnb.transport.address import show_address
     from rpcnb.transport.runfiles import list_servers
@@ -235,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rpcnb.command.story import tell
 
             return tell()
-        return {"call": _call, "functions": _functions, "servers": _servers}[options.command](options)
+        commands = {"call": _call, "functions": _functions, "servers": _servers, "runtime": _runtime}
+        return commands[options.command](options)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

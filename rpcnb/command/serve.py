@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.command.until import until_signal
-from rpcnb.runtime.libraries import ffi_global_names
+from rpcnb.runtime.backend import ffi_global_names
 from rpcnb.runtime.registry import REGISTRY
 from rpcnb.server.isolation import CAN_ISOLATE, Isolation
 from rpcnb.server.modules import load_modules
@@ -146,6 +146,7 @@ def _make_server(
         tracker,
         key=options.key,
         load_library=options.load_library,
+        runtime=options.runtime,
         custom_addr=options.custom_addr,
         silent=True,
         token=True if token is None and (loopback or options.link or proxy is not None) else token,

@@ -246,7 +246,8 @@ async def dial(address: Address, key: ClientKey, deadline: Deadline) -> tuple[so
     """Resolve, connect and shake hands within ``deadline``."""
     sock = await connect_awaiting(address, deadline)
     try:
-        return sock, await within(_shake_hands(sock, key, str(address)), deadline.left())
+        seconds = deadline.left()
+        return sock, await within(_shake_hands(sock, key, str(address)), seconds)
     except (asyncio.TimeoutError, DeadlineExceeded):
         sock.close()
         raise expired(str(address), "handshake", deadline.exceeded()) from None
@@ -264,13 +265,19 @@ async def connect_awaiting(address: Address, deadline: Deadline) -> Any:
 async def _connect_awaiting(address: Address, deadline: Deadline) -> Any:
     phase = "resolve"
     try:
-        found = found_hosts(address, await within(_look_up(address), deadline.left()))
+        seconds = deadline.left()
+        found = found_hosts(address, await within(_look_up(address), seconds))
         phase = "connect"
         sock = await _connect(found, address, deadline)
         if not address.is_web:
             return sock
         phase = "handshake"
-        return await within(_upgrade(sock, address, deadline), deadline.left())
+        try:
+            seconds = deadline.left()
+            return await within(_upgrade(sock, address, deadline), seconds)
+        except BaseException:  # also what has not begun when it is cancelled
+            sock.close()
+            raise
     except (asyncio.TimeoutError, DeadlineExceeded):
         raise expired(str(address), phase, deadline.exceeded()) from None
 

@@ -80,7 +80,11 @@ async def open_link(
     """Open a connection that ``flow`` initializes; returns its link, the server's answer and the flow's result."""
     where = str(address)
     sock, answer = await dial(address, key, deadline)
-    link = AsyncLink(make_wire(sock, answer, address, depth, key.limits))
+    try:
+        link = AsyncLink(make_wire(sock, answer, address, depth, key.limits))
+    except BaseException:
+        sock.close()
+        raise
     try:
         seconds = None if deadline.at is None else deadline.left()
         return link, answer, await within(await_flow(link, flow), seconds)

@@ -19,6 +19,7 @@ import platform
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -34,7 +35,17 @@ from rpcnb.errors import LibraryError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Backend", "CompiledBackend", "PythonBackend", "compiler", "ffi", "find_global", "install_backend"]
+__all__ = [
+    "Backend",
+    "CompiledBackend",
+    "PythonBackend",
+    "compiler",
+    "ffi",
+    "ffi_global_names",
+    "find_global",
+    "install_backend",
+    "processors",
+]
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +86,15 @@ def ffi() -> Any:
 def find_global(name: str) -> Any:
     """Return a global function of apache-tvm-ffi, or None."""
     return ffi().get_global_func(name, allow_missing=True)
+
+
+def ffi_global_names() -> frozenset[str]:
+    """Return the names of apache-tvm-ffi's globals; none where it has not been imported."""
+    package = sys.modules.get("tvm_ffi")
+    if package is None:
+        return frozenset()
+    listing = package.get_global_func("ffi.FunctionListGlobalNamesFunctor")()
+    return frozenset(str(listing(index)) for index in range(listing(-1)))
 
 
 def compiler() -> str | None:

@@ -43,6 +43,8 @@ class Environment:
         native: Compiled libraries may be loaded and linked.
         expose_ffi: All globals of apache-tvm-ffi may be called, not only the allow-list.
         ffi_names: Globals of apache-tvm-ffi that may be called besides the allow-list: what the operator loaded.
+        runtime: Where TVM's runtime is: ``auto`` (beside an installed apache-tvm) or a path, loaded at the start;
+            ``none``: it is never loaded; empty: found and loaded when a library needs it.
         trusted_paths: File names may leave the session's directory, as in stock TVM.
         default_run: Where plain functions run unless their registration says otherwise.
         spawn: Starts an awaitable and completes ``done`` with its outcome; returns what cancels it.
@@ -64,6 +66,7 @@ class Environment:
     native: bool = False
     expose_ffi: bool = False
     ffi_names: frozenset[str] = frozenset()
+    runtime: str = ""
     trusted_paths: bool = False
     default_run: str = "thread"
     spawn: Callable[[Any, Done], Callable[[], object]] = spawn_anywhere

@@ -12,45 +12,65 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import LibraryError
-from rpcnb.runtime.backend import Backend, compiler, ffi, find_global, install_backend
+from rpcnb.runtime.backend import Backend, compiler, ffi, ffi_global_names, find_global, install_backend
 from rpcnb.runtime.completion import call_cancelled
 from rpcnb.runtime.current import cancelled
 from rpcnb.runtime.libraryfile import check_library, check_object
 from rpcnb.runtime.served import Module
+from rpcnb.runtime.tvmruntime import NEVER, find_runtime, load_runtime
 from rpcnb.values import Device, DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["ffi_global_names", "find_ffi_global", "link_library", "load_libraries", "load_library"]
+    from rpcnb.runtime.environment import Environment
+
+__all__ = ["find_ffi_global", "link_library", "load_at_start", "load_library"]
 
 _SLOT = re.compile(rb"\0(__TVM[A-Za-z0-9_]+)(?=\0)")
-_MISSING = re.compile(r"undefined symbol: (\w+)|(\S+): cannot open shared object file")
-_RUNTIME = "start the server with --runtime auto (or the path of libtvm_runtime.so)"
+_MISSING = re.compile(
+    r"undefined symbol: (\w+)|(\S+): cannot open shared object file|created using \{(\S+)\} but a loader"
+)
+_HOW = "start the server with --runtime auto, or with --runtime and the path of libtvm_runtime.so"
+_WHERE = "pip install apache-tvm there, or take that out of its wheel: rpcnb runtime FOLDER --from WHEEL"
 _LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
 _LOOK = 0.1  # seconds between two looks whether somebody still waits for a compiler
 
 _pinned: dict[Path, FFIModule] = {}  # the FFI keeps every library loaded as long as the process lives
 
 
-def load_library(path: Path, pin: Callable[[Path], Path] | None = None) -> Module:
-    """Load a compiled library.
+def load_library(path: Path, pin: Callable[[Path], Path] | None = None, runtime: str = NEVER) -> Module:
+    """Load a compiled library; with the TVM runtime that is installed here, if it needs that.
 
     Args:
         path: A shared library, or an object file or tar archive that is linked first.
         pin: Gives the file's present content a path of its own: the loader takes one path for one library, for ever.
             None for a file that stays what it is.
+        runtime: The environment's (:class:`~rpcnb.runtime.environment.Environment`).
 
     Raises:
         LibraryError: No such file, not a library, or one that needs more than this server has.
     """
+    try:
+        return _load(path, pin)
+    except _NeedsRuntime as error:
+        if runtime or find_runtime() is None:
+            raise LibraryError(f"{error}; {_HOW if runtime == NEVER else _WHERE}") from None
+        load_runtime()
+        return _load(path, pin)
+
+
+class _NeedsRuntime(LibraryError):
+    """A library needs TVM's runtime, which is not loaded."""
+
+
+def _load(path: Path, pin: Callable[[Path], Path] | None) -> Module:
     path = Path(path).absolute()
     if not path.is_file():
         raise LibraryError(f"cannot load {path.name}: no such file; upload it first")
@@ -69,22 +89,19 @@ def load_library(path: Path, pin: Callable[[Path], Path] | None = None) -> Modul
         ctypes.CDLL(str(pinned))
         loaded = package.load_module(str(pinned), keep_module_alive=True)
     except Exception as error:
-        raise LibraryError(f"cannot load {path.name}: {_why(error, pinned, path)}") from None
+        words = str(error).splitlines()[0].replace(str(pinned), str(path))
+        missing = _MISSING.search(words)
+        if missing is None:
+            raise LibraryError(f"cannot load {path.name}: {words}") from None
+        needs = next(filter(None, missing.groups()))
+        if "tvm" in needs.lower() or "relax" in needs:
+            raise _NeedsRuntime(f"cannot load {path.name}: it needs {needs}, of TVM's runtime") from None
+        raise LibraryError(f"cannot load {path.name}: it needs {needs}, which this server does not have") from None
     _check_slots(path, pinned)
     module = FFIModule(loaded)
     if pinned != path:
         _pinned[pinned] = module
     return module
-
-
-def _why(error: Exception, pinned: Path, path: Path) -> str:
-    """Say why the loader has refused a library, and what to do."""
-    words = str(error).splitlines()[0].replace(str(pinned), str(path))
-    missing = _MISSING.search(words)
-    if missing is None:
-        return words
-    needs = f"it needs {missing[1] or missing[2]}"
-    return f"{needs}, of TVM's runtime, which is not loaded here; {_RUNTIME}" if "tvm" in needs.lower() else needs
 
 
 def _check_slots(path: Path, pinned: Path) -> None:
@@ -211,22 +228,21 @@ class FFIModule(Module):
             super().import_module(child)
 
 
-def ffi_global_names() -> frozenset[str]:
-    """Return the names of apache-tvm-ffi's globals; none where it has not been imported."""
-    package = sys.modules.get("tvm_ffi")
-    if package is None:
-        return frozenset()
-    listing = package.get_global_func("ffi.FunctionListGlobalNamesFunctor")()
-    return frozenset(str(listing(index)) for index in range(listing(-1)))
+def load_at_start(environment: Environment, paths: Iterable[str]) -> None:
+    """Load what the operator wishes: TVM's runtime, and libraries whose FFI globals may be called then.
 
-
-def load_libraries(paths: Iterable[str]) -> frozenset[str]:
-    """Load libraries at an operator's wish; returns the names of the FFI globals that they registered."""
-    ffi()  # its own globals are there once it is imported
-    before = ffi_global_names()
-    for path in paths:
-        load_library(Path(path))
-    return ffi_global_names() - before
+    Raises:
+        LibraryError: Something cannot be loaded.
+    """
+    if environment.runtime not in ("", NEVER):
+        load_runtime(environment.runtime)
+    paths = list(paths)
+    if paths:
+        ffi()  # its own globals are there once it is imported
+        before = ffi_global_names()
+        for path in paths:
+            load_library(Path(path), runtime=environment.runtime)
+        environment.ffi_names |= ffi_global_names() - before
 
 
 def find_ffi_global(name: str) -> FFIFunction | None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import AccessDenied, ArgumentError, DeviceError, InvalidHandle, LimitExceeded
+from rpcnb.errors import AccessDenied, ArgumentError, InvalidHandle, LimitExceeded
 from rpcnb.runtime.parcel import pack, unpack
 from rpcnb.runtime.served import Module, ServedFunction, Shape
+from rpcnb.runtime.standins import STAND_INS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,7 +113,7 @@ def _load_module(session: HandleSession, name: str) -> Module:
     need_native(session, "load_module")
     from rpcnb.runtime.libraries import load_library
 
-    return load_library(session.files.path(name), session.files.pin)
+    return load_library(session.files.path(name), session.files.pin, session.environment.runtime)
 
 
 def _download_linked_module(session: HandleSession, name: str) -> bytes:
@@ -209,19 +211,6 @@ def _remote_return_nd(session: HandleSession, what: str) -> Callable[..., Any]:
     return replies[what]
 
 
-def _random_fill(session: HandleSession, tensor: Any) -> None:
-    """Fill with numbers from 1 to 10, of which no kernel is slower than of others (no denormals, no zeros)."""
-    import numpy as np
-
-    if not isinstance(tensor, np.ndarray):
-        raise DeviceError(f"random_fill works in the CPU's memory, got {tensor!r}")
-    rng = np.random.default_rng()
-    if tensor.dtype.kind == "b":
-        tensor[...] = rng.integers(0, 2, tensor.shape)
-    else:
-        tensor[...] = np.asarray(rng.uniform(1.0, 10.0, tensor.shape)).astype(tensor.dtype)
-
-
 def _echo(session: HandleSession, *args: Any) -> Any:
     return args[0] if args else None
 
@@ -232,6 +221,12 @@ def _raise_error(session: HandleSession, kind: str, message: str) -> None:
     found = getattr(builtins, kind, None)
     error = found if isinstance(found, type) and issubclass(found, Exception) else RuntimeError
     raise error(message)
+
+
+def _stand_in(name: str, session: HandleSession, *args: Any) -> Any:
+    if name == "runtime.config_threadpool":  # it is for all sessions of this process
+        need_native(session, name)
+    return STAND_INS[name](*args)
 
 
 # name -> (function of the session, where it runs). ``any``: it cannot take long, wherever that is.
@@ -249,8 +244,6 @@ WELL_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
     "ffi.SystemLib": (_system_lib, "any"),
     "ffi.Shape": (_shape, "any"),
     "ffi.FunctionListGlobalNamesFunctor": (_names, "any"),
-    "tvm.contrib.random.random_fill": (_random_fill, "thread"),
-    "tvm.contrib.random.random_fill_for_measure": (_random_fill, "thread"),
     "rpc.testing.GetShapeSize": (_shape_size, "any"),
     "rpc.testing.GetShapeElem": (_shape_elem, "any"),
     "rpc.test.addone": (_addone, "thread"),
@@ -263,6 +256,7 @@ WELL_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
     "testing.echo": (_echo, "thread"),
     "testing.test_raise_error": (_raise_error, "thread"),
 }
+WELL_KNOWN |= {name: (functools.partial(_stand_in, name), "thread") for name in STAND_INS}
 
 
 def find_well_known(session: HandleSession, name: str) -> ServedFunction | None:
@@ -279,12 +273,13 @@ def find_well_known(session: HandleSession, name: str) -> ServedFunction | None:
     if name in CELLS:
         cells = session.environment.cells
         return ServedFunction(name, _no_cells) if cells is None else cells.serve(session, name)
+    environment = session.environment
+    of_runtime = name in _of_runtime()
     found = WELL_KNOWN.get(name)
-    if found is not None:
+    if found is not None and not (of_runtime and environment.native and name in STAND_INS):
         function, run = found
         return ServedFunction(name, functools.partial(function, session), "plain", run)
-    environment = session.environment
-    if name in _FFI_ALLOWED or name in environment.ffi_names or environment.expose_ffi:
+    if name in _FFI_ALLOWED or of_runtime or name in environment.ffi_names or environment.expose_ffi:
         from rpcnb.runtime.libraries import find_ffi_global
 
         function_of_ffi = find_ffi_global(name)
@@ -292,6 +287,12 @@ def find_well_known(session: HandleSession, name: str) -> ServedFunction | None:
             open_to_all = name in _FFI_ALLOWED or environment.expose_ffi or environment.native
             return ServedFunction(name, function_of_ffi if open_to_all else functools.partial(_closed, session, name))
     return None
+
+
+def _of_runtime() -> frozenset[str]:
+    """Return what TVM's runtime has registered, if it was loaded here."""
+    runtime = sys.modules.get("rpcnb.runtime.tvmruntime")
+    return frozenset() if runtime is None else runtime.runtime_names()
 
 
 def _closed(session: HandleSession, name: str, *_: Any) -> None:

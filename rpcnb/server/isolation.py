@@ -81,6 +81,7 @@ class Isolation:
             "key": server.key,
             "limits": asdict(server.limits),
             "native": environment.native,
+            "runtime": environment.runtime,
             "expose_ffi": environment.expose_ffi,
             "trusted_paths": environment.trusted_paths,
             "default_run": environment.default_run,

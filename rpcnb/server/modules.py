@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rpcnb.runtime.libraries import ffi_global_names
+from rpcnb.runtime.backend import ffi_global_names
 from rpcnb.runtime.registry import REGISTRY
 
 if TYPE_CHECKING:

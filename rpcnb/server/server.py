@@ -104,6 +104,8 @@ class Server(SessionHost):
         isolate: Serve each session in a process of its own: a crash, or a function that never ends, costs that session
             alone. In a script, under ``if __name__ == "__main__":``, as each process imports the script for its
             functions; not in a notebook. :class:`rpcnb.Isolation` says more: modules, limits.
+        runtime: TVM's runtime, which Relax models and its GPU drivers need: ``"auto"`` loads that of an installed
+            apache-tvm at the start, a path that file; ``"none"`` never. By default when a library needs it.
         switch_interval: Seconds after which a thread that computes in Python lets the server go on, for the process and
             as long as the server is open; None leaves Python's 5 ms. With 0.0003 calls take less than 0.5 ms beside a
             busy main thread, which pays for each of them with a hand-over.
@@ -153,6 +155,7 @@ class Server(SessionHost):
         allow_exec: bool | Runner = False,
         isolate: bool | Isolation = False,
         switch_interval: float | None = None,
+        runtime: str | None = None,
     ) -> None:
         if switch_interval is not None and switch_interval <= 0:
             raise ValueError(f"expected a switch interval of more than 0 s, got {switch_interval}")
@@ -186,7 +189,10 @@ class Server(SessionHost):
             "trusted_paths": trusted_paths,
             "default_run": run,
             "local_session": session,
+            "runtime": runtime or "",
         }
+        if runtime not in (None, "none") and not powers["native"]:
+            raise AccessDenied("TVM's runtime runs native code for clients: give a token, or allow_native=True")
         if registry is not None:
             powers["registry"] = registry
         if allow_exec and not isolate:
@@ -223,10 +229,10 @@ class Server(SessionHost):
                 whose = self.token or f"no token, key {key}"
                 self._jobs = Jobs(self._processes, whose, self.io_loop, limits, self._job_ended)
                 self._isolated = IsolatedSessions(self, self._processes, self._jobs, self.max_sessions)
-            elif libraries:
-                from rpcnb.runtime.libraries import load_libraries
+            elif libraries or runtime not in (None, "none"):
+                from rpcnb.runtime.libraries import load_at_start
 
-                self.environment.ffi_names |= load_libraries(libraries)
+                load_at_start(self.environment, libraries)
             if server_init_callback is not None:
                 server_init_callback()
             if not is_proxy:

@@ -30,7 +30,7 @@ from rpcnb import events
 from rpcnb.protocol.codes import Limits
 from rpcnb.protocol.handshake import KeyText
 from rpcnb.runtime.access import Gate
-from rpcnb.runtime.libraries import ffi_global_names
+from rpcnb.runtime.backend import ffi_global_names
 from rpcnb.runtime.registry import REGISTRY
 from rpcnb.server.connection import Connection
 from rpcnb.server.host import SessionHost
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 _LOOP = "rpcnb-session"
 _BROKEN = 71  # exit code
-_POWERS = ("native", "expose_ffi", "trusted_paths", "default_run")
+_POWERS = ("native", "expose_ffi", "trusted_paths", "default_run", "runtime")
 
 
 class _HandedOver(Connection):
@@ -86,9 +86,7 @@ class SessionProcess(SessionHost):
         self._numbers = itertools.count(1)
         self._unsubscribe: Callable[[], None] | None = None
         self._loop = LoopThread(_LOOP)
-        powers: dict[str, Any] = {
-            name: options[name] for name in ("native", "expose_ffi", "trusted_paths", "default_run")
-        }
+        powers: dict[str, Any] = {name: options[name] for name in _POWERS}
         if runner is not None:
             from rpcnb.cells.cells import Cells
 
@@ -106,10 +104,10 @@ class SessionProcess(SessionHost):
             before = ffi_global_names()
             self.environment.ffi_names = load_modules(options["load"], options["main"], before)
             self.environment.ffi_names |= frozenset(options["ffi_names"])
-            if options["load_library"]:
-                from rpcnb.runtime.libraries import load_libraries
+            if options["load_library"] or options["runtime"] not in ("", "none"):
+                from rpcnb.runtime.libraries import load_at_start
 
-                self.environment.ffi_names |= load_libraries(options["load_library"])
+                load_at_start(self.environment, options["load_library"])
             if options["session"]:
                 entry = REGISTRY.get(options["session"])
                 if entry is None:

@@ -14,7 +14,11 @@ from rawpeer import FakeServer, hello, read_exactly, read_hello
 
 import rpcnb
 from rpcnb import errors
+from rpcnb.link import aiolink
+from rpcnb.link.dial import ClientKey
 from rpcnb.runtime.registry import Registry
+from rpcnb.transport.address import parse_address
+from rpcnb.transport.deadline import Deadline
 
 Serve = Callable[..., Any]
 
@@ -156,6 +160,31 @@ def test_cancelling_an_awaited_connect_leaves_nothing() -> None:
     for script in (silent, no_init):
         with FakeServer(script) as fake:
             asyncio.run(main(fake.address))
+
+
+@pytest.mark.parametrize("step", ["_upgrade", "_shake_hands"])
+def test_what_is_cancelled_before_it_has_begun_leaves_nothing(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    ours, theirs = socket.socketpair()
+    begun = []
+
+    async def connect(*_: Any) -> socket.socket:
+        return ours
+
+    async def cancelled(work: Any, seconds: float | None) -> Any:
+        begun.append(work.cr_code.co_name)
+        if work.cr_code.co_name != step:
+            return await work
+        work.close()  # as a task that is cancelled before its first step
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(aiolink, "_connect", connect)
+    monkeypatch.setattr(aiolink, "within", cancelled)
+    address = parse_address("ws://127.0.0.1:1/ws" if step == "_upgrade" else "127.0.0.1:1")
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(aiolink.dial(address, ClientKey(""), Deadline(10, "connect")))
+    assert begun[-1] == step
+    assert ours.fileno() == -1
+    theirs.close()
 
 
 def test_extensions_are_recognised_in_the_handshake_only(serve: Serve) -> None:

@@ -23,6 +23,7 @@ from conftest import eventually
 from rpcnb.errors import LibraryError
 from rpcnb.runtime import backend, libraries
 from rpcnb.runtime.current import CALL
+from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.libraries import (
     FFIModule,
     find_ffi_global,
@@ -91,21 +92,23 @@ def in_a_process(path: Path, lines: str, **environment: str) -> str:
 
 
 def test_names_of_the_ffi_and_what_loading_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "ffi.Shape" in libraries.ffi_global_names() or "tvm_ffi" not in sys.modules
+    assert "ffi.Shape" in backend.ffi_global_names() or "tvm_ffi" not in sys.modules
     loaded: list[Path] = []
 
-    def load(path: Path) -> None:
+    def load(path: Path, runtime: str) -> None:
         backend.ffi().register_global_func("rpcnb.test.added", lambda: 7)
         loaded.append(path)
 
     monkeypatch.setattr(libraries, "load_library", load)
     try:
-        assert libraries.load_libraries(["a.so"]) == {"rpcnb.test.added"}
+        environment = Environment(ffi_names=frozenset({"before"}))
+        libraries.load_at_start(environment, ["a.so"])
+        assert environment.ffi_names == {"before", "rpcnb.test.added"}
     finally:
         backend.ffi().remove_global_func("rpcnb.test.added")
     assert loaded == [Path("a.so")]
     monkeypatch.delitem(sys.modules, "tvm_ffi")
-    assert libraries.ffi_global_names() == frozenset()
+    assert backend.ffi_global_names() == frozenset()
 
 
 def test_a_library_is_loaded_and_its_function_called(tmp_path: Path) -> None:

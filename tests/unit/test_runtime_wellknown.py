@@ -52,7 +52,7 @@ def test_native_code_needs_trust(client: Client, name: str) -> None:
 
 def test_with_trust_libraries_are_linked_and_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Module({"f": lambda: 1})
-    monkeypatch.setattr(libraries, "load_library", lambda path, pin: module)
+    monkeypatch.setattr(libraries, "load_library", lambda path, pin, runtime: module)
     client = Client(Environment(native=True))
     client.call(PREFIX + "upload", "m.so", b"data")
     assert client.call(PREFIX + "download_linked_module", "m.so") == (12, b"data")

@@ -1,0 +1,365 @@
+"""Relax's virtual machine on the device, driven from here; TVM is not needed on this side.
+
+A function is called by ``set_input``, ``invoke_stateful``, ``get_output_arity`` and ``get_output``, which every server
+with TVM's runtime has, and which travel together: one round trip, a second one for a tuple's fields.
+
+Source:
+    python/tvm/runtime/vm.py, src/runtime/vm/vm.cc.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from rpcnb.errors import ArgumentError, DeviceError, FunctionNotFound, LibraryError, RemoteError
+from rpcnb.protocol import flows
+from rpcnb.protocol.flows import Send, Wait
+from rpcnb.protocol.messages import CallFunc
+from rpcnb.values import CPU, StaysHere, is_array
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rpcnb.client.operations import Operations
+    from rpcnb.client.pending import Pending
+    from rpcnb.protocol.flows import Flow
+
+__all__ = ["VM", "AsyncVM", "AsyncVMFunction", "VMFunction", "open_vm"]
+
+_NAIVE, _POOLED = 1, 2  # allocators
+_MOST_FIELDS = 4096  # of one tuple
+
+
+def open_vm(ops: Operations, library: Any, devices: Any, memory_cfg: Any) -> Flow[tuple[Any, list[Any]]]:
+    """Load a library's virtual machine and initialize it.
+
+    Returns:
+        Its module and its devices.
+    """
+    chosen = [*devices] if isinstance(devices, (list, tuple)) else [devices or ops.device_type(ops.session, CPU.type)]
+    wired = [ops.wire_device(device) for device in chosen]
+    for device, wire in zip(chosen, wired, strict=True):
+        if wire.type != CPU.type and not (yield from ops.attribute(device, "exist")):
+            raise DeviceError(f"{ops.peer} has no device {wire}")
+    if wired[-1].type != CPU.type:  # shapes are computed there
+        wired.append(CPU)
+    setup: list[int] = []
+    for index, device in enumerate(wired):
+        setup += [device.type, device.index, _allocator(memory_cfg, chosen[index] if index < len(chosen) else None)]
+    module = library if isinstance(library, ops.module_type) else (yield from _load(ops, library))
+    try:
+        load = yield from ops.module_function(module, "vm_load_executable")
+    except FunctionNotFound:
+        raise LibraryError(
+            "this library has no Relax executable; its functions are called directly: module['name'](...)"
+        ) from None
+    machine = yield from ops.call(load, ())
+    if not isinstance(machine, ops.module_type):
+        raise LibraryError(f"vm_load_executable returned {type(machine).__name__}; expected a module")
+    begin = yield from ops.module_function(machine, "vm_initialization")
+    yield from ops.call(begin, tuple(setup))
+    return machine, chosen
+
+
+def _allocator(memory_cfg: Any, device: Any) -> int:
+    kind = memory_cfg.get(device, "pooled") if isinstance(memory_cfg, dict) else memory_cfg or "pooled"
+    if kind not in ("naive", "pooled"):
+        raise ValueError(f"memory_cfg expects 'naive' or 'pooled', or a dict of these by device, got {kind!r}")
+    return _NAIVE if kind == "naive" else _POOLED
+
+
+def _load(ops: Operations, library: Any) -> Flow[Any]:
+    """Upload a library, which moves nothing if the server has it, and load it."""
+    if hasattr(library, "export_library"):  # TVM's executable
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, f"{getattr(library, 'name', None) or 'relax'}.so")
+            library.export_library(path)
+            yield from ops.upload(path)
+    else:
+        path = os.fspath(library)
+        yield from ops.upload(path)
+    return (yield from ops.load_module(os.path.basename(path)))
+
+
+class _Machine(StaysHere):
+    """A virtual machine of the server."""
+
+    _instead = "open one in a session of that process"
+
+    def __init__(self, session: Any, module: Any, devices: Sequence[Any]) -> None:
+        self.session = session
+        self.module = module
+        self.devices = list(devices)
+        self._names: dict[str, list[str]] = {}  # of parameters, by function
+
+    def __repr__(self) -> str:
+        where = ", ".join(f"{device.name}:{device.index}" for device in self.devices)
+        return f"{type(self).__name__}({where} of {self.session.name})"
+
+    # -- flows -------------------------------------------------------------------------------------------------------
+
+    def _function(self, ops: Operations, name: str) -> Flow[Any]:
+        return (yield from self.module._lookup(ops, name, False))
+
+    def _do(self, ops: Operations, name: str, *args: Any) -> Flow[Any]:
+        return (yield from ops.call((yield from self._function(ops, name)), args))
+
+    def _parameters(self, ops: Operations, name: str) -> Flow[list[str]]:
+        """Return the names of a function's parameters; asked for once."""
+        if name not in self._names:
+            try:
+                count = yield from self._do(ops, "get_function_arity", name)
+            except RemoteError as error:
+                raise FunctionNotFound(f"the virtual machine has no function {name!r}: {_first(error)}") from None
+            if not isinstance(count, int) or not 0 <= count <= _MOST_FIELDS:
+                raise FunctionNotFound(f"the virtual machine has no function {name!r}")
+            ask = yield from self._function(ops, "get_function_param_name")
+            self._names[name] = yield from _together(ops, [(ask, (name, index)) for index in range(count)])
+        return self._names[name]
+
+    def _arguments(
+        self, ops: Operations, name: str, args: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> Flow[list[Any]]:
+        """Return the arguments in the order of the parameters; numbers as tensors without dimensions."""
+        values: list[Any] = [*args]
+        if named:
+            names = yield from self._parameters(ops, name)
+            unknown = [key for key in named if key not in names]
+            open_places = [index for index, one in enumerate(names) if one not in named]
+            if unknown or len(open_places) != len(args):
+                shown = ", ".join(names)
+                wrong = f"no parameter {unknown[0]!r}" if unknown else f"{len(args) + len(named)} arguments"
+                raise TypeError(f"{name}({shown}) got {wrong}")
+            values = [named.get(one) for one in names]
+            for index, value in zip(open_places, args, strict=True):
+                values[index] = value
+        for index, value in enumerate(values):
+            values[index] = yield from self._argument(ops, index, value)
+        return values
+
+    @staticmethod
+    def _argument(ops: Operations, index: int, value: Any) -> Flow[Any]:
+        if is_array(value):
+            raise ArgumentError(index, "an array of this process", "a tensor of the session: session.array(x)")
+        if isinstance(value, (list, tuple)):
+            raise ArgumentError(index, "a tuple", "one tensor each: RPC carries no tuples to a virtual machine")
+        if isinstance(value, (bool, int, float)):
+            import numpy as np
+
+            kind = "float32" if isinstance(value, float) else "int32"
+            return (yield from ops.tensor(np.array(value, kind), CPU))
+        return value
+
+    def _set_input(self, ops: Operations, name: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Flow[None]:
+        values = yield from self._arguments(ops, name, args, named)
+        yield from self._do(ops, "set_input", name, *values)
+
+    def _call(self, ops: Operations, name: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Flow[Any]:
+        values = yield from self._arguments(ops, name, args, named)
+        steps = []
+        for step in ("set_input", "invoke_stateful", "get_output_arity", "get_output"):
+            steps.append((yield from self._function(ops, step)))  # noqa: PERF401  # it yields
+        first, *others = steps
+        try:
+            found = yield from _together(ops, [(first, (name, *values)), *((one, (name,)) for one in others)], spared=1)
+        except RemoteError as error:
+            if "Unknown function" in error.message or "Cannot find" in error.message:
+                raise FunctionNotFound(f"the virtual machine has no function {name!r}: {_first(error)}") from None
+            raise
+        if found[2] == -1:
+            if isinstance(found[3], RemoteError):
+                raise found[3]
+            return found[3]
+        return (yield from self._fields(ops, name, (), found[2]))
+
+    def _outputs(self, ops: Operations, name: str, place: tuple[int, ...] = ()) -> Flow[Any]:
+        """Return the output at a place of nested tuples, or all below it."""
+        return (yield from self._fields(ops, name, place, (yield from self._do(ops, "get_output_arity", name, *place))))
+
+    def _fields(self, ops: Operations, name: str, place: tuple[int, ...], arity: Any) -> Flow[Any]:
+        if arity == -1:
+            return (yield from self._do(ops, "get_output", name, *place))
+        if not isinstance(arity, int) or not 0 <= arity <= _MOST_FIELDS:
+            raise LibraryError(f"{name} says that it returns {arity!r} values")
+        ask = yield from self._function(ops, "get_output_arity")
+        get = yield from self._function(ops, "get_output")
+        places = [(*place, index) for index in range(arity)]
+        arities = yield from _together(ops, [(ask, (name, *one)) for one in places])
+        plain = [one for one, inner in zip(places, arities, strict=True) if inner == -1]
+        values = iter((yield from _together(ops, [(get, (name, *one)) for one in plain])))
+        found = []
+        for one, inner in zip(places, arities, strict=True):
+            found.append(next(values) if inner == -1 else (yield from self._fields(ops, name, one, inner)))
+        return tuple(found)
+
+    def _save(
+        self, ops: Operations, name: str, saved: str, returns: bool, args: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> Flow[None]:
+        values = yield from self._arguments(ops, name, args, named)
+        yield from self._do(ops, "save_function", name, saved, int(returns), *values)
+
+
+def _first(error: RemoteError) -> str:
+    return error.message.strip().splitlines()[0] if error.message.strip() else "no reason told"
+
+
+def _together(ops: Operations, calls: Sequence[tuple[Any, tuple[Any, ...]]], spared: int = 0) -> Flow[list[Any]]:
+    """Make calls that are on the way together; returns their results.
+
+    Args:
+        ops: Of the session.
+        calls: Functions and their arguments.
+        spared: So many of the last ones may fail: their errors are returned.
+    """
+    tickets = []
+    for function, args in calls:
+        ops.own(function)
+        tickets.append((yield Send(CallFunc(function.handle, ops.arguments(args)))))
+    found: list[Any] = []
+    for index, ticket in enumerate(tickets):
+        try:
+            found.append(ops.wrap(flows.call_result(flows.result_of((yield Wait(ticket))))))
+        except RemoteError as error:  # noqa: PERF203  # it must go on
+            if index < len(tickets) - spared:
+                raise
+            found.append(error)
+    return found
+
+
+class VMFunction(StaysHere):
+    """A function of a virtual machine: call it with tensors of the session, by place or by name."""
+
+    __slots__ = ("machine", "name")
+    _instead = "get it from a virtual machine that is opened there"
+
+    def __init__(self, machine: Any, name: str) -> None:
+        self.machine = machine
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.session.name})"
+
+    @property
+    def session(self) -> Any:
+        """The machine's."""
+        return self.machine.session
+
+    @property
+    def params(self) -> list[str]:
+        """Names of its parameters."""
+        names: list[str] = self.session._run(lambda ops: self.machine._parameters(ops, self.name), None, self.name)
+        return names
+
+    def __call__(self, *args: Any, timeout: float | None = None, **named: Any) -> Any:
+        """Call it; returns a tensor of the session, or (nested) tuples of them.
+
+        Raises:
+            ArgumentError: An argument is no tensor of this session; ``session.array(x)`` makes one.
+            FunctionNotFound: The machine has no such function.
+            RemoteError: It has failed: shapes do not match, say.
+            TypeError: Names do not fit the parameters.
+        """
+        make = lambda ops: self.machine._call(ops, self.name, args, named)  # noqa: E731
+        return self.session._run(make, timeout, self.name, (*args, *named.values()))
+
+    def submit(self, *args: Any, timeout: float | None = None, **named: Any) -> Pending:
+        """Start a call and return at once; arguments as for a call."""
+        pending: Pending = self.session.submit(self.__call__, *args, timeout=timeout, **named)
+        return pending
+
+
+class VM(_Machine):
+    """Relax's virtual machine on the device: ``vm["main"](x, w)``.
+
+    Attributes:
+        session: Whose it is.
+        module: The server's module.
+        devices: On which it runs.
+    """
+
+    def __getitem__(self, name: str) -> VMFunction:
+        return VMFunction(self, name)
+
+    def set_input(self, func_name: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> None:
+        """Give a function its arguments; :meth:`invoke_stateful` calls it."""
+        self.session._run(lambda ops: self._set_input(ops, func_name, args, kwargs), timeout, "set_input")
+
+    def invoke_stateful(self, func_name: str, *, timeout: float | None = None) -> None:
+        """Call a function with the arguments it was given."""
+        self.session._run(lambda ops: self._do(ops, "invoke_stateful", func_name), timeout, func_name)
+
+    def get_outputs(self, func_name: str, *, timeout: float | None = None) -> Any:
+        """Return what a function has returned: a tensor, or (nested) tuples of them."""
+        return self.session._run(lambda ops: self._outputs(ops, func_name), timeout, "get_outputs")
+
+    invoke = invoke_stateful
+    outputs = get_outputs
+
+    def save_function(
+        self,
+        func_name: str,
+        saved_name: str,
+        *args: Any,
+        include_return: bool = True,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep a function with its arguments under another name, to be measured; as in TVM."""
+        make = lambda ops: self._save(ops, func_name, saved_name, include_return, args, kwargs)  # noqa: E731
+        self.session._run(make, timeout, "save_function")
+
+    def time_evaluator(self, func_name: str, dev: Any = None, **options: Any) -> Any:
+        """Return a function that measures ``func_name`` at the server; options as :meth:`Session.time_evaluator`."""
+        return self.module.time_evaluator(func_name, dev or self.devices[0], **options)
+
+
+class AsyncVMFunction(VMFunction):
+    """A function of a virtual machine: await its call."""
+
+    __slots__ = ()
+
+    async def __call__(self, *args: Any, timeout: float | None = None, **named: Any) -> Any:
+        """Call it and await the result; as :class:`VMFunction`."""
+        make = lambda ops: self.machine._call(ops, self.name, args, named)  # noqa: E731
+        return await self.session._run(make, timeout, self.name, (*args, *named.values()))
+
+
+class AsyncVM(_Machine):
+    """Relax's virtual machine on the device: ``await vm["main"](x, w)``; as :class:`VM`."""
+
+    def __getitem__(self, name: str) -> AsyncVMFunction:
+        return AsyncVMFunction(self, name)
+
+    async def set_input(self, func_name: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> None:
+        """Give a function its arguments."""
+        await self.session._run(lambda ops: self._set_input(ops, func_name, args, kwargs), timeout, "set_input")
+
+    async def invoke_stateful(self, func_name: str, *, timeout: float | None = None) -> None:
+        """Call a function with the arguments it was given."""
+        await self.session._run(lambda ops: self._do(ops, "invoke_stateful", func_name), timeout, func_name)
+
+    async def get_outputs(self, func_name: str, *, timeout: float | None = None) -> Any:
+        """Return what a function has returned."""
+        return await self.session._run(lambda ops: self._outputs(ops, func_name), timeout, "get_outputs")
+
+    invoke = invoke_stateful
+    outputs = get_outputs
+
+    async def save_function(
+        self,
+        func_name: str,
+        saved_name: str,
+        *args: Any,
+        include_return: bool = True,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep a function with its arguments under another name."""
+        make = lambda ops: self._save(ops, func_name, saved_name, include_return, args, kwargs)  # noqa: E731
+        await self.session._run(make, timeout, "save_function")
+
+    async def time_evaluator(self, func_name: str, dev: Any = None, **options: Any) -> Any:
+        """Return a function that measures ``func_name`` at the server; await its calls."""
+        return await self.module.time_evaluator(func_name, dev or self.devices[0], **options)
