@@ -135,6 +135,8 @@ def _make_server(
         session = entry.call
     if options.link and (options.tracker or options.proxy):
         raise ValueError("--link shapes the connections of clients that dial here; leave out --tracker and --proxy")
+    if options.proxy and options.tracker:
+        raise ValueError("a server behind a proxy is registered by the proxy; leave --tracker out")
     proxy = parse_address(options.proxy) if options.proxy else None
     tracker = parse_pair(options.tracker, 9190) if options.tracker else None
     loopback = is_loopback(options.host)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rpcnb.runtime.files import StoredFile
     from rpcnb.runtime.serving import HandleSession
 
-__all__ = ["UPLOAD", "WELL_KNOWN", "find_well_known"]
+__all__ = ["UPLOAD", "WELL_KNOWN", "find_well_known", "keeps_state_by_thread"]
 
 UPLOAD = "tvm.rpc.server.upload"
 # Globals of apache-tvm-ffi that any client may call: they compute on their arguments and reach nothing else.
@@ -287,6 +287,11 @@ def find_well_known(session: HandleSession, name: str) -> ServedFunction | None:
             open_to_all = name in _FFI_ALLOWED or environment.expose_ffi or environment.native
             return ServedFunction(name, function_of_ffi if open_to_all else functools.partial(_closed, session, name))
     return None
+
+
+def keeps_state_by_thread() -> bool:
+    """Tell whether TVM's runtime is here: its threads, streams and current devices are each thread's own."""
+    return "tvm" in sys.modules or bool(_of_runtime())
 
 
 def _of_runtime() -> frozenset[str]:

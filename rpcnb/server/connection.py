@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -29,9 +30,12 @@ from rpcnb.protocol.peerlimits import PeerLimits, extension
 from rpcnb.runtime.completion import is_ours
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.servant import Servant
+from rpcnb.runtime.wellknown import keeps_state_by_thread
 from rpcnb.server.lanes import ENDED, TICKET
+from rpcnb.server.workers import WorkerPool
 from rpcnb.transport.sockets import tune
 from rpcnb.transport.spin import receiving
+from rpcnb.transport.tcptable import both_ends_are_here
 from rpcnb.transport.watcher import READ, WRITE
 
 if TYPE_CHECKING:
@@ -44,7 +48,6 @@ if TYPE_CHECKING:
     from rpcnb.runtime.access import Gate
     from rpcnb.runtime.environment import Environment
     from rpcnb.server.lanes import Lanes
-    from rpcnb.server.workers import WorkerPool
     from rpcnb.transport.refusals import Refusals
     from rpcnb.transport.watcher import EpollWatcher, LoopWatcher
 
@@ -63,6 +66,10 @@ _NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
 # What poll() says of a client that has gone: its stream's end, or worse.
 _GONE: int = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 _ASKED = 0.4  # seconds after which a client that asks how its session has ended is told that it has not
+_SAME_PROCESS = (
+    "tvm.rpc in the server's own process waits for ever when it frees a handle, as its destructors keep the "
+    "interpreter from everybody: use rpcnb.connect() here, or a process of its own for the server (rpcnb serve)"
+)
 _LINGER = 5.0  # seconds for the last replies of a session that ends
 
 
@@ -194,6 +201,7 @@ class Connection:
         self.deadline: Any = None  # the handshake's, then the session's timer
         self._parked_since = ("", 0.0)
         self._for_kernel = False  # what runs was given to the kernel's loop
+        self._own_thread: WorkerPool | None = None
         self._handshake = Handshake(server.limits.key)
         tune(sock)
         if _NOW:
@@ -351,6 +359,11 @@ class Connection:
         server.tell(events.ConnectionRejected, peer=self.peer, reason="draining" if server.draining else "full")
         return f"{why}; try again later"
 
+    def _why_not_here(self, key: KeyText) -> str:
+        """Say why a stock client in this very process is not served: it would wait for ever; empty if it is none."""
+        stock = key.features is None and "tvm.rpc" in sys.modules
+        return _SAME_PROCESS if stock and both_ends_are_here(self.sock) else ""
+
     def _accept_lane(self, key: KeyText) -> None:
         """Let a further connection of a session in, if it presents the session's ticket."""
         server = self.server
@@ -400,7 +413,7 @@ class Connection:
         self.key = key
         self._answer(options)
         if full or not self.server.takes_over(self):
-            self.converse(full)
+            self.converse(full or self._why_not_here(key))
 
     def converse(self, full: str) -> None:
         """Serve a client that has been greeted; or tell it why there is no session for it."""
@@ -477,7 +490,7 @@ class Connection:
         if waits or not self.server.workers.may_wait():
             return False
         self.in_worker = True
-        self.server.workers.submit(lambda: self._work(None))
+        self._workers.submit(lambda: self._work(None))
         return True
 
     def _advance(self, servant: Servant) -> bool:
@@ -570,12 +583,19 @@ class Connection:
         self.in_worker = True
         self._for_kernel = place == "kernel"
         if place == "thread":
-            self.server.workers.submit(lambda: self._work(message))
+            self._workers.submit(lambda: self._work(message))
         elif place == "kernel":
             self.server.kernel(lambda: self._perform_elsewhere(message))  # type: ignore[misc]  # checked above
         else:
             self._to_loop(lambda: self._perform_on_loop(message))
         return True
+
+    @property
+    def _workers(self) -> WorkerPool:
+        """What runs plain functions: a thread of the session's own where TVM's runtime keeps state for each thread."""
+        if self._own_thread is None and keeps_state_by_thread():
+            self._own_thread = WorkerPool("rpcnb-session", running=1, idle=None)
+        return self._own_thread or self.server.workers
 
     def _to_loop(self, function: Any) -> None:
         """Call ``function`` on the loop; from any thread."""
@@ -773,4 +793,6 @@ class Connection:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
+        if self._own_thread is not None:
+            self._own_thread.close(0)
         self.server.closed_connection(self)

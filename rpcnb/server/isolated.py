@@ -11,8 +11,6 @@ import base64
 import functools
 import itertools
 import logging
-import socket
-import struct
 import time
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb import events
 from rpcnb.server.connection import ClientState, Connection
 from rpcnb.server.processes import Child, Processes
+from rpcnb.transport.tcptable import ends_of, established
 from rpcnb.transport.websocket import WebSocket
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ _GRACE = 0.5  # seconds that a session's process has to end by itself, once its 
 _AFTER_LIMIT = 0.5  # seconds after a session's time limit at which its process is ended
 _ANSWER = 0.25  # seconds in which processes say what they are doing
 _PLACE = 0.5  # seconds that a client waits for the place of a session that is about to end
-_ESTABLISHED = "01"  # of /proc/net/tcp
 
 
 class _Session(Child):
@@ -51,7 +49,7 @@ class _Session(Child):
         self.since = time.monotonic()
         self.over = False
         self.gone = 0  # looks at which its client had gone
-        self.where = _endpoints(connection.sock)
+        self.where = ends_of(connection.sock)
         self.asked: dict[int, Future[list[ClientState]]] = {}
         self._waiting: list[Connection] = []  # to be handed over once it is there
 
@@ -266,40 +264,8 @@ class IsolatedSessions:
         watched = [session for session in self._sessions.values() if session.pid and session.where and not session.over]
         if not watched:
             return
-        alive = _established()
+        alive = established()
         for session in watched:
             session.gone = 0 if alive is None or session.where in alive else session.gone + 1
             if session.gone > 1:
                 session.kill("closed")
-
-
-def _endpoints(sock: Any) -> str:
-    """Return both ends of a TCP connection as /proc/net/tcp writes them; empty for any other."""
-    plain = socket.socket(fileno=sock.fileno())
-    try:
-        if plain.family not in (socket.AF_INET, socket.AF_INET6):
-            return ""
-        return " ".join(_written(plain.family, *end()[:2]) for end in (plain.getsockname, plain.getpeername))
-    except OSError:
-        return ""
-    finally:
-        plain.detach()
-
-
-def _written(family: int, host: str, port: int) -> str:
-    packed = socket.inet_pton(family, host.partition("%")[0])
-    words = struct.unpack(f"={len(packed) // 4}I", packed)
-    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
-
-
-def _established() -> set[str] | None:
-    """Return both ends of all established TCP connections of this machine; None where that cannot be seen."""
-    found: set[str] = set()
-    try:
-        for path in ("/proc/net/tcp", "/proc/net/tcp6"):
-            with open(path) as file:
-                lines = (line.split(None, 4) for line in file)
-                found.update(f"{words[1]} {words[2]}" for words in lines if words[3] == _ESTABLISHED)
-    except (OSError, IndexError):
-        return None
-    return found

@@ -162,6 +162,8 @@ class Server(SessionHost):
         if not key.isprintable() or any(letter.isspace() for letter in key):
             raise ValueError(f"expected a key without white space, got {key!r}")
         self.custom_addr = custom_addr
+        if is_proxy:
+            tracker_addr = None  # the proxy registers it; TVM's takes the address too, and does nothing with it
         self._proxy = parse_address(host, port) if is_proxy else None
         self.token = self._choose_token(host if self._proxy is None else self._proxy.host, token, insecure)
         if allow_exec and (self.token is None or trust_tracker) and not insecure:
@@ -172,8 +174,6 @@ class Server(SessionHost):
         self.max_sessions = 1 if max_sessions is None and (tracker_addr or is_proxy) else max_sessions
         if trust_tracker and not (tracker_addr or is_proxy):
             raise ValueError("trust_tracker=True needs a tracker (tracker_addr=) or a proxy (is_proxy=True)")
-        if is_proxy and tracker_addr:
-            raise ValueError("a server behind a proxy is registered by the proxy; leave tracker_addr out")
         limits = limits or Limits()
         gate = Gate(
             key,

@@ -31,12 +31,14 @@ class WorkerPool:
         name: Prefix of the threads' names.
         running: Threads at most; further jobs wait.
         waiting: Of these, how many may wait for a session's next call.
+        idle: Seconds for which a thread that has nothing to do is kept; None: as long as the pool.
     """
 
-    def __init__(self, name: str, running: int = 256, waiting: int = 32) -> None:
+    def __init__(self, name: str, running: int = 256, waiting: int = 32, idle: float | None = _IDLE_SECONDS) -> None:
         self._name = name
         self._owner = os.getpid()
         self._limit = running
+        self._idle_seconds = idle
         self._waiting_limit = waiting
         self._waiting = 0
         self._lock = threading.Lock()
@@ -103,7 +105,7 @@ class WorkerPool:
                 return None
             self._idle.append(inbox)
         try:
-            return inbox.get(timeout=_IDLE_SECONDS)
+            return inbox.get(timeout=self._idle_seconds)
         except queue.Empty:
             with self._lock:
                 if inbox in self._idle:

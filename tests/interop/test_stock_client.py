@@ -536,3 +536,26 @@ def relayed_round_trip(port: int, arrays: list[Any]) -> list[Any]:
     assert _failure(session.get_function("rpc.test.except"), "it burns")[1].endswith("it burns")
     remotes = [tvm().runtime.tensor(array, session.cpu()) for array in arrays]
     return [(remote.numpy(), None, "") for remote in remotes]
+
+
+def in_one_process() -> Any:
+    """Serve and call in one process, which stock's destructors would stop. Runs in the child."""
+    from stock_peer import tvm
+
+    import rpcnb
+
+    module = tvm()
+    server = rpcnb.Server(port=0, silent=True)
+    try:
+        session = module.rpc.connect("127.0.0.1", server.port)
+        return session.get_function("rpc.test.addone")(1)
+    except Exception as error:
+        return str(error)
+    finally:
+        server.close()
+
+
+def test_a_stock_client_in_the_servers_own_process_is_told_that_it_would_hang(stock: Peer) -> None:
+    said = stock.run(in_one_process)
+    assert "tvm.rpc in the server's own process waits for ever when it frees a handle" in said
+    assert "use rpcnb.connect() here" in said

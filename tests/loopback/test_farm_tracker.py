@@ -469,8 +469,17 @@ def test_a_server_waits_for_a_tracker_that_is_not_there_yet(
 def test_contradictory_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="needs a tracker"):
         rpcnb.Server(port=0, trust_tracker=True)
-    with pytest.raises(ValueError, match="registered by the proxy"):
-        rpcnb.Server("127.0.0.1", 1, is_proxy=True, tracker_addr=("127.0.0.1", 1))
+
+
+def test_a_server_behind_a_proxy_takes_a_trackers_address_as_stocks_does(tracker: rpcnb.Tracker) -> None:
+    with rpcnb.Proxy(port=0, silent=True) as proxy:
+        server = rpcnb.Server(
+            "127.0.0.1", proxy.port, is_proxy=True, tracker_addr=tracker.address_pair, key="x", silent=True
+        )
+        with rpcnb.connect("127.0.0.1", proxy.port, "x") as session:
+            assert session.status()["sessions"] == 1
+        assert tracker.tracking.summary()["server_info"] == []
+        server.close()
 
 
 # -- clients -------------------------------------------------------------------------------------------------------

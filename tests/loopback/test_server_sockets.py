@@ -579,3 +579,21 @@ def test_a_coroutine_that_raises_an_interrupt_leaves_the_loop_running(serve: Any
         for _ in range(2):
             with pytest.raises(rpcnb.errors.RemoteError, match="KeyboardInterrupt"):
                 session.call("server.fail_oddly", timeout=5)
+
+
+def test_a_session_keeps_to_one_thread_where_tvms_runtime_keeps_state_by_thread(
+    serve: Serve, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rpcnb.server.connection.keeps_state_by_thread", lambda: True)
+    registry.register("thread", threading.get_ident)
+    server = serve()
+    with rpcnb.connect(server.address) as one, rpcnb.connect(server.address) as other:
+        seen: dict[str, set[int]] = {"one": set(), "other": set()}
+        for _ in range(5):
+            for name, session in (("one", one), ("other", other)):
+                seen[name].add(session.call("thread"))
+                session.array(np.zeros(16)).numpy()
+            time.sleep(0.01)  # more than the time for which a worker waits for the next call
+        assert [len(threads) for threads in seen.values()] == [1, 1]
+        assert not seen["one"] & seen["other"]
+    eventually(lambda: not any(thread.name.startswith("rpcnb-session") for thread in threading.enumerate()))
