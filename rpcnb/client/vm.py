@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rpcnb.client.operations import Operations
-    from rpcnb.client.pending import Pending
     from rpcnb.protocol.flows import Flow
 
-__all__ = ["VM", "AsyncVM", "AsyncVMFunction", "VMFunction", "open_vm"]
+__all__ = ["VM", "AsyncVM", "VMFunction", "open_vm"]
 
 _NAIVE, _POOLED = 1, 2  # allocators
 _MOST_FIELDS = 4096  # of one tuple
@@ -83,8 +82,14 @@ def _load(ops: Operations, library: Any) -> Flow[Any]:
     return (yield from ops.load_module(os.path.basename(path)))
 
 
-class _Machine(StaysHere):
-    """A virtual machine of the server."""
+class VM(StaysHere):
+    """Relax's virtual machine on the device: ``vm["main"](x, w)``.
+
+    Attributes:
+        session: Whose it is.
+        module: The server's module.
+        devices: On which it runs.
+    """
 
     _instead = "open one in a session of that process"
 
@@ -97,6 +102,41 @@ class _Machine(StaysHere):
     def __repr__(self) -> str:
         where = ", ".join(f"{device.name}:{device.index}" for device in self.devices)
         return f"{type(self).__name__}({where} of {self.session.name})"
+
+    def __getitem__(self, name: str) -> VMFunction:
+        return VMFunction(self, name)
+
+    def set_input(self, func_name: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+        """Give a function its arguments; :meth:`invoke_stateful` calls it."""
+        return self.session._run(lambda ops: self._set_input(ops, func_name, args, kwargs), timeout, "set_input")
+
+    def invoke_stateful(self, func_name: str, *, timeout: float | None = None) -> Any:
+        """Call a function with the arguments it was given."""
+        return self.session._run(lambda ops: self._do(ops, "invoke_stateful", func_name), timeout, func_name)
+
+    def get_outputs(self, func_name: str, *, timeout: float | None = None) -> Any:
+        """Return what a function has returned: a tensor, or (nested) tuples of them."""
+        return self.session._run(lambda ops: self._outputs(ops, func_name), timeout, "get_outputs")
+
+    invoke = invoke_stateful
+    outputs = get_outputs
+
+    def save_function(
+        self,
+        func_name: str,
+        saved_name: str,
+        *args: Any,
+        include_return: bool = True,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Keep a function with its arguments under another name, to be measured; as in TVM."""
+        make = lambda ops: self._save(ops, func_name, saved_name, include_return, args, kwargs)  # noqa: E731
+        return self.session._run(make, timeout, "save_function")
+
+    def time_evaluator(self, func_name: str, dev: Any = None, **options: Any) -> Any:
+        """Return a function that measures ``func_name`` at the server; options as :meth:`Session.time_evaluator`."""
+        return self.module.time_evaluator(func_name, dev or self.devices[0], **options)
 
     # -- flows -------------------------------------------------------------------------------------------------------
 
@@ -229,7 +269,10 @@ def _together(ops: Operations, calls: Sequence[tuple[Any, tuple[Any, ...]]], spa
 
 
 class VMFunction(StaysHere):
-    """A function of a virtual machine: call it with tensors of the session, by place or by name."""
+    """A function of a virtual machine: call it with tensors of the session, by place or by name.
+
+    Of an awaited session's machine the call, and ``params``, are awaited.
+    """
 
     __slots__ = ("machine", "name")
     _instead = "get it from a virtual machine that is opened there"
@@ -247,10 +290,9 @@ class VMFunction(StaysHere):
         return self.machine.session
 
     @property
-    def params(self) -> list[str]:
+    def params(self) -> Any:
         """Names of its parameters."""
-        names: list[str] = self.session._run(lambda ops: self.machine._parameters(ops, self.name), None, self.name)
-        return names
+        return self.session._run(lambda ops: self.machine._parameters(ops, self.name), None, self.name)
 
     def __call__(self, *args: Any, timeout: float | None = None, **named: Any) -> Any:
         """Call it; returns a tensor of the session, or (nested) tuples of them.
@@ -264,102 +306,10 @@ class VMFunction(StaysHere):
         make = lambda ops: self.machine._call(ops, self.name, args, named)  # noqa: E731
         return self.session._run(make, timeout, self.name, (*args, *named.values()))
 
-    def submit(self, *args: Any, timeout: float | None = None, **named: Any) -> Pending:
-        """Start a call and return at once; arguments as for a call."""
-        pending: Pending = self.session.submit(self.__call__, *args, timeout=timeout, **named)
-        return pending
+    def submit(self, *args: Any, timeout: float | None = None, **named: Any) -> Any:
+        """Start a call and return at once: a Pending; arguments as for a call."""
+        return self.session.submit(self.__call__, *args, timeout=timeout, **named)
 
 
-class VM(_Machine):
-    """Relax's virtual machine on the device: ``vm["main"](x, w)``.
-
-    Attributes:
-        session: Whose it is.
-        module: The server's module.
-        devices: On which it runs.
-    """
-
-    def __getitem__(self, name: str) -> VMFunction:
-        return VMFunction(self, name)
-
-    def set_input(self, func_name: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> None:
-        """Give a function its arguments; :meth:`invoke_stateful` calls it."""
-        self.session._run(lambda ops: self._set_input(ops, func_name, args, kwargs), timeout, "set_input")
-
-    def invoke_stateful(self, func_name: str, *, timeout: float | None = None) -> None:
-        """Call a function with the arguments it was given."""
-        self.session._run(lambda ops: self._do(ops, "invoke_stateful", func_name), timeout, func_name)
-
-    def get_outputs(self, func_name: str, *, timeout: float | None = None) -> Any:
-        """Return what a function has returned: a tensor, or (nested) tuples of them."""
-        return self.session._run(lambda ops: self._outputs(ops, func_name), timeout, "get_outputs")
-
-    invoke = invoke_stateful
-    outputs = get_outputs
-
-    def save_function(
-        self,
-        func_name: str,
-        saved_name: str,
-        *args: Any,
-        include_return: bool = True,
-        timeout: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Keep a function with its arguments under another name, to be measured; as in TVM."""
-        make = lambda ops: self._save(ops, func_name, saved_name, include_return, args, kwargs)  # noqa: E731
-        self.session._run(make, timeout, "save_function")
-
-    def time_evaluator(self, func_name: str, dev: Any = None, **options: Any) -> Any:
-        """Return a function that measures ``func_name`` at the server; options as :meth:`Session.time_evaluator`."""
-        return self.module.time_evaluator(func_name, dev or self.devices[0], **options)
-
-
-class AsyncVMFunction(VMFunction):
-    """A function of a virtual machine: await its call."""
-
-    __slots__ = ()
-
-    async def __call__(self, *args: Any, timeout: float | None = None, **named: Any) -> Any:
-        """Call it and await the result; as :class:`VMFunction`."""
-        make = lambda ops: self.machine._call(ops, self.name, args, named)  # noqa: E731
-        return await self.session._run(make, timeout, self.name, (*args, *named.values()))
-
-
-class AsyncVM(_Machine):
-    """Relax's virtual machine on the device: ``await vm["main"](x, w)``; as :class:`VM`."""
-
-    def __getitem__(self, name: str) -> AsyncVMFunction:
-        return AsyncVMFunction(self, name)
-
-    async def set_input(self, func_name: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> None:
-        """Give a function its arguments."""
-        await self.session._run(lambda ops: self._set_input(ops, func_name, args, kwargs), timeout, "set_input")
-
-    async def invoke_stateful(self, func_name: str, *, timeout: float | None = None) -> None:
-        """Call a function with the arguments it was given."""
-        await self.session._run(lambda ops: self._do(ops, "invoke_stateful", func_name), timeout, func_name)
-
-    async def get_outputs(self, func_name: str, *, timeout: float | None = None) -> Any:
-        """Return what a function has returned."""
-        return await self.session._run(lambda ops: self._outputs(ops, func_name), timeout, "get_outputs")
-
-    invoke = invoke_stateful
-    outputs = get_outputs
-
-    async def save_function(
-        self,
-        func_name: str,
-        saved_name: str,
-        *args: Any,
-        include_return: bool = True,
-        timeout: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Keep a function with its arguments under another name."""
-        make = lambda ops: self._save(ops, func_name, saved_name, include_return, args, kwargs)  # noqa: E731
-        await self.session._run(make, timeout, "save_function")
-
-    async def time_evaluator(self, func_name: str, dev: Any = None, **options: Any) -> Any:
-        """Return a function that measures ``func_name`` at the server; await its calls."""
-        return await self.module.time_evaluator(func_name, dev or self.devices[0], **options)
+class AsyncVM(VM):
+    """An awaited session's virtual machine: ``await vm["main"](x, w)``; what :class:`VM` returns is awaited here."""

@@ -45,6 +45,7 @@ __all__ = [
     "find_global",
     "install_backend",
     "processors",
+    "runtime_is_loaded",
 ]
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,6 @@ _BARRIER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
 
 # TVMFFIAny: a type's index, four bytes of nothing, eight of the value.
 _INT, _FLOAT = struct.Struct("<iIq"), struct.Struct("<iId")
-_OBJECT = 64  # the first index of an object; its own stands 8 bytes inside of it
 
 
 class _ParallelEnv(ctypes.Structure):
@@ -86,6 +86,15 @@ def ffi() -> Any:
 def find_global(name: str) -> Any:
     """Return a global function of apache-tvm-ffi, or None."""
     return ffi().get_global_func(name, allow_missing=True)
+
+
+def runtime_is_loaded() -> bool:
+    """Tell whether TVM's runtime is in this process, however it came."""
+    return find_global("runtime.config_threadpool") is not None
+
+
+def _ffi_library() -> Any:
+    return ctypes.CDLL(ffi().libinfo.find_libtvm_ffi())
 
 
 def ffi_global_names() -> frozenset[str]:
@@ -143,8 +152,7 @@ class PythonBackend(Backend):
         self._callbacks = (
             _ALLOC(self._allocate), _FREE(self._free), _LAUNCH(self._launch), _BARRIER(self._barrier),
         )  # fmt: skip
-        addresses = [ctypes.cast(callback, ctypes.c_void_p).value or 0 for callback in self._callbacks]
-        self.symbols = dict(zip(_NAMES, addresses, strict=True))
+        self.symbols = dict(zip(_NAMES, map(_address, self._callbacks), strict=True))
 
     def _allocate(self, device_type: int, device_id: int, nbytes: int, code: int, bits: int) -> int | None:
         try:
@@ -204,7 +212,7 @@ class CompiledBackend(Backend):
     def __init__(self, path: Path) -> None:
         # For all to see: a library that was linked against TVM's runtime by name finds these.
         self._library = library = ctypes.CDLL(str(path), mode=getattr(ctypes, "RTLD_GLOBAL", 0))
-        self._ffi = ctypes.CDLL(ffi().libinfo.find_libtvm_ffi())
+        self._ffi = _ffi_library()
         self.symbols = {name: _address(getattr(library, f"TVMBackend{name}")) for name in _NAMES}
         self._call, self._release = _address(self._ffi.TVMFFIFunctionCall), _address(self._ffi.TVMFFIObjectDecRef)
         library.rpcnb_configure.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -271,6 +279,7 @@ def _packed(value: Any) -> bytes:
     handle: int | None = value.__chandle__() if hasattr(kind, "__chandle__") else None
     if not handle:
         raise TypeError
+    # An object's own index stands 8 bytes inside of it.
     return struct.pack("<iIQ", ctypes.c_int32.from_address(handle + 8).value, 0, handle)
 
 
@@ -319,7 +328,7 @@ def build(folder: Path | None = None) -> Path | None:
 @cache
 def install_backend() -> Backend | None:
     """Fill the slots of compiled code from now on; None where TVM's own runtime is in this process and does it."""
-    if find_global("runtime.config_threadpool") is not None:
+    if runtime_is_loaded():
         return None
     backend: Backend | None = None
     path = build()
@@ -327,7 +336,7 @@ def install_backend() -> Backend | None:
         with contextlib.suppress(OSError, AttributeError):  # of another machine, say: a shared home directory
             backend = CompiledBackend(path)
     backend = backend or PythonBackend()
-    register = ctypes.CDLL(ffi().libinfo.find_libtvm_ffi()).TVMFFIEnvModRegisterContextSymbol
+    register = _ffi_library().TVMFFIEnvModRegisterContextSymbol
     register.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     for name, address in backend.symbols.items():
         # The slots' names only: a library may have a function of the bare name, and be written over.

@@ -126,18 +126,16 @@ def make_evaluator(
             while True:
                 flush()
                 seconds = 0.0
-                start = time.perf_counter()
-                if run is None:
-                    for _ in range(calls):
-                        yield target.call(*args)
-                else:
-                    for piece in run(calls):
-                        seconds += piece
-                        yield None
+                for piece in run(calls) if run is not None else ():
+                    seconds += piece
+                    yield None
+                if run is None or api is not None:
                     start = time.perf_counter()
-                if api is not None:
-                    yield _Sync(api, device)  # the work that the calls have only begun counts too
-                seconds += time.perf_counter() - start if run is None or api is not None else 0.0
+                    for _ in range(calls if run is None else 0):
+                        yield target.call(*args)
+                    if api is not None:
+                        yield _Sync(api, device)  # the work that the calls have only begun counts too
+                    seconds += time.perf_counter() - start
                 milliseconds = seconds * 1000
                 zeros += seconds == 0
                 if milliseconds >= min_repeat_ms or zeros >= limit_zero_time_iterations:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rpcnb.errors import LibraryError
-from rpcnb.runtime.backend import ffi, ffi_global_names, find_global
+from rpcnb.runtime.backend import ffi, ffi_global_names, runtime_is_loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,11 +40,6 @@ _names: frozenset[str] = frozenset()
 def runtime_names() -> frozenset[str]:
     """Return what a runtime that was loaded here has registered."""
     return _names
-
-
-def runtime_is_loaded() -> bool:
-    """Tell whether TVM's runtime is in this process, however it came."""
-    return find_global("runtime.config_threadpool") is not None
 
 
 def find_runtime() -> Path | None:

@@ -26,6 +26,8 @@ from rpcnb import parts
 from rpcnb.errors import AccessDenied
 from rpcnb.protocol.codes import Limits
 from rpcnb.runtime.access import Gate, check_token, new_token
+from rpcnb.runtime.libraries import load_at_start
+from rpcnb.runtime.tvmruntime import NEVER
 from rpcnb.server.connection import ClientState, Connection
 from rpcnb.server.host import SessionHost
 from rpcnb.server.isolated import IsolatedSessions
@@ -191,7 +193,7 @@ class Server(SessionHost):
             "local_session": session,
             "runtime": runtime or "",
         }
-        if runtime not in (None, "none") and not powers["native"]:
+        if runtime not in (None, NEVER) and not powers["native"]:
             raise AccessDenied("TVM's runtime runs native code for clients: give a token, or allow_native=True")
         if registry is not None:
             powers["registry"] = registry
@@ -229,9 +231,7 @@ class Server(SessionHost):
                 whose = self.token or f"no token, key {key}"
                 self._jobs = Jobs(self._processes, whose, self.io_loop, limits, self._job_ended)
                 self._isolated = IsolatedSessions(self, self._processes, self._jobs, self.max_sessions)
-            elif libraries or runtime not in (None, "none"):
-                from rpcnb.runtime.libraries import load_at_start
-
+            else:
                 load_at_start(self.environment, libraries)
             if server_init_callback is not None:
                 server_init_callback()

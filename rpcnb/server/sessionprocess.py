@@ -31,6 +31,7 @@ from rpcnb.protocol.codes import Limits
 from rpcnb.protocol.handshake import KeyText
 from rpcnb.runtime.access import Gate
 from rpcnb.runtime.backend import ffi_global_names
+from rpcnb.runtime.libraries import load_at_start
 from rpcnb.runtime.registry import REGISTRY
 from rpcnb.server.connection import Connection
 from rpcnb.server.host import SessionHost
@@ -104,10 +105,7 @@ class SessionProcess(SessionHost):
             before = ffi_global_names()
             self.environment.ffi_names = load_modules(options["load"], options["main"], before)
             self.environment.ffi_names |= frozenset(options["ffi_names"])
-            if options["load_library"] or options["runtime"] not in ("", "none"):
-                from rpcnb.runtime.libraries import load_at_start
-
-                load_at_start(self.environment, options["load_library"])
+            load_at_start(self.environment, options["load_library"])
             if options["session"]:
                 entry = REGISTRY.get(options["session"])
                 if entry is None:
