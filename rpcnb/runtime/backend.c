@@ -171,6 +171,7 @@ int TVMBackendParallelBarrier(int task, group_env* of) {
 typedef struct {
   char* blocks[KEPT];
   size_t bytes;
+  int oldest; /* gives way where all places are taken */
 } shelf;
 static _Thread_local shelf kept;
 static pthread_key_t at_end;
@@ -210,14 +211,21 @@ int TVMBackendFreeWorkspace(int device_type, int device, void* pointer) {
   if (!block) return 0;
   pthread_once(&once, make_key);
   pthread_setspecific(at_end, &kept);
-  if (kept.bytes + size_of(block) <= KEPT_BYTES)
-    for (int i = 0; i < KEPT; i++)
-      if (!kept.blocks[i]) {
-        kept.blocks[i] = block;
-        kept.bytes += size_of(block);
-        return 0;
-      }
-  free(block - 64);
+  int place = 0;
+  while (place < KEPT && kept.blocks[place]) place++;
+  if (place == KEPT) {
+    place = kept.oldest;
+    kept.oldest = (kept.oldest + 1) % KEPT;
+    kept.bytes -= size_of(kept.blocks[place]);
+    free(kept.blocks[place] - 64);
+    kept.blocks[place] = NULL;
+  }
+  if (kept.bytes + size_of(block) > KEPT_BYTES) {
+    free(block - 64);
+    return 0;
+  }
+  kept.blocks[place] = block;
+  kept.bytes += size_of(block);
   return 0;
 }
 

@@ -41,6 +41,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     yield found
 
 
+def test_as_many_threads_run_as_were_asked_for(backend: Backend) -> None:
+    assert backend.threads == 2
+    backend.threads = 1
+    assert backend.threads == 1
+    backend.threads = 2
+
+
 def function(backend: Backend, name: str, kind: Any) -> Any:
     return kind(backend.symbols[name])
 

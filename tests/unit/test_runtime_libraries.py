@@ -230,6 +230,38 @@ def test_a_file_is_linked_registered_loaded_and_checked_by_its_absolute_path(
         load_library(null)
 
 
+def test_a_library_that_lacks_a_function_is_refused_before_it_is_called(
+    ffi: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "install_backend", lambda: None)
+    path = compile_to(tmp_path / "m.so", "int nobody_has(int); int ask(void) { return nobody_has(1); }")
+    with pytest.raises(
+        LibraryError, match=r"^cannot load m\.so: it needs nobody_has, which this server does not have$"
+    ):
+        load_library(path)
+    assert ffi.loaded == []
+
+
+def test_a_library_that_needs_tvms_runtime_gets_it_or_says_what_to_do(
+    ffi: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "install_backend", lambda: None)
+    path = compile_to(tmp_path / "m.so", "int TVMOfTheRuntime(int); int ask(void) { return TVMOfTheRuntime(1); }")
+    needs = r"^cannot load m\.so: it needs TVMOfTheRuntime, of TVM's runtime; "
+    monkeypatch.setattr(libraries, "find_runtime", lambda: None)
+    with pytest.raises(LibraryError, match=needs + "start the server with --runtime auto"):
+        load_library(path)
+    with pytest.raises(LibraryError, match=needs + "pip install apache-tvm there"):
+        load_library(path, runtime="")
+    runtime = compile_to(tmp_path / "runtime.so", "int TVMOfTheRuntime(int x) { return x; }")
+    monkeypatch.setattr(libraries, "find_runtime", lambda: runtime)
+    monkeypatch.setattr(libraries, "load_runtime", lambda: ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL))
+    with pytest.raises(LibraryError, match=needs):
+        load_library(path, runtime="none")
+    assert isinstance(load_library(path, runtime=""), FFIModule)
+    assert ffi.loaded == [(str(path), True)]
+
+
 def test_a_file_that_is_no_library_is_refused_with_the_loaders_words(
     ffi: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +431,7 @@ def test_functions_dtypes_devices_modules_and_pointers_are_translated() -> None:
     assert (type(pointer), pointer.value) == (ctypes.c_void_p, 64)
     thing = object()
     assert libraries._to_ffi(thing) is thing
+    assert libraries._to_ffi(libraries.FFIFunction(thing)) is thing
     function = tvm_ffi.get_global_func("testing.echo")
     assert libraries._from_ffi(function)(5) == 5
     assert libraries._from_ffi(thing) is thing

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runtime_wire import Client
 
-from rpcnb.errors import DeviceError
+from rpcnb.errors import DeviceError, LibraryError
 from rpcnb.protocol.messages import CallFunc, Shutdown
 from rpcnb.runtime import backend
 from rpcnb.runtime.backend import Backend
@@ -55,6 +55,26 @@ def test_where_no_compiled_code_runs_there_are_as_many_threads_as_processors(mon
     backend.install_backend.cache_clear()
     monkeypatch.setattr(backend, "processors", lambda: 7)
     assert STAND_INS["runtime.NumThreads"]() == 7
+
+
+@pytest.mark.parametrize("outcome", [None, LibraryError("apache-tvm-ffi is missing")])
+def test_where_others_run_the_loops_nothing_is_set(
+    monkeypatch: pytest.MonkeyPatch, outcome: LibraryError | None
+) -> None:
+    def install() -> None:
+        if outcome is not None:
+            raise outcome
+
+    install.cache_info = lambda: type("Info", (), {"currsize": 1})  # type: ignore[attr-defined]
+    monkeypatch.setattr(backend, "install_backend", install)
+    monkeypatch.setattr(backend, "processors", lambda: 6)
+    assert STAND_INS["runtime.NumThreads"]() == 6
+    if outcome is None:
+        assert STAND_INS["runtime.config_threadpool"](1, 2) is None
+    else:
+        with pytest.raises(LibraryError):
+            STAND_INS["runtime.config_threadpool"](1, 2)
+    assert STAND_INS["runtime.NumThreads"]() == 6
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int32", "uint8", "bool"])

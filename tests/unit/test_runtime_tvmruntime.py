@@ -87,6 +87,11 @@ def test_what_cannot_be_loaded_is_told(tvm: Path, tmp_path: Path, monkeypatch: p
         load_runtime()
     with pytest.raises(LibraryError, match="there is no runtime of TVM at"):
         load_runtime(str(tmp_path / "nothing.so"))
+    source, other = tmp_path / "other.c", tmp_path / "other.so"
+    source.write_text("int other(void) { return 1; }")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(other), str(source)], check=True)
+    with pytest.raises(LibraryError, match=r"other\.so is no runtime of TVM, or one for another apache-tvm-ffi"):
+        load_runtime(str(other))
     installed(monkeypatch, None)
     with pytest.raises(LibraryError, match="beside an installed apache-tvm; pip install apache-tvm"):
         load_runtime()
