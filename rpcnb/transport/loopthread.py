@@ -56,6 +56,8 @@ class LoopThread:
                 task.cancel()
             if pending:
                 loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            loop.call_soon(loop.stop)
+            loop.run_forever()  # one turn more, in which a transport that was closed lets its socket go
             io_loop.close(all_fds=False)
 
     def stop(self) -> None:
