@@ -206,6 +206,7 @@ def test_slots_are_registered_and_never_bare_names(status: int, monkeypatch: pyt
             registered.append(symbol)
             return status
 
+    module.ffi()  # which loads its own library, once
     monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(TVMFFIEnvModRegisterContextSymbol=Register()))
     monkeypatch.setattr(module, "find_global", lambda name: None)
     monkeypatch.setattr(module, "build", lambda: None)
