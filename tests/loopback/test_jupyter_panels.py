@@ -194,8 +194,14 @@ def test_devices_of_a_farm(serve: Serve, capsys: pytest.CaptureFixture[str]) -> 
         eventually(lambda: bool(places), "the place")
         bridge, view = Bridge(), View()
         bridge.add(view)
-        eventually(lambda: len(view.shown[-1]["devices"]["rows"] if view.shown else []) == 2, "the devices")
-        one, other = view.shown[-1]["devices"]["rows"]
+
+        def rows() -> list[dict[str, Any]]:
+            """Of this tracker: others that this process has asked may not have been collected yet."""
+            found = view.shown[-1]["devices"]["rows"] if view.shown else []
+            return [row for row in found if row["tracker"] == tracker.address]
+
+        eventually(lambda: len(rows()) == 2, "the devices")
+        one, other = rows()
         assert (one["board"], one["key"], one["state"], one["limit"]) == (board.address, "rpi", "busy", "60 s")
         assert one["holder"]
         assert (other["state"], other["holder"]) == ("you wait", "place 1 of 1")
