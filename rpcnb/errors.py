@@ -159,7 +159,7 @@ class ForkedSession(SessionLost):
 
 
 class SessionCrashed(SessionLost):
-    """The session's process at the server has ended: by a crash, or because it used more than it may.
+    """The process of a session, or of a job, at the server has ended: by a crash, or as it used more than it may.
 
     Other sessions of that server go on, and it takes new ones: ``session.reconnect()`` opens one.
 
@@ -169,7 +169,7 @@ class SessionCrashed(SessionLost):
         function: The call that was in progress, the oldest if there were several; empty if none was.
     """
 
-    def __init__(self, peer: str, how: str, function: str = "") -> None:
+    def __init__(self, peer: str, how: str, function: str = "", job: str = "") -> None:
         kind, _, fact = how.partition(":")
         self.how = how
         self.signal = fact if kind == "signal" else ""
@@ -177,15 +177,17 @@ class SessionCrashed(SessionLost):
         words = {
             "signal": f"its process there was ended by {fact}",
             "exit": f"its process there has exited with code {fact}",
+            "closed": "its process there has exited with code 0, without a result",
             "memory": "its process there used more memory than the server gives a session (--memory)",
             "cpu": "its process there used more processor time than the server gives a session (--cpu-time)",
         }
         hint = ", perhaps as memory was short" if fact == "SIGKILL" else ""
         during = f" during {function!r}" if function else ""
-        super().__init__(
-            f"session lost: {peer}: {words.get(kind, f'its process there has ended ({how})')}{hint}{during}; "
-            "the server goes on: reconnect() opens a fresh session"
-        )
+        why = f"{words.get(kind, f'its process there has ended ({how})')}{hint}{during}"
+        if job:
+            super().__init__(f"the job {job!r} at {peer} has crashed: {why}; its output is kept")
+        else:
+            super().__init__(f"session lost: {peer}: {why}; the server goes on: reconnect() opens a fresh session")
 
 
 class SessionClosed(RpcError, ConnectionError):
@@ -258,10 +260,14 @@ class ArgumentError(RpcError, TypeError):
 
     Attributes:
         index: Its position, from 0.
+        seen: What it is.
+        expected: What could travel.
     """
 
     def __init__(self, index: int, seen: str, expected: str = TRAVELLERS) -> None:
         self.index = index
+        self.seen = seen
+        self.expected = expected
         super().__init__(f"argument {index} is {seen}; expected {expected}")
 
 

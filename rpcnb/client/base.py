@@ -19,7 +19,6 @@ from rpcnb.client.operations import Operations
 from rpcnb.errors import LocalProtocolError, SessionClosed, SessionLost, SessionTimeout
 from rpcnb.link.inquiry import Inquiry
 from rpcnb.protocol.endpoint import State
-from rpcnb.protocol.messages import CallFunc
 from rpcnb.transport import forks
 from rpcnb.transport.turn import Turn
 from rpcnb.values import StaysHere
@@ -335,7 +334,7 @@ def _call_owed(operations: weakref.ref[Operations]) -> str:
     if ops is None:
         return ""
     owed = [*ops.link.wire.tickets, *(() if ops.lanes is None else ops.lanes.owed())]
-    return next((ops.name_of(one.request.handle) for one in owed if type(one.request) is CallFunc), "")
+    return next(filter(None, (ops.name_of(one.called) for one in owed)), "")
 
 
 def _look(session: weakref.ref[SessionBase]) -> None:

@@ -6,6 +6,7 @@ It is found again by its name, with the same token.
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import sys
 import time
@@ -87,19 +88,20 @@ def output_of(ops: Operations, name: str, at: int, wait: bool) -> Flow[tuple[int
 
 
 def all_output_of(ops: Operations, name: str) -> Flow[str]:
-    """Return what is kept of a job's output."""
-    parts, at = [], 0
-    while True:
+    """Return what is kept of a job's output; of one that goes on printing what there was at first."""
+    parts, at, size = [], 0, None
+    while size is None or at < size:
         begin, data, facts = yield from output_of(ops, name, at, False)
+        size = facts["output"] if size is None else size
         if not data:
             break
-        if begin > at:
-            parts.append(f"... {begin - at} bytes are not kept ...\n".encode())
-        parts.append(data)
+        parts += [_gap(begin - at).encode(), data]
         at = begin + len(data)
-        if at >= facts["output"]:
-            break
     return b"".join(parts).decode("utf-8", "replace")
+
+
+def _gap(nbytes: int) -> str:
+    return f"... {nbytes} bytes are not kept ...\n" if nbytes > 0 else ""
 
 
 def file_of(ops: Operations, name: str, file: str | None) -> Flow[bytearray]:
@@ -136,7 +138,9 @@ def raise_failure(peer: str, facts: dict[str, Any]) -> None:
         raise RemoteError(error["text"], error["type"], error["traceback"])
     if how == "restart":
         raise SessionLost(f"the job {name!r} has ended with its server at {peer}, which was stopped or started again")
-    raise SessionCrashed(peer, how, facts["function"] or name)
+    if how == "record":
+        raise SessionLost(f"what {peer} had noted of the job {name!r} is damaged; its output may be there; forget() it")
+    raise SessionCrashed(peer, how, facts["function"], name)
 
 
 def function_name(function: Any) -> str:
@@ -204,13 +208,14 @@ class Job(_Named):
 
     def follow(self, write: Callable[[str], object] | None = None) -> None:
         """Show its output as it comes, until it ends; Ctrl-C ends the showing, not the job."""
-        at, ended = 0, False
+        at, ended, decode = 0, False, codecs.getincrementaldecoder("utf-8")("replace").decode
         while not ended:
             begin, data, facts = self._ask(partial(output_of, name=self.name, at=at, wait=True), "output")
-            if data:
-                (write or sys.stdout.write)(data.decode("utf-8", "replace"))
+            ended = facts["state"] != "running" and begin + len(data) >= facts["output"]
+            text = _gap(begin - at) + decode(data, ended)
+            if text:
+                (write or sys.stdout.write)(text)
             at = begin + len(data)
-            ended = facts["state"] != "running" and at >= facts["output"]
 
     def wait(self, timeout: float | None = None) -> str:
         """Return its state once it has ended.

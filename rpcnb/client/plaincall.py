@@ -65,7 +65,7 @@ class PlainCall(Pending):
         self._link = function.ops.link
         session._pending[self.id] = self
         try:
-            self._link.submit_call(packet, self)
+            self._link.submit_call(packet, function.handle, self)
         except BaseException:
             del session._pending[self.id]
             raise

@@ -62,13 +62,14 @@ def _state(board: dict[str, Any] | None, server: dict[str, Any]) -> tuple[str, s
     """Return state, age, holders and time limit; as far as the tracker knows them."""
     told = (board or server).get("rpcnb") or {}
     sessions = told.get("sessions", [])
+    jobs = [f"job {name}" for name in told.get("jobs", [])]
     limits = ", ".join(f"{session['limit']:g} s" for session in sessions if session["limit"])
     if board is None:
-        state = "draining" if told.get("draining") else "busy" if sessions else "?"
-        return (state, "", "", limits)
+        state = "draining" if told.get("draining") else "busy" if sessions or jobs else "?"
+        return (state, "", ", ".join(jobs), limits)
     holders = board["holders"]
     since = f"{max(holder['since'] for holder in holders):.0f} s" if holders else ""
-    return board["state"], since, ", ".join(holder["name"] for holder in holders), limits
+    return board["state"], since, ", ".join([*(holder["name"] for holder in holders), *jobs]), limits
 
 
 def _visible(text: str) -> str:

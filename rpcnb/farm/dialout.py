@@ -47,7 +47,7 @@ class _Dialled(Connection):
 
     def _accept(self, text: str) -> None:
         key = KeyText.parse(text)
-        refusal = self.why_full()
+        refusal = self.why_full(key)
         if not self.server.gate.has_token(text):
             self.note_refusal(f"refused a client behind {self.peer}: wrong key or token")
             refusal = WRONG_TOKEN
@@ -96,7 +96,7 @@ class DialOut:
         told = ""
         while not self._closed:
             self._room.clear()
-            if self._server.taken:
+            if self._server.full:
                 await self._room.wait()
                 continue
             began = time.monotonic()

@@ -190,6 +190,8 @@ class ServerRegistration(Registration):
         own = {"instance": self._instance, "token": server.token is not None, "sessions": sessions}
         if server.draining:
             own["draining"] = [one.function for one in server.draining.values()][:_TOLD]
+        if server.jobs:
+            own["jobs"] = server.jobs[:_TOLD]
         return {"key": f"server:{server.key}", "addr": [server.custom_addr, self._port], "rpcnb": own}
 
     def _next_offer(self) -> Offer | None:

@@ -134,8 +134,9 @@ def read_told(value: Any) -> dict[str, Any] | None:
             {"peer": _text(one.get("peer"))[:_TEXT], "limit": _seconds(one.get("limit"))}
             for one in _dicts(value["sessions"])[:_SESSIONS]
         ]
-    if type(value.get("draining")) is list:
-        told["draining"] = [_text(one)[:_TEXT] for one in value["draining"][:_SESSIONS]]
+    for name in ("draining", "jobs"):
+        if type(value.get(name)) is list:
+            told[name] = [_text(one)[:_TEXT] for one in value[name][:_SESSIONS]]
     return told
 
 

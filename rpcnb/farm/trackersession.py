@@ -13,10 +13,11 @@ time limit) leaves the queue at once.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rpcnb.client.opening import open_session, open_session_async
-from rpcnb.errors import SessionLost, SessionTimeout
+from rpcnb.client.opening import connect, connect_async, open_session, open_session_async
+from rpcnb.errors import ConnectFailed, DeadlineExceeded, SessionLost, SessionTimeout
 from rpcnb.farm.devices import show_devices
 from rpcnb.farm.dialer import TrackedDialer, converse_awaiting, note_asker
 from rpcnb.farm.messages import ask_summary
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rpcnb.client.aio import AsyncSession
+    from rpcnb.client.jobs import AsyncJob, Job
     from rpcnb.client.session import Session
 
 __all__ = [
@@ -72,6 +74,16 @@ class _TrackerSessionBase(StaysHere):
         return TrackedDialer(
             where, priority, session_timeout, max_retry, constructor, token, self._extensions, told, lanes
         )
+
+    @staticmethod
+    def _boards(summary: dict[str, Any], key: str) -> list[tuple[str, int]]:
+        """Return where the boards of a key are."""
+        served = f"server:{key}"
+        return [server["addr"] for server in summary["server_info"] if server["key"] == served and server["addr"]]
+
+    def _no_job(self, key: str, name: str, count: int) -> LookupError:
+        boards = "1 board" if count == 1 else f"{count} boards"
+        return LookupError(f"none of the {boards} {key!r} of {self.address} has a job {name!r}, or the token is wrong")
 
     def close(self) -> None:
         """Do nothing: no connection is kept. For TVM's users."""
@@ -141,6 +153,31 @@ class TrackerSession(_TrackerSessionBase):
         dialer = self._dialer(key, priority, session_timeout, max_retry, session_constructor_args, token, told, lanes)
         return open_session(dialer, key, Deadline(timeout, f"request a board {key!r} of {self.address}"))
 
+    def find_job(self, key: str, name: str, *, token: str | None = None, timeout: float | None = _SECONDS) -> Job:
+        """Find a detached job again, on whichever board of a key it runs or ran: also one that it keeps busy.
+
+        The job has a session of its own, which can do nothing else, and ends when the job is dropped.
+
+        Args:
+            key: Kind of board.
+            name: Of the job.
+            token: The boards' token, if they want one.
+            timeout: Seconds for each board.
+
+        Raises:
+            LookupError: No board that can be reached has such a job.
+            ConnectFailed: There is no tracker.
+        """
+        boards = self._boards(self.summary(timeout=timeout), key)
+        for host, port in boards:
+            with contextlib.suppress(ConnectFailed, DeadlineExceeded):
+                session = connect(host, port, key, token=token, timeout=timeout)
+                try:
+                    return session.jobs[name]
+                except KeyError:
+                    session.close()
+        raise self._no_job(key, name, len(boards))
+
     def request_and_run(
         self,
         key: str,
@@ -204,6 +241,20 @@ class AsyncTrackerSession(_TrackerSessionBase):
         """Wait for a board and open a session; as :meth:`TrackerSession.request`. Cancelling leaves the queue."""
         dialer = self._dialer(key, priority, session_timeout, max_retry, session_constructor_args, token, told, lanes)
         return await open_session_async(dialer, key, Deadline(timeout, f"request a board {key!r} of {self.address}"))
+
+    async def find_job(
+        self, key: str, name: str, *, token: str | None = None, timeout: float | None = _SECONDS
+    ) -> AsyncJob:
+        """Find a detached job again; as :meth:`TrackerSession.find_job`."""
+        boards = self._boards(await self.summary(timeout=timeout), key)
+        for host, port in boards:
+            with contextlib.suppress(ConnectFailed, DeadlineExceeded):
+                session = await connect_async(host, port, key, token=token, timeout=timeout)
+                try:
+                    return await session.jobs.get(name)
+                except KeyError:
+                    await session.close()
+        raise self._no_job(key, name, len(boards))
 
     async def request_and_run(
         self,

@@ -47,7 +47,10 @@ class JobMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @argument("--forget", action="store_true", help="drop what is kept of it")
     @argument("--session", help="name of the session; the current one by default")
     def rpc_jobs(self, line: str) -> Job | None:
-        """List the device's detached jobs, or look after one: ``%rpc_jobs burnin --follow``."""
+        """List the device's detached jobs, or look after one: ``%rpc_jobs burnin --follow``.
+
+        Of several options each is done: ``--cancel``, then ``--follow``, ``--out`` and ``--forget``.
+        """
         options = parse_argstring(self.rpc_jobs, line)
         session = BOOK.find(options.session)
         if options.name is None:
@@ -66,18 +69,15 @@ class JobMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         except KeyError as error:
             raise UsageError(str(error.args[0])) from None
         if options.cancel:
-            say(f"{job.name} is being cancelled" if job.cancel() else f"{job.name} had ended")
-            return None
-        if options.forget:
-            job.forget()
-            say(f"forgot {job.name}")
-            return None
+            say(f"{job.name} was cancelled" if job.cancel() else f"{job.name} had ended")
         if options.follow:
             job.follow()
         if options.out is not None:
             self.shell.user_ns[options.out] = job.result()
-            return None
-        return None if options.follow else job
+        if options.forget:
+            job.forget()
+            say(f"forgot {job.name}")
+        return None if options.cancel or options.follow or options.out or options.forget else job
 
     @no_var_expand
     @line_magic
@@ -86,6 +86,5 @@ class JobMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @argument("--session", help="name of the session; the current one by default")
     def rpc_restart(self, line: str) -> None:
         """Begin afresh: the same session, with nothing of before at the device; in a process of its own there."""
-        session = BOOK.find(parse_argstring(self.rpc_restart, line).session)
-        session.reconnect()
+        session = BOOK.restart(parse_argstring(self.rpc_restart, line).session)
         say(f"{session.name} begins afresh at {describe(session)}")

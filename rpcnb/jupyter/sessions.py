@@ -54,12 +54,32 @@ class SessionBook:
         self._forget_closed()
         found = self.current if name is None else self.sessions.get(name)
         if found is None:
-            lost = next((one for one in self.lost if name in (None, one.name)), None)
+            lost = self._lost(name)
             if lost is not None:
                 raise LookupError(f"{lost.name} was lost ({lost.ended_by}); %rpc_connect {lost.peer} opens it again")
             known = ", ".join(self.sessions) or "none is open"
             raise LookupError(f"no session {name or ''} ({known}); connect with %rpc_connect".replace("  ", " "))
         return found
+
+    def restart(self, name: str | None) -> Session:
+        """Open a session, or the current one, afresh, also one that was lost; it is the current one then.
+
+        Raises:
+            LookupError: There is none.
+        """
+        self._forget_closed()
+        open_one = self.current if name is None else self.sessions.get(name)
+        session = open_one or self._lost(name) or self.find(name)
+        session.reconnect()
+        self._make_current(session)
+        return session
+
+    def _make_current(self, session: Session) -> None:
+        self.sessions.pop(session.name, None)
+        self.sessions[session.name] = session  # the latest
+
+    def _lost(self, name: str | None) -> Session | None:
+        return next((one for one in reversed(self.lost) if name in (None, one.name)), None)
 
     def demo_address(self) -> str:
         """Return the demo board's address, starting it if it does not run."""
@@ -89,8 +109,7 @@ class SessionBook:
                         raise
                     word = ""  # the server has another token now, and it was given: another session
             if word:
-                self.sessions.pop(known.name, None)
-                self.sessions[known.name] = known  # the latest is current
+                self._make_current(known)
                 return known, word
         session = rpcnb.connect(address, key=key, **options)
         if name:

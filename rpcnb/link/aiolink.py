@@ -80,9 +80,9 @@ class AsyncLink:
         with wire.lock:
             if wire.tickets or wire.out or wire.garbage or wire.held:
                 wire.queue_garbage()
-                ticket = wire.queue_call(packet)
+                ticket = wire.queue_call(packet, handle)
             else:
-                ticket = wire.send_call(packet)
+                ticket = wire.send_call(packet, handle)
                 if not wire.out and wire.ended is None:
                     return ticket
             if not self._writing:

@@ -110,7 +110,7 @@ class Link:
                 self._watch_writability()
         return ticket
 
-    def submit_call(self, packet: bytes, operation: Any) -> None:
+    def submit_call(self, packet: bytes, handle: int, operation: Any) -> None:
         """Send a plain call soon, as ``operation.ticket``; whoever receives its reply calls ``operation.resume()``."""
         wire = self.wire
         if wire.is_in_step():
@@ -120,7 +120,7 @@ class Link:
                 if self.garbage:
                     wire.queue_garbage()
                 alone = not wire.tickets
-                ticket = operation.ticket = wire.queue_call(packet)
+                ticket = operation.ticket = wire.queue_call(packet, handle)
                 ticket.waker = partial(self.ready.append, operation)
                 if (alone or len(wire.out) >= _TOGETHER) and not wire.flush():
                     self._watch_writability()
@@ -212,7 +212,7 @@ class Link:
             with wire.lock:
                 if self._pumping or wire.tickets or wire.out or wire.garbage or wire.ended is not None:
                     return NOT_PLAIN
-                ticket = wire.send_call(packet)
+                ticket = wire.send_call(packet, handle)
                 self._pump_here()
             try:
                 if wire.waits is not None and not (wire.out or ticket.done):

@@ -66,12 +66,16 @@ class Ticket:
         moved: Bytes of its bulk data that have moved, either way.
         value: For a call made the short way: the plain result, or NOT_PLAIN if there is a ``reply`` instead.
         ordinal: Which request of its connection it is, kInitServer being the first.
+        handle: Of the function that a call made the short way is of; 0 for all others.
     """
 
-    __slots__ = ("abandoned", "done", "error", "moved", "ordinal", "reply", "request", "taken", "value", "waker")
+    __slots__ = (
+        "abandoned", "done", "error", "handle", "moved", "ordinal", "reply", "request", "taken", "value", "waker",
+    )  # fmt: skip
 
-    def __init__(self, request: Request | None) -> None:
+    def __init__(self, request: Request | None, handle: int = 0) -> None:
         self.request = request
+        self.handle = handle
         self.reply: Reply | None = None
         self.error: Exception | None = None
         self.done = False
@@ -91,6 +95,11 @@ class Ticket:
         """Why there is no reply."""
         assert self.error is not None
         return self.error
+
+    @property
+    def called(self) -> int:
+        """The handle of the function that it is a call of; 0 if it is none."""
+        return self.handle or (self.request.handle if type(self.request) is CallFunc else 0)
 
     def result(self) -> Reply:
         """Take the reply, or raise what ended the wait for it."""
@@ -174,19 +183,19 @@ class Wire:
         else:
             self.held.append(parts)
 
-    def _note_call(self) -> Ticket:
+    def _note_call(self, handle: int) -> Ticket:
         """Note a call made the short way; returns the ticket of its reply."""
         self.endpoint.note_sent(_CALL)
-        ticket = Ticket(_CALL)
+        ticket = Ticket(_CALL, handle)
         ticket.value = NOT_PLAIN
         self.requests += 1
         ticket.ordinal = self.requests
         self.tickets.append(ticket)
         return ticket
 
-    def send_call(self, packet: bytes) -> Ticket:
+    def send_call(self, packet: bytes, handle: int) -> Ticket:
         """Send a call whose packet has been made by the short way; nothing else waits to be sent."""
-        ticket = self._note_call()
+        ticket = self._note_call(handle)
         try:
             sent = self._send(packet, _NOW)
         except (BlockingIOError, InterruptedError):
@@ -199,15 +208,15 @@ class Wire:
             self.out.append((memoryview(packet)[sent:], None))
         return ticket
 
-    def queue_call(self, packet: bytes) -> Ticket:
+    def queue_call(self, packet: bytes, handle: int) -> Ticket:
         """Queue a call whose packet has been made by the short way.
 
         Raises:
             SessionLost: The connection has ended; or SessionClosed, SessionTimeout.
         """
         if self.ended is not None:
-            return self._queue_in_vain(Ticket(_CALL))
-        ticket = self._note_call()
+            return self._queue_in_vain(Ticket(_CALL, handle))
+        ticket = self._note_call(handle)
         self._post([(packet, None)])
         return ticket
 
@@ -227,11 +236,11 @@ class Wire:
             ArgumentError: A value cannot travel; nothing is queued.
         """
         if self.ended is not None:
-            return [self._queue_in_vain(Ticket(_CALL)) for _ in calls]
+            return [self._queue_in_vain(Ticket(_CALL, handle)) for _ in calls]
         packets = [write_call(handle, args) or b"".join(encode_packet(CallFunc(handle, args))) for args in calls]
         if self.depth is not None:
-            return [self.queue_call(packet) for packet in packets]
-        tickets = [self._note_call() for _ in calls]
+            return [self.queue_call(packet, handle) for packet in packets]
+        tickets = [self._note_call(handle) for _ in calls]
         self.out.append((b"".join(packets), None))
         return tickets
 

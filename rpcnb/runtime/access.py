@@ -92,6 +92,16 @@ class Gate:
         given = KeyText.parse(text).options.get("-token", "")
         return hmac.compare_digest(given.encode(), self.token.encode())
 
+    def is_visit(self, key: KeyText) -> bool:
+        """Tell whether a client comes by itself to a server that its tracker hands out; it may look after jobs."""
+        return self._match_keys is not None and key.key == self.key and key.features is not None
+
+    def lets_visit(self, text: str) -> bool:
+        """Tell whether a client with this key text comes so, and has the token."""
+        key = KeyText.parse(text)
+        given = key.options.get("-token", "")
+        return self.is_visit(key) and (self.token is None or hmac.compare_digest(given.encode(), self.token.encode()))
+
     def issue(self) -> str:
         """Return a fresh match key of 128 bits, good for one session."""
         assert self._match_keys is not None, "tracked"

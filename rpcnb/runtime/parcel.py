@@ -54,9 +54,18 @@ def pack(values: Sequence[Any]) -> bytes:
         except (TypeError, ValueError, RecursionError):
             kinds = "numbers, texts, bytes, numpy arrays, and lists and dicts of the former"
             raise ArgumentError(index, f"of type {type_name(value)}", kinds) from None
+        if not _has_text_keys(value):
+            raise ArgumentError(index, "a dict with a key that is no text", "dicts with text keys: it would become one")
         entries.append({"json": value})
     head = json.dumps(entries).encode()
     return b"".join([_HEAD.pack(len(head)), head, *parts])
+
+
+def _has_text_keys(value: Any) -> bool:
+    """Tell whether all dicts in a value that JSON can carry have text keys: it makes others such."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _has_text_keys(one) for key, one in value.items())
+    return not isinstance(value, (list, tuple)) or all(map(_has_text_keys, value))
 
 
 def unpack(data: bytes) -> list[Any]:

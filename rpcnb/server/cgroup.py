@@ -10,7 +10,9 @@ import contextlib
 import os
 from pathlib import Path
 
-__all__ = ["MemoryGroups"]
+__all__ = ["NO_MEMORY", "MemoryGroups"]
+
+NO_MEMORY = 72  # exit code of a process that has used up what it may and has noticed that itself
 
 _ROOT = Path("/sys/fs/cgroup")
 

@@ -101,9 +101,8 @@ class Host(Protocol):
     def waits_for_place(self, go_on: Callable[[], object]) -> bool:
         """Have ``go_on`` called in a moment if a place may be free then; False: there is no hope for that."""
 
-    @property
-    def full(self) -> bool:
-        """Tell whether there is no room for another session."""
+    def full_for(self, key: KeyText) -> bool:
+        """Tell whether there is no room for a session of a client with this key."""
 
     @property
     def is_crowded(self) -> bool:
@@ -334,7 +333,7 @@ class Connection:
             server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong key or token")
             self._send_last(refusal())
             return
-        if not (server.full and server.waits_for_place(lambda: self._guarded(lambda: self._enter(key)))):
+        if not (server.full_for(key) and server.waits_for_place(lambda: self._guarded(lambda: self._enter(key)))):
             self._enter(key)
 
     def _enter(self, key: KeyText) -> None:
@@ -342,17 +341,17 @@ class Connection:
         if self.closed:
             return
         server = self.server
-        full = self.why_full()
+        full = self.why_full(key)
         options = {"-rpcnb": extension(EXTENSION, server.limits)} if key.features is not None else {}
         if options and not full:
             features = ("lanes", *server.features)
             options = {"-rpcnb": extension(EXTENSION, server.limits, *features), TICKET: server.lanes.issue(self)}
         self.begin(key, options, full)
 
-    def why_full(self) -> str:
+    def why_full(self, key: KeyText) -> str:
         """Return what to say to a client for whom there is no room; empty if there is."""
         server = self.server
-        if not server.full:
+        if not server.full_for(key):
             return ""
         why = server.why_full()
         self.note_refusal(f"refused {self.peer}: {why}")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tornado.ioloop import IOLoop
 
     from rpcnb.protocol.codes import Limits
+    from rpcnb.protocol.handshake import KeyText
     from rpcnb.runtime.access import Gate
 
 __all__ = ["SessionHost"]
@@ -140,6 +141,14 @@ class SessionHost(StaysHere):
     def full(self) -> bool:
         """Tell whether there is no room for a session."""
         return False
+
+    def is_visit(self, key: KeyText) -> bool:
+        """Tell whether a client may look after jobs only, and needs no place."""
+        return False
+
+    def full_for(self, key: KeyText) -> bool:
+        """Tell whether there is no room for a session of a client with this key."""
+        return self.full
 
     @property
     def is_crowded(self) -> bool:

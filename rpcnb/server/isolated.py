@@ -48,6 +48,8 @@ class _Session(Child):
         self.connection = connection
         self.since = time.monotonic()
         self.over = False
+        self.visits = sessions.server.is_visit(connection.key)
+        self.visitor = ""  # why it may only look after jobs
         self.gone = 0  # looks at which its client had gone
         self.where = ends_of(connection.sock)
         self.asked: dict[int, Future[list[ClientState]]] = {}
@@ -68,6 +70,7 @@ class _Session(Child):
 
     def _hand_over(self) -> None:
         waiting, self._waiting = self._waiting, []
+        self.visitor = self.sessions.why_visitor(self)
         for connection in waiting:
             sock = connection.sock
             facts = {
@@ -78,7 +81,7 @@ class _Session(Child):
                 "web": sock.state() if isinstance(sock, WebSocket) else None,
                 "directory": self.directory,
                 "observe": bool(self.sessions.server.observers),
-                "visitor": self.sessions.why_visitor(),
+                "visitor": self.visitor,
             }
             self.channel.post({"open": facts}, b"", [connection.let_go()])
 
@@ -194,6 +197,7 @@ class IsolatedSessions:
             log.warning("%s: the session of %s has ended: %s", self.server.name, connection.peer, how)
         del self._sessions[connection]
         self.server.ended_elsewhere(connection, how)
+        self.promote()
         waiting, self._wait_for_place = self._wait_for_place, []
         for go_on in waiting:
             go_on()
@@ -203,16 +207,32 @@ class IsolatedSessions:
         return connection in self._sessions
 
     @property
-    def held(self) -> int:
+    def held(self) -> list[str]:
         """Jobs that run although the sessions that began them have ended."""
-        return len(self.jobs.held(self._sessions))
+        return self.jobs.held(self._sessions)
 
-    def why_visitor(self) -> str:
-        """Say why a session that is beginning may only look after jobs; empty if it may do all."""
-        held = self.jobs.held(self._sessions)
-        if self._places is None or len(self._sessions) + len(held) <= self._places:
+    @property
+    def visits(self) -> int:
+        """Sessions that need no place."""
+        return sum(session.visits for session in self._sessions.values())
+
+    def why_visitor(self, session: _Session) -> str:
+        """Say why a session may only look after jobs; empty if it may do all."""
+        held = self.held
+        if session.visits:
+            lent = "this board is lent by its tracker"
+            return f"{lent}, and taken by the job {held[0]!r}" if held else f"{lent}: request it there"
+        if self._places is None or len(self._sessions) - self.visits + len(held) <= self._places:
             return ""
         return f"this board is taken by the job {held[0]!r}"
+
+    def promote(self) -> None:
+        """Let those do all for whom there is a place now."""
+        for session in self._sessions.values():
+            if session.visitor and session.pid:
+                before, session.visitor = session.visitor, self.why_visitor(session)
+                if session.visitor != before:
+                    session.channel.post({"visitor": session.visitor})
 
     def when_free(self, go_on: Callable[[], object]) -> None:
         """Call ``go_on`` when a session has ended, or after a moment: one may be about to end."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CAN_ISOLATE", "Isolation"]
 
 _LEAST_MEMORY = 64 << 20  # bytes: Python with numpy needs so much before anything is done
+_MOST = 1 << 50  # more is a mistake, and too much for the system's own numbers before long
 CAN_ISOLATE = sys.platform.startswith("linux")
 # What a session's process would import as it begins.
 _WARM = ("resource", "rpcnb.server.hop", "tornado.platform.asyncio")
@@ -55,10 +56,16 @@ class Isolation:
         for name in self.load:
             if is_path(name) and not os.path.isfile(name):
                 raise FileNotFoundError(f"cannot load {name}: no such file")
-        if self.memory is not None and self.memory < _LEAST_MEMORY:
-            raise ValueError(f"expected at least {_LEAST_MEMORY >> 20} MiB of memory for a session, got {self.memory}")
-        if self.cpu_time is not None and self.cpu_time < 1:
-            raise ValueError(f"expected at least one second of processor time for a session, got {self.cpu_time}")
+        if self.memory is not None and not _LEAST_MEMORY <= self.memory <= _MOST:
+            raise ValueError(
+                f"expected between {_LEAST_MEMORY >> 20} MiB and {_MOST >> 40} TiB of memory for a session, "
+                f"got {self.memory} bytes"
+            )
+        if self.cpu_time is not None and not 1 <= self.cpu_time <= _MOST:  # nor nan
+            raise ValueError(
+                f"expected one second of processor time or more for a session, got {self.cpu_time}; "
+                "without --cpu-time there is no limit"
+            )
 
     def options(
         self, server: SessionHost, allow_exec: bool, libraries: Sequence[str], switch_interval: float | None

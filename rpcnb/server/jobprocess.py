@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import inspect
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import AccessDenied, FunctionNotFound, LimitExceeded
+from rpcnb.errors import AccessDenied, ArgumentError, FunctionNotFound, IsolationFailed, LimitExceeded
 from rpcnb.runtime.current import SESSION
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.parcel import pack, unpack
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["run_job"]
 
+_MOST_TEXT = 100_000  # characters of an error's text, and of its traceback
 
-def run_job(environment: Environment, channel: Channel, note: Note, allow_exec: bool, most: int) -> int:
+
+def run_job(
+    environment: Environment, channel: Channel, note: Note, allow_exec: bool, most: int, refusal: str = ""
+) -> int:
     """Run a job in the main thread; returns the exit code.
 
     Args:
@@ -33,6 +38,7 @@ def run_job(environment: Environment, channel: Channel, note: Note, allow_exec: 
         note: What to do: names, and its arguments as a parcel; and where its output goes.
         allow_exec: Cells may run.
         most: Bytes of its result.
+        refusal: Why nothing can be run here.
     """
     words, (output,) = note.words["job"], note.descriptors
     for number in (1, 2):
@@ -44,27 +50,55 @@ def run_job(environment: Environment, channel: Channel, note: Note, allow_exec: 
     session = LocalServingSession(environment)
     session.files.keep_at(root / "files")
     token = SESSION.set(session)
-    error: dict[str, str] | None = None
-    try:
+
+    def run() -> Any:
+        if refusal:
+            raise IsolationFailed(refusal)
         if words["source"] is not None:
-            result = _run_cell(words["source"], words["name"], allow_exec)
-        else:
-            result = _call(environment, words["function"], unpack(note.data))
-        parcel = pack([result])
-        if len(parcel) > most:
-            raise LimitExceeded(f"the result has {len(parcel)} bytes, job_bytes={most}")
-        (root / "result").write_bytes(parcel)
+            return _run_cell(words["source"], words["name"], allow_exec)
+        return _call(environment, words["function"], unpack(note.data))
+
+    error: dict[str, str] | None = None
+    try:  # an interrupt may come wherever the inner one is left
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            channel.send({"began": True})
+            parcel = _pack(run())
+            if len(parcel) > most:
+                raise LimitExceeded(f"the result has {len(parcel)} bytes, job_bytes={most}")
+            (root / "result").write_bytes(parcel)
+        finally:
+            signal.signal(signal.SIGINT, lambda *_: None)
     except BaseException as raised:
         told = report(raised)
         trace = told.traceback if words["source"] is None else format_cell(raised)
-        error = {"type": told.type_name, "text": told.text, "traceback": trace}
-    finally:
-        SESSION.reset(token)
+        error = {"type": told.type_name, "text": _within(told.text), "traceback": _within(trace)}
+    SESSION.reset(token)
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
     channel.send({"done": error})
     return 0
+
+
+def _pack(result: Any) -> bytes:
+    """Return the parcel of a job's result.
+
+    Raises:
+        TypeError: It is of another kind than can be kept.
+    """
+    try:
+        return pack([result])
+    except ArgumentError as error:
+        raise TypeError(f"the result of a job is kept as {error.expected}; got one {error.seen}") from None
+
+
+def _within(text: str) -> str:
+    """Return the beginning and the end of a text that is too long to be kept."""
+    if len(text) <= _MOST_TEXT:
+        return text
+    half = _MOST_TEXT // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters are not kept ...\n{text[-half:]}"
 
 
 def _call(environment: Environment, name: str, args: list[Any]) -> Any:

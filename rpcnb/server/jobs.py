@@ -1,27 +1,25 @@
 """Detached jobs, at the server: work that outlives the session that began it.
 
-Each has a process of its own and a directory: ``job.json`` (what is known of it), ``output`` (what it has printed),
-``result`` (a parcel) and ``files``. They belong to the server's token: whoever has it finds them, on another day and
-from another machine. Finished ones are kept for a week, and as long as there is room.
+Each has a process of its own and a directory (see jobrecords.py). They belong to the server's token: whoever has it
+finds them, on another day and from another machine. Finished ones are kept for a week, and as long as there is room.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
-import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import LimitExceeded
+from rpcnb.server.jobrecords import CANCELLED, DONE, FAILED, RUNNING, Records, fresh_facts
 from rpcnb.server.processes import Child
-from rpcnb.transport.runfiles import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
@@ -43,7 +41,10 @@ _KEPT = 7 * 86400.0  # seconds after its end
 _PART = 4 << 20  # bytes of one answer
 _WAIT = 20.0  # seconds for which a question for more output waits
 _STOP = 5.0  # seconds after an interrupt at which a job that was cancelled is killed
-_RUNNING = "running"
+_LEAVE = 2.0  # seconds that a job has to end by itself, once its result is there
+_MOST_ERROR = 1 << 17  # characters of an error's text, and of its traceback
+_TOGETHER = 2.0  # seconds before the server's end in which jobs that were killed have ended with it
+_KILLS = ("signal:SIGTERM", "signal:SIGKILL")
 
 
 def state_directory() -> Path:
@@ -57,7 +58,7 @@ def state_directory() -> Path:
 
 def _told(facts: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:
     """Return what a client is told of a job; among all of them in few words."""
-    told = {name: value for name, value in facts.items() if name not in ("source", "kept")}
+    told = {name: value for name, value in facts.items() if name not in ("source", "kept", "server")}
     if not whole:
         error = facts["error"]
         brief = error and {**error, "text": error["text"][:500], "traceback": ""}
@@ -73,16 +74,20 @@ class _Job(Child):
         self.owner = owner
         self._jobs = jobs
         self.facts = facts
-        self.root = jobs.root / facts["name"]
+        self.root = jobs.records.root / facts["name"]
         self._data = data
         self._answer: Answer | None = answer
         self._asked: list[Callable[[], object]] = []  # who waits for more output, or the end
         self._pipe: int | None = None
+        self._began = False  # it can be interrupted
         self._cancelled = False
-        self._outcome: tuple[str, dict[str, Any] | None] | None = None  # told before its end: state and error
+        self.end: dict[str, Any] = {}  # how it has ended, as far as is known: state, error, how
 
     def begin(self) -> None:
         """It is there: tell it what to do."""
+        if self.how:  # it was cancelled meanwhile
+            self._say({"job": _told(self.facts)})
+            return
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         self._pipe = reading
@@ -153,21 +158,28 @@ class _Job(Child):
 
     def hear(self, note: Note) -> None:
         """Take what it says."""
-        if "done" in note.words:
-            self._outcome = ("failed", note.words["done"]) if note.words["done"] else ("done", None)
+        if "began" in note.words:
+            self._began = True
+        elif "done" in note.words:
+            told = note.words["done"]
+            error = told and {name: str(told[name])[:_MOST_ERROR] for name in ("type", "text", "traceback")}
+            self.end = {"state": FAILED if error else DONE, "error": error}
+            self.later(_LEAVE, "closed")  # what it has started may hold it
 
     def cancel(self) -> None:
-        """Interrupt it; kill it if that does not help."""
+        """Interrupt it, and kill it if that does not help; or at once, if its function has not been called yet."""
         self._cancelled = True
-        with contextlib.suppress(OSError):
-            os.kill(self.pid, signal.SIGINT)
-        self.later(_STOP, "cancelled")
+        if self._began:
+            self.processes.tell_zygote({"kill": self.pid, "signal": signal.SIGINT})
+            self.later(_STOP, "cancelled")
+        else:
+            self.kill("cancelled")
 
     def refused(self, why: str) -> None:
         """It could not be made."""
-        self._jobs.forget_running(self)
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._jobs.never_began(self)
         self._say({"error": f"no process for the job: {why}; try again later"})
+        self.tell()
 
     def release(self) -> None:
         """Let go of everything; what it has printed last is read."""
@@ -182,15 +194,14 @@ class _Job(Child):
         super().release()
 
     def ended(self, how: str) -> None:
-        """It has ended."""
-        self._jobs.forget_running(self)
-        if self._outcome is not None:
-            self.facts["state"], self.facts["error"] = self._outcome
-        else:
-            self.facts |= {"state": "failed", "how": how}
-        if self._cancelled and self.facts["state"] == "failed":
-            self.facts |= {"state": "cancelled", "how": ""}
-        self._jobs.note_end(self.facts, self.owner)
+        """Its process has ended."""
+        self.end = {"ended": time.time(), **(self.end or {"state": FAILED, "how": how})}
+        if self._cancelled and self.end["state"] == FAILED:
+            self.end |= {"state": CANCELLED, "how": ""}
+        self._jobs.look_at(self)
+
+    def told(self) -> None:
+        """Its end is known: say so to all who wait."""
         self._say({"job": _told(self.facts)})
         self.tell()
 
@@ -213,31 +224,18 @@ class Jobs:
         self.limits = limits
         self._io_loop = io_loop
         self._on_end = on_end
-        self.root = state_directory() / "jobs" / hashlib.sha256(name.encode()).hexdigest()[:20]
+        root = state_directory() / "jobs" / hashlib.sha256(name.encode()).hexdigest()[:20]
+        self.records = Records(root, limits.job_bytes)
         self._running: dict[str, _Job] = {}
-        self._ended: dict[str, dict[str, Any]] = {}  # oldest first
-        self._find()
-
-    def _find(self) -> None:
-        """Find those of before; whose server has ended while they ran, have ended with it."""
-        found = []
-        for path in self.root.glob("*/job.json"):
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                facts = json.loads(path.read_text())
-                if facts["state"] == _RUNNING:
-                    facts |= {"state": "failed", "how": "restart", "ended": facts["since"]}
-                    write_atomically(path, facts)
-                found.append((facts["ended"], facts["name"], facts))
-        for _, name, facts in sorted(found, key=lambda one: one[:2]):
-            self._ended[name] = facts
+        self._ended: dict[str, dict[str, Any]] = {facts["name"]: facts for facts in self.records.find()}  # oldest first
         self._make_room()
 
-    def _make_room(self) -> None:
-        """Drop those that ended long ago, and the oldest where there is no room for all."""
+    def _make_room(self, newest: str = "") -> None:
+        """Drop those that ended long ago, and the oldest where there is no room for all; the newest one stays."""
         now = time.time()
         for name, facts in list(self._ended.items()):
             full = len(self._ended) + len(self._running) > self.limits.jobs or self._kept() > self.limits.job_bytes
-            if full or now - facts["ended"] > _KEPT:
+            if (full and name != newest) or now - facts["ended"] > _KEPT:
                 self._drop(name)
 
     def _kept(self) -> int:
@@ -245,7 +243,12 @@ class Jobs:
 
     def _drop(self, name: str) -> None:
         self._ended.pop(name, None)
-        shutil.rmtree(self.root / name, ignore_errors=True)
+        self.records.drop(name)
+
+    @property
+    def any(self) -> bool:
+        """Tell whether there are some, running or not."""
+        return bool(self._running or self._ended)
 
     def held(self, sessions: Container[Any]) -> list[str]:
         """Return the names of those that run although the session that began them is none of ``sessions``."""
@@ -255,24 +258,33 @@ class Jobs:
         """Return the names of those that run and that this session has begun."""
         return [name for name, job in self._running.items() if job.owner is owner]
 
-    def forget_running(self, job: _Job) -> None:
-        """Note that one runs no more."""
+    def never_began(self, job: _Job) -> None:
+        """Note that there is no process for one."""
         self._running.pop(job.facts["name"], None)
+        self.records.drop(job.facts["name"])
 
-    def note_end(self, facts: dict[str, Any], owner: Any) -> None:
+    def look_at(self, job: _Job) -> None:
+        """See in a thread what one has left whose process has ended: there may be many files; then note its end."""
+
+        def look() -> None:
+            left = self.records.left(job.facts["name"])
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._io_loop.add_callback(self._note_end, job, left)
+
+        threading.Thread(target=look, name="rpcnb-job", daemon=True).start()
+
+    def _note_end(self, job: _Job, left: dict[str, Any]) -> None:
         """Keep what is known of one that has ended."""
-        root = self.root / facts["name"]
-        facts["ended"] = time.time()
-        with contextlib.suppress(OSError):
-            facts["kept"] = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
-            facts["result"] = (root / "result").stat().st_size if (root / "result").exists() else 0
-            files = root / "files"
-            names = (str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
-            facts["files"] = sorted(name for name in names if not Path(name).name.startswith("."))[:1000]
-            write_atomically(root / "job.json", facts)
-        self._ended[facts["name"]] = facts
-        self._make_room()
-        self._on_end(owner)
+        facts, name = job.facts, job.facts["name"]
+        if self._running.get(name) is not job:  # the server has been closed meanwhile
+            return
+        del self._running[name]
+        facts |= job.end | left
+        self.records.write(facts)
+        self._ended[name] = facts
+        self._make_room(name)
+        self._on_end(job.owner)
+        job.told()
 
     # -- what clients ask --------------------------------------------------------------------------------------------
 
@@ -311,28 +323,9 @@ class Jobs:
             raise LimitExceeded(f"{len(self._running)} jobs are running, jobs={self.limits.jobs}")
         if self.processes.broken:
             raise OSError(self.processes.broken)
-        root = self.root / name
-        root.mkdir(parents=True, mode=0o700)
-        facts: dict[str, Any] = {
-            "name": name,
-            "function": str(words.get("function") or ""),
-            "source": words.get("source"),
-            "state": _RUNNING,
-            "since": time.time(),
-            "ended": None,
-            "error": None,
-            "how": "",
-            "output": 0,
-            "result": 0,
-            "files": [],
-            "kept": 0,
-        }
-        try:
-            write_atomically(root / "job.json", facts)
-            job = _Job(self, facts, data, answer, words.get("owner"))
-        except BaseException:
-            shutil.rmtree(root, ignore_errors=True)
-            raise
+        facts = fresh_facts(name, str(words.get("function") or ""), words.get("source"))
+        self.records.make(facts)
+        job = _Job(self, facts, data, answer, words.get("owner"))
         self._running[name] = job
         self._make_room()
         self.processes.fork(job)
@@ -356,7 +349,7 @@ class Jobs:
         if words.get("wait") and job is not None and at >= facts["output"]:
             job.when_more(lambda: self._output({**words, "wait": False}, data, answer))
             return
-        path = self.root / facts["name"] / "output"
+        path = self.records.root / facts["name"] / "output"
         kept = path.stat().st_size if path.exists() else 0
         at = max(at, facts["output"] - kept)
         found = b""
@@ -368,11 +361,12 @@ class Jobs:
 
     def _read(self, words: dict[str, Any], data: bytes, answer: Answer) -> None:
         facts, at = self._facts(words), int(words["at"])
-        root = self.root / facts["name"]
+        root = self.records.root / facts["name"]
         path = root / "result" if words["file"] is None else root / "files" / str(words["file"])
         inside = path.resolve().is_relative_to((root / "files").resolve())
         if words["file"] is not None and not (inside and path.is_file()):
-            raise LookupError(f"the job {facts['name']!r} has no file {words['file']!r}; it has {facts['files'][:20]}")
+            why = facts["left_out"] or f"it has {facts['files'][:20]}"
+            raise LookupError(f"the job {facts['name']!r} has no file {words['file']!r}; {why}")
         with open(path, "rb") as file:
             file.seek(max(0, at))
             answer({"job": _told(facts), "size": path.stat().st_size}, file.read(_PART))
@@ -386,10 +380,10 @@ class Jobs:
         job.cancel()
 
         def tell() -> None:
-            if facts["state"] == _RUNNING:
+            if facts["state"] == RUNNING:
                 job.when_more(tell)  # it is killed before long
             else:
-                answer({"job": _told(facts), "cancelled": facts["state"] == "cancelled"}, b"")  # it may just have ended
+                answer({"job": _told(facts), "cancelled": facts["state"] == CANCELLED}, b"")  # it may just have ended
 
         tell()
 
@@ -402,7 +396,19 @@ class Jobs:
 
     def close(self) -> None:
         """The server ends: what runs ends with it, and the reason is kept; on the loop."""
-        for job in list(self._running.values()):
-            job.facts |= {"state": "failed", "how": "restart"}
-            self.note_end(job.facts, None)
+        now = time.time()
+        for job in self._running.values():
+            job.facts |= {"ended": now, **(job.end or {"state": FAILED, "how": "restart"})}
+            self._ended[job.facts["name"]] = job.facts
+        for facts in self._ended.values():
+            if facts["how"] in _KILLS and now - facts["ended"] < _TOGETHER:  # by whoever stops all processes at once
+                facts["how"] = "restart"
+            if now - facts["ended"] < _TOGETHER:
+                self.records.write(facts)
         self._running.clear()
+        self.records.close()
+
+    def forked(self) -> None:
+        """In a forked child of the server: the jobs are the parent's."""
+        self._running.clear()
+        self.records.forked()

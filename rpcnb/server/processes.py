@@ -17,11 +17,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import IsolationFailed
-from rpcnb.server.cgroup import MemoryGroups
+from rpcnb.server.cgroup import NO_MEMORY, MemoryGroups
 from rpcnb.server.zygote import ONE_THREAD
+from rpcnb.transport.backoff import Backoff
 from rpcnb.transport.channel import Channel
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 _START = 120.0  # seconds for the zygote to import what it needs, and for the operator's modules
 _CLOSE = 3.0  # seconds for all processes to end
 _ENDED = "the process that makes those of sessions has ended"
+_LOOK = 0.01  # seconds between two looks at whether what was killed has ended
 _PAUSE = 0.02  # seconds that a session that begins has the machine for itself, before the next one is prepared
 
 
@@ -177,6 +180,8 @@ class Processes:
         self._forked: dict[int, _Forked] = {}  # by process
         self._spare: _Forked | None = None  # what the next session need not wait for
         self._closed = False
+        self._closing = threading.Event()
+        self._again: threading.Thread | None = None  # starts another zygote
         try:
             self._start()
         except BaseException:
@@ -200,7 +205,8 @@ class Processes:
         try:
             ours.settimeout(_START)
             channel.send(self._options)
-            _await(channel, "ready", _ENDED)
+            preload = ", ".join(self._options["preload"])
+            _await(channel, "ready", f"a module of --preload ({preload}) has ended it" if preload else _ENDED)
             self._check(channel)
             ours.settimeout(None)
         except BaseException as error:
@@ -211,8 +217,7 @@ class Processes:
             raise
         self._zygote = channel
 
-    @staticmethod
-    def _check(channel: Channel) -> None:
+    def _check(self, channel: Channel) -> None:
         """Import the operator's modules once, in a process that does nothing else."""
         ours, theirs = socket.socketpair()
         trial = Channel(ours)
@@ -221,10 +226,16 @@ class Processes:
             with theirs:
                 channel.send({"fork": 0, "check": True}, b"", [theirs.fileno()])
                 _await(channel, "forked", _ENDED)
-            _await(trial, "ready", "a module of --load has ended the process that imported it")
+            _await(trial, "ready", self._why_no_trial())
         finally:
             trial.close()
         _await(channel, "ended", _ENDED)
+
+    def _why_no_trial(self) -> str:
+        memory = self._options["memory"]
+        short = f", or --memory ({memory >> 20} MiB) is too little for it" if memory else ""
+        load = ", ".join(map(str, self._options["load"]))
+        return f"a module of --load ({load}) has ended the process that imported it{short}"
 
     def listen(self) -> None:
         """Begin to work; on the loop."""
@@ -302,13 +313,14 @@ class Processes:
         if process is self._spare:
             self._spare = None
         used_up = process.group is not None and MemoryGroups.remove(process.group)
+        used_up |= self._options["memory"] is not None and os.waitstatus_to_exitcode(status) == NO_MEMORY
         child = process.child
         if child is not None:
             child.release()
             child.ended(child.how or ("memory" if used_up else _how(status)))
 
     def _zygote_ended(self) -> None:
-        """All processes have ended with it; another is started."""
+        """All processes have ended with it, and what they have left is; another zygote is started."""
         if self._closed:
             return
         self.broken = _ENDED
@@ -316,26 +328,40 @@ class Processes:
         forking, self._forking = list(self._forking.values()), {}
         for process in forking:
             self._note_failure(process, _ENDED)
-        forked, self._forked = list(self._forked.values()), {}
-        for process in forked:
+        forked, self._forked = self._forked, {}
+        for process in forked.values():
             self._note_end(process, signal.SIGKILL)
-        threading.Thread(target=self._start_again, name="rpcnb-zygote", daemon=True).start()
+        self._again = threading.Thread(target=self._start_again, args=({*forked},), name="rpcnb-zygote", daemon=True)
+        self._again.start()
 
-    def _start_again(self) -> None:
+    def _start_again(self, left: set[int]) -> None:
         self._process.wait()
-        try:
-            os.makedirs(self.directory, exist_ok=True)
-            self._start()
-        except (IsolationFailed, OSError) as error:
-            self.broken = str(error)
-            log.exception("%s: no sessions any more", self.name)
+        _kill_sessions(left)
+        backoff = Backoff()
+        while not self._closing.is_set():
+            try:
+                os.makedirs(self.directory, exist_ok=True)
+                self._start()
+            except (IsolationFailed, OSError) as error:
+                if self.broken != str(error):  # once, not at every try
+                    self.broken = str(error)
+                    log.error("%s: no sessions until this is mended: %s", self.name, error)
+                self._closing.wait(backoff.next())
+                continue
+            if self._closing.is_set():
+                self._zygote.close()
+                return
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self.io_loop.add_callback(self._go_on)
             return
 
-        def go_on() -> None:
-            self.broken = ""
-            self.listen()
-
-        self.io_loop.add_callback(go_on)
+    def _go_on(self) -> None:
+        if self._closed:
+            self._zygote.close()
+            return
+        log.warning("%s: there are processes for sessions again", self.name)
+        self.broken = ""
+        self.listen()
 
     def forked(self) -> None:
         """In a forked child of the server's process: what is open to processes is the parent's."""
@@ -349,6 +375,7 @@ class Processes:
     def close(self) -> None:
         """End all processes; on the loop."""
         self._closed = True
+        self._closing.set()
         for process in [*self._forking.values(), *self._forked.values()]:
             process.release()
             if process.child is not None:
@@ -357,6 +384,10 @@ class Processes:
 
     def wait(self) -> None:
         """Return when all processes have ended; the loop need not run any more."""
+        if self._again is not None:
+            self._again.join(_CLOSE)
+            self._process.kill()  # a module may never be imported
+            self._again.join()
         self._end_zygote()
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -366,6 +397,27 @@ class Processes:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _kill_sessions(leaders: set[int]) -> None:
+    """Kill what is left of sessions (in the system's sense) whose leaders have ended."""
+    while True:
+        found = False
+        for word in os.listdir("/proc"):
+            if word.isdecimal():
+                with contextlib.suppress(OSError):
+                    if os.getsid(int(word)) in leaders and not _is_dead(word):
+                        os.kill(int(word), signal.SIGKILL)
+                        found = True
+        if not found:
+            return
+        time.sleep(_LOOK)
+
+
+def _is_dead(pid: str) -> bool:
+    """Tell whether nobody has taken note of a process's end yet."""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] in "ZX"
 
 
 def _await(channel: Channel, word: str, otherwise: str) -> None:

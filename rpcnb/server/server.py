@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from tornado.ioloop import IOLoop
 
     from rpcnb.cells.runners import Runner
+    from rpcnb.protocol.handshake import KeyText
     from rpcnb.runtime.registry import Registry
 
 __all__ = ["Server", "all_servers"]
@@ -55,6 +56,7 @@ __all__ = ["Server", "all_servers"]
 log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds
+_MOST_VISITS = 8  # sessions at once that need no place: they only look after jobs
 _MOST_CONNECTIONS = 1 << 20  # at once
 
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
@@ -323,7 +325,14 @@ class Server(SessionHost):
 
     def admits(self, text: str, address: tuple[Any, ...]) -> bool:
         """Tell whether a client with this key text may enter."""
-        return self.gate.admits(text, self._counted(address, self.token is not None))
+        counted = self._counted(address, self.token is not None)
+        if self._jobs is not None and self._jobs.any and self.gate.lets_visit(text):
+            return counted is None or not self.gate.throttles(counted)
+        return self.gate.admits(text, counted)
+
+    def is_visit(self, key: KeyText) -> bool:
+        """Tell whether a client may look after jobs only, and needs no place."""
+        return self.gate.is_visit(key)
 
     def _counted(self, address: tuple[Any, ...], guarded: bool = True) -> str | None:
         """Return the host under which wrong attempts are counted, if they are."""
@@ -360,14 +369,14 @@ class Server(SessionHost):
     def full(self) -> bool:
         """Tell whether there is no room for a session; those count of which something still runs."""
         most = self.max_sessions
-        return self.is_crowded or (most is not None and self._sessions + len(self.draining) >= most)
+        visits = 0 if self._isolated is None else self._isolated.visits
+        return self.is_crowded or (most is not None and self._sessions - visits + len(self.draining) >= most)
 
-    @property
-    def taken(self) -> bool:
-        """Tell whether no session is to be handed out: there is no room, or a job of a session that has ended runs."""
-        held = 0 if self._isolated is None else self._isolated.held
-        most = self.max_sessions
-        return self.full or (most is not None and self._sessions + held >= most)
+    def full_for(self, key: KeyText) -> bool:
+        """Tell whether there is no room for a session of a client with this key."""
+        if self._isolated is not None and self.is_visit(key):
+            return self.is_crowded or self._isolated.visits >= _MOST_VISITS
+        return self.full
 
     @property
     def is_crowded(self) -> bool:
@@ -390,7 +399,7 @@ class Server(SessionHost):
         if connection.deadline is not None:
             self.io_loop.remove_timeout(connection.deadline)
             connection.deadline = None
-        if self._registration is not None and not connection.lane:
+        if self._registration is not None and not (connection.lane or self.is_visit(connection.key)):
             self._registration.opened(connection.key.key, connection.peer, connection.key.timeout)
         super().opened(connection)
 
@@ -410,14 +419,17 @@ class Server(SessionHost):
 
     def _place_is_free(self, connection: Connection) -> None:
         """Note that a session has ended, and nothing of it runs any more."""
-        if self._jobs is not None and self._jobs.of(connection):
-            return  # until that has ended
-        if self._registration is not None:
-            self._registration.ended(connection.key.key)
         if self._dial_out is not None:
-            self._dial_out.ended()
+            self._dial_out.ended()  # while a job runs, for who looks after it
+        if self._registration is not None and not (self._jobs is not None and self._jobs.of(connection)):
+            self._registration.ended(connection.key.key)
 
     # -- isolation -----------------------------------------------------------------------------------------------
+
+    @property
+    def jobs(self) -> list[str]:
+        """Names of the detached jobs that run although the sessions that began them have ended."""
+        return [] if self._isolated is None else self._isolated.held
 
     @property
     def isolated(self) -> bool:
@@ -438,7 +450,11 @@ class Server(SessionHost):
 
     def _job_ended(self, owner: Any) -> None:
         """Note that a detached job has ended: the place of the session that began it may be free now."""
-        if owner is not None and not self._closed and not self._is_taken(owner):
+        if self._closed:
+            return
+        if self._isolated is not None:
+            self._isolated.promote()
+        if owner is not None and not self._is_taken(owner):
             self._place_is_free(owner)
 
     def _is_taken(self, connection: Connection) -> bool:
@@ -521,6 +537,8 @@ class Server(SessionHost):
             listener.close()
         if self._processes is not None:
             self._processes.forked()
+        if self._jobs is not None:
+            self._jobs.forked()
         super().forked()
 
     def _stop(self) -> None:

@@ -5,7 +5,7 @@
     server -> here   {"job": facts}, a parcel and a pipe   instead of all others: see jobprocess.py
                      {"open": facts} and a socket     the client, greeted; then its lanes
                      {"ask": n, "what": "pending"}    -> {"answer": n, "states": [...]}
-                     {"observe": bool}
+                     {"observe": bool}, {"visitor": why it may only look after jobs}
     here -> server   {"over": true}, {"event": kind, "facts": {...}}
                      {"ask": n, "what": "counts"}     -> {"answer": n, "counts": {...}}
                      {"ask": n, "what": "jobs", "question": words}, data -> {"answer": n, "reply": words}, data
@@ -20,6 +20,7 @@ import itertools
 import logging
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -33,6 +34,7 @@ from rpcnb.runtime.access import Gate
 from rpcnb.runtime.backend import ffi_global_names
 from rpcnb.runtime.libraries import load_at_start
 from rpcnb.runtime.registry import REGISTRY
+from rpcnb.server.cgroup import NO_MEMORY
 from rpcnb.server.connection import Connection
 from rpcnb.server.host import SessionHost
 from rpcnb.server.modules import load_modules
@@ -54,6 +56,7 @@ log = logging.getLogger(__name__)
 
 _LOOP = "rpcnb-session"
 _BROKEN = 71  # exit code
+_ROOM = 32 << 20  # bytes that a session needs to work with: a few threads and buffers
 _POWERS = ("native", "expose_ffi", "trusted_paths", "default_run", "runtime")
 
 
@@ -137,7 +140,7 @@ class SessionProcess(SessionHost):
 
     def _alone(self) -> None:
         """The server has gone."""
-        os._exit(0)
+        os._exit(NO_MEMORY if self.channel.out_of_memory else 0)
 
     def _hear(self, note: Note) -> None:
         words = note.words
@@ -152,6 +155,8 @@ class SessionProcess(SessionHost):
             self.channel.post({"answer": words["ask"], "states": states})
         elif "observe" in words:
             self._observe(words["observe"])
+        elif "visitor" in words:
+            self.environment.visitor = words["visitor"]
 
     def _open(self, facts: dict[str, Any], descriptor: int) -> None:
         """Go on with a client where the server has stopped."""
@@ -238,29 +243,33 @@ def run_session(options: dict[str, Any], channel: Channel, *, check: bool) -> in
     _limit(options)
     interval.hold(options["switch_interval"])
     threading.excepthook = _fail_in_one_line
+    for name in ("asyncio", "tornado.application"):
+        logging.getLogger(name).addFilter(_ends_without_memory)
     runner = None
     if options["allow_exec"]:
         from rpcnb.cells.runners import MainThread
 
         runner = MainThread()  # this thread has nothing else to do
-    process = SessionProcess(options, channel, runner)
     if check:
-        why = process.load()
+        why = _try(options, channel, runner)
         channel.send({"failed": why} if why else {"ready": True})
         _leave()
         return 0
+    process = SessionProcess(options, channel, runner)
     if not select.select([channel.sock], [], [], 0)[0]:  # nobody waits
         rehearse(process.io_loop)
     note = channel.receive()
     if note is None:
         return 0
-    process.load()
     if "job" in note.words:
         from rpcnb.server.jobprocess import run_job
 
-        code = run_job(process.environment, channel, note, bool(options["allow_exec"]), process.limits.job_bytes)
+        why = process.load()
+        code = run_job(process.environment, channel, note, bool(options["allow_exec"]), process.limits.job_bytes, why)
         _leave()
         return code
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    process.load()
     process.begin(note)
     if runner is not None:
         runner.run(process.over.wait)
@@ -270,11 +279,50 @@ def run_session(options: dict[str, Any], channel: Channel, *, check: bool) -> in
     return 0
 
 
+def _ends_without_memory(record: logging.LogRecord) -> bool:
+    """End where the loop itself had no memory, instead of logging that: it would find none the next time either."""
+    if record.exc_info and isinstance(record.exc_info[1], MemoryError):
+        os._exit(NO_MEMORY)
+    return True
+
+
+def _try(options: dict[str, Any], channel: Channel, runner: MainThread | None) -> str:
+    """Say why a session cannot be had here: for its modules, or as the operator gives it too little memory."""
+    if not options["memory"]:
+        return SessionProcess(options, channel, runner).load()
+    logging.disable()
+    used = int(options["memory"])
+    try:
+        process = SessionProcess(options, channel, runner)
+        why = process.load()
+        if why:
+            return why
+        rehearse(process.io_loop)
+        used = _data_bytes()
+    except (MemoryError, RuntimeError, OSError):  # no thread, say
+        pass
+    if options["grouped"] or used + _ROOM <= options["memory"]:
+        return ""
+    return (
+        f"--memory {options['memory'] >> 20}M is too little: a session has {used >> 20} MiB before it does anything, "
+        f"and needs {_ROOM >> 20} MiB more to work with"
+    )
+
+
+def _data_bytes() -> int:
+    """Return the bytes that count for RLIMIT_DATA."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        return next((int(line.split()[1]) << 10 for line in file if line.startswith("VmData:")), 0)
+    return 0
+
+
 def _fail_in_one_line(failed: threading.ExceptHookArgs) -> None:
     """End with the loop: a function has closed what it needs, say. Other threads are users'."""
     if failed.thread is None or failed.thread.name != _LOOP:
         threading.__excepthook__(failed)
         return
+    if isinstance(failed.exc_value, MemoryError):
+        os._exit(NO_MEMORY)
     log.error("the process %d of a session ends: its loop has failed: %s", os.getpid(), failed.exc_value)
     os._exit(_BROKEN)
 
@@ -291,6 +339,16 @@ def _limit(options: dict[str, Any]) -> None:
 
     if options["cpu_time"]:
         seconds = int(options["cpu_time"])
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+        _set_limit(resource.RLIMIT_CPU, seconds, seconds + 1)
     if options["memory"] and not options["grouped"]:
-        resource.setrlimit(resource.RLIMIT_DATA, (options["memory"], options["memory"]))
+        _set_limit(resource.RLIMIT_DATA, options["memory"], options["memory"])
+
+
+def _set_limit(which: int, soft: int, hard: int) -> None:
+    """Bound something, within what this process has been given itself."""
+    import resource
+
+    most = resource.getrlimit(which)[1]
+    if most != resource.RLIM_INFINITY:
+        soft, hard = min(soft, most), min(hard, most)
+    resource.setrlimit(which, (soft, hard))

@@ -6,7 +6,7 @@ for a session, kills one, and tells of the end of each, with everything that the
 ::
 
     {"fork": n, "check": bool}, the other end of a channel -> {"forked": n, "pid": pid} or {"failed": n, "why": text}
-    {"kill": pid}
+    {"kill": pid, "signal": number}                        (killed without a number)
     (a process has ended)                                  -> {"ended": pid, "status": status, "peak": bytes}
 """
 
@@ -23,6 +23,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ __all__ = ["ONE_THREAD", "main"]
 
 # What keeps numerical libraries from starting threads, which a fork would lose; a session's process has its own again.
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "NUMEXPR")}
+_PATIENCE, _MOMENT = 2.0, 0.005  # seconds for what sessions have left to end, and between two looks
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SETTERS = ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads64_",
             "openblas_set_num_threads", "MKL_Set_Num_Threads")  # fmt: skip
@@ -68,6 +70,7 @@ class Zygote:
         self._channel = channel
         self._options = options
         self._pids: set[int] = set()
+        self._over: set[int] = set()  # processes that have ended, of which something may be left
         self._restore = _blas_setters()
 
     def run(self) -> None:
@@ -105,12 +108,16 @@ class Zygote:
     def _end(self) -> None:
         for pid in self._pids:
             _kill_group(pid)
+        until = time.monotonic() + _PATIENCE
+        while self._pids | self._over and time.monotonic() < until:
+            self._reap()
+            time.sleep(_MOMENT)
         shutil.rmtree(self._options["directory"], ignore_errors=True)  # the server may have been killed
 
     def _hear(self, note: Note) -> None:
         words = note.words
         if "kill" in words and words["kill"] in self._pids:  # else it has ended meanwhile
-            os.kill(words["kill"], signal.SIGKILL)
+            os.kill(words["kill"], int(words.get("signal", signal.SIGKILL)))
         elif "fork" in words:
             self._fork(note)
 
@@ -134,6 +141,7 @@ class Zygote:
             self._be_session(descriptor, check=bool(note.words.get("check")))
         os.close(descriptor)
         self._pids.add(pid)
+        self._over.discard(pid)
         self._channel.send({"forked": number, "pid": pid})
 
     def _be_session(self, descriptor: int, *, check: bool) -> None:
@@ -146,7 +154,7 @@ class Zygote:
                 os._exit(0)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, lambda *_: None)  # until there is something to interrupt
             self._selector.close()
             for one in (self._channel, *self._inherited):  # with what was sent for the next ones
                 one.close()
@@ -183,32 +191,37 @@ class Zygote:
             try:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
-                return
+                found = None
             if found is None:
-                return
+                break
             pid = found.si_pid
             if pid in self._pids:  # before it is reaped: its number is nobody else's yet
                 _kill_group(pid)
-                _kill_orphans(pid)
             _, status, usage = os.wait4(pid, 0)
             if pid in self._pids:
                 self._pids.discard(pid)
+                self._over.add(pid)
                 with contextlib.suppress(OSError):  # the server has gone
                     self._channel.send({"ended": pid, "status": status, "peak": usage.ru_maxrss * 1024})
+        if self._over:
+            self._kill_orphans()
+
+    def _kill_orphans(self) -> None:
+        """Kill what processes have left in other process groups: it has become ours, now or when its parent ends."""
+        found = False
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+            for pid in map(int, file.read().split()):
+                with contextlib.suppress(OSError):
+                    if os.getsid(pid) in self._over:
+                        os.kill(pid, signal.SIGKILL)
+                        found = True
+        if not found:
+            self._over.clear()
 
 
 def _kill_group(pid: int) -> None:
     with contextlib.suppress(OSError):
         os.killpg(pid, signal.SIGKILL)
-
-
-def _kill_orphans(session: int) -> None:
-    """Kill what a session's process has left in other process groups: it has become ours."""
-    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
-        for word in file.read().split():
-            with contextlib.suppress(OSError):
-                if int(word) != session and os.getsid(int(word)) == session:
-                    os.kill(int(word), signal.SIGKILL)
 
 
 def _blas_setters() -> list[Callable[[int], object]]:

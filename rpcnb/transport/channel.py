@@ -51,7 +51,12 @@ class Channel:
 
     Args:
         sock: Connected Unix stream socket.
+
+    Attributes:
+        out_of_memory: It has ended as there was no memory here for what came.
     """
+
+    out_of_memory = False
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -166,6 +171,8 @@ class Channel:
                 return
             except RemoteProtocolError:
                 alive = False
+            except MemoryError:  # what has come would come again and again
+                alive, self.out_of_memory = False, True
             if not alive:
                 self.close()
                 on_end()

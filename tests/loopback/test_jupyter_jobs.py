@@ -56,7 +56,7 @@ def test_a_detached_cell_is_listed_followed_and_its_result_bound(cell: Cell) -> 
 def test_a_job_is_cancelled_and_a_failed_one_says_why(cell: Cell) -> None:
     cell("%%rpc --detach long\nimport time\ntime.sleep(600)")
     cell("%rpc_jobs long --cancel")
-    assert cell.out == "long is being cancelled\n"
+    assert cell.out == "long was cancelled\n"
     cell("%rpc_jobs long --cancel")
     assert cell.out == "long had ended\n"
     job = cell("%%rpc --detach wrong\n1 / 0")

@@ -279,7 +279,7 @@ def test_where_no_process_can_be_made_a_client_is_told(
     ("how", "source", "text"),
     [
         ("load", "import sys; sys.exit(3)", "SystemExit: 3"),
-        ("load", "import os; os._exit(3)", "a module of --load has ended the process that imported it"),
+        ("load", "import os; os._exit(3)", "a module of --load (wrongmodule) has ended the process that imported it"),
         ("load", "1 / 0", "ZeroDivisionError: division by zero"),
         ("preload", "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()", "start threads"),
         ("preload", "1 / 0", "--preload wrongmodule: ZeroDivisionError: division by zero"),
