@@ -156,10 +156,10 @@ def function_name(function: Any) -> str:
 
 
 class _Named:
-    """A job, by its session and name."""
+    """A job, by the session with which it is asked after, and name."""
 
     def __init__(self, session: Any, facts: dict[str, Any]) -> None:
-        self._session = session
+        self.session = session
         self._facts = facts
         self.name: str = facts["name"]
 
@@ -169,7 +169,7 @@ class _Named:
         return dict(self._facts)
 
     def _ask(self, make: Callable[[Operations], Flow[Any]], what: str, timeout: float | None = None) -> Any:
-        return self._session._run(make, timeout, f"{what} {self.name}", on_output=_nothing)
+        return self.session._run(make, timeout, f"{what} {self.name}", on_output=_nothing)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}: {self._facts['state']}, {self._facts['function'] or 'a cell'}>"
@@ -184,6 +184,7 @@ class Job(_Named):
 
     Attributes:
         name: By which it is found again.
+        session: With which it is asked after; the job goes on without it.
     """
 
     def refresh(self) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class TrackerSession(_TrackerSessionBase):
     def find_job(self, key: str, name: str, *, token: str | None = None, timeout: float | None = _SECONDS) -> Job:
         """Find a detached job again, on whichever board of a key it runs or ran: also one that it keeps busy.
 
-        The job has a session of its own, which can do nothing else, and ends when the job is dropped.
+        The job has a session of its own, which can do nothing else: ``job.session``, to be closed when it is done with.
 
         Args:
             key: Kind of board.

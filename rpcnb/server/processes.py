@@ -232,10 +232,10 @@ class Processes:
         _await(channel, "ended", _ENDED)
 
     def _why_no_trial(self) -> str:
-        memory = self._options["memory"]
-        short = f", or --memory ({memory >> 20} MiB) is too little for it" if memory else ""
-        load = ", ".join(map(str, self._options["load"]))
-        return f"a module of --load ({load}) has ended the process that imported it{short}"
+        memory, load = self._options["memory"], ", ".join(map(str, self._options["load"]))
+        why = [f"a module of --load ({load}) has ended the process that imported it"] if load else []
+        why += [f"--memory {memory >> 20}M is too little for a session"] if memory else []
+        return ", or ".join(why) or "the process that tries whether there can be sessions has ended"
 
     def listen(self) -> None:
         """Begin to work; on the loop."""

@@ -421,7 +421,11 @@ class Server(SessionHost):
         """Note that a session has ended, and nothing of it runs any more."""
         if self._dial_out is not None:
             self._dial_out.ended()  # while a job runs, for who looks after it
-        if self._registration is not None and not (self._jobs is not None and self._jobs.of(connection)):
+        if self._registration is None:
+            return
+        if self._jobs is not None and self._jobs.of(connection):
+            self._registration.changed()  # it is taken until that job has ended
+        else:
             self._registration.ended(connection.key.key)
 
     # -- isolation -----------------------------------------------------------------------------------------------

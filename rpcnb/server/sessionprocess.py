@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 _LOOP = "rpcnb-session"
 _BROKEN = 71  # exit code
+_TRIAL = 10  # seconds in which a session must be there that is given enough memory
 _ROOM = 32 << 20  # bytes that a session needs to work with: a few threads and buffers
 _POWERS = ("native", "expose_ffi", "trusted_paths", "default_run", "runtime")
 
@@ -293,10 +294,13 @@ def _try(options: dict[str, Any], channel: Channel, runner: MainThread | None) -
     logging.disable()
     used = int(options["memory"])
     try:
+        signal.alarm(_TRIAL)  # a thread without memory may never say that it has started
         process = SessionProcess(options, channel, runner)
+        signal.alarm(0)
         why = process.load()
         if why:
             return why
+        signal.alarm(_TRIAL)
         rehearse(process.io_loop)
         used = _data_bytes()
     except (MemoryError, RuntimeError, OSError):  # no thread, say

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import ctypes
 import os
 import resource
@@ -19,6 +21,7 @@ from rpcnb.runtime.local import workpath
 from rpcnb.runtime.registry import register_func
 
 STATE: list[int] = []
+HOARD: list[bytearray] = []
 CRASHES: dict[str, Callable[[], object]] = {
     "segfault": lambda: ctypes.string_at(8),
     "abort": os.abort,
@@ -67,12 +70,65 @@ def leave_threads() -> None:
         threading.Thread(target=time.sleep, args=(1000,)).start()
 
 
-@register_func("b.leave_child")
-def leave_child(detached: bool) -> int:
+LEAVES = {
+    "child": "echo $$; exec sleep 1000",
+    "orphan": "sleep 1000 & echo $!",
+    "group": "set -m; sh -c 'echo $$; sleep 1000; true'",
+}
+
+
+@register_func("b.leave")
+def leave(kind: str) -> int:
     """Start a process that would go on; returns its number."""
-    command = "sleep 1000 & echo $!" if detached else "exec sleep 1000"
-    child = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE if detached else None)
-    return int(child.stdout.readline()) if child.stdout is not None else child.pid
+    child = subprocess.Popen(["sh", "-c", LEAVES[kind]], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    return int(child.stdout.readline())
+
+
+@register_func("b.hoard")
+def hoard() -> None:
+    """Use up all memory that this process may have, and keep it."""
+    for size in (1 << 20, 1 << 12, 100):
+        with contextlib.suppress(MemoryError):
+            while True:
+                HOARD.append(bytearray(size))
+
+
+@register_func("b.leave_at_exit")
+def leave_at_exit() -> int:
+    """Return, but have something in the process that goes on when it is to end."""
+    atexit.register(time.sleep, 1000)
+    return 5
+
+
+@register_func("b.files")
+def files(nbytes: int) -> int:
+    """Leave a file with a hole, and one without."""
+    with open(workpath("holes"), "wb") as file:
+        file.truncate(1 << 32)
+    with open(workpath("whole"), "wb") as file:
+        file.write(bytes(nbytes))
+    return nbytes
+
+
+@register_func("b.odd")
+def odd(nested: bool) -> object:
+    """Return what JSON would make another of."""
+    return [{"a": {None: 2}}] if nested else {1: 2}
+
+
+@register_func("b.letters")
+def letters() -> None:
+    """Print letters of two bytes in pieces of one."""
+    for piece in "äöü€".encode() * 5:
+        os.write(1, bytes([piece]))
+        time.sleep(0.002)
+
+
+@register_func("b.flood")
+def flood() -> None:
+    while True:
+        os.write(1, b"x" * 65536)
 
 
 @register_func("b.burn")

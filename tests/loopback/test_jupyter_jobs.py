@@ -53,6 +53,27 @@ def test_a_detached_cell_is_listed_followed_and_its_result_bound(cell: Cell) -> 
     assert "no jobs" in cell.out
 
 
+def test_all_that_is_asked_of_a_job_is_done(cell: Cell) -> None:
+    cell("%%rpc --detach one\nprint('a line')\n5")
+    cell("%rpc_jobs one --follow --out answer --forget")
+    assert cell.out == "a line\nforgot one\n"
+    assert cell("answer") == 5
+    cell("%%rpc --detach two\nimport time\ntime.sleep(600)")
+    cell("%rpc_jobs two --cancel --forget")
+    assert cell.out == "two was cancelled\nforgot two\n"
+
+
+def test_a_crashed_session_begins_afresh(cell: Cell, caplog: pytest.LogCaptureFixture) -> None:
+    cell("%%rpc\nimport os\nos._exit(3)")
+    assert "exited with code 3" in cell.err
+    cell("%rpc_restart")
+    assert "begins afresh" in cell.out
+    assert str(cell("%rpc 1 + 1")) == "2"
+    cell("%rpc_restart --session nobody")
+    assert "no session nobody" in cell.err
+    caplog.clear()
+
+
 def test_a_job_is_cancelled_and_a_failed_one_says_why(cell: Cell) -> None:
     cell("%%rpc --detach long\nimport time\ntime.sleep(600)")
     cell("%rpc_jobs long --cancel")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -120,6 +121,25 @@ def test_a_crash_costs_one_session(
     caplog.clear()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda session: session.fn.b.crash("kill"),
+        lambda session: session.get_function("b.crash")("kill"),
+        lambda session: session.get_function("b.crash").submit("kill").result(),
+        lambda session: list(session.get_function("b.crash").map(["kill"] * 3)),
+        lambda session: (session.call("b.add", 1, 2), session.fn.b.crash("kill")),
+    ],
+)
+def test_a_crash_names_the_call_however_it_was_made(
+    board: Any, call: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with connect(board) as session, pytest.raises(rpcnb.errors.SessionCrashed) as caught:
+        call(session)
+    assert caught.value.function == "b.crash"
+    caplog.clear()
+
+
 def test_an_awaited_session_learns_of_a_crash(board: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with await rpcnb.connect_async(board.address, token=TOKEN) as session:
@@ -212,14 +232,59 @@ def test_a_process_may_use_so_much(start: Start, caplog: pytest.LogCaptureFixtur
     caplog.clear()
 
 
-@pytest.mark.parametrize("detached", [True, False])
-def test_nothing_that_a_session_has_started_is_left(board: Any, detached: bool) -> None:
-    with connect(board) as session:
-        child = psutil.Process(session.call("b.leave_child", detached))
-        session.call("b.leave_threads")
-        assert child.is_running()
-    eventually(lambda: has_ended(child), "the child's end")
-    eventually(lambda: board.sessions == 0 and not children_of(board))
+@pytest.mark.parametrize("how", ["close", "crash", "zygote", "server"])
+def test_nothing_that_a_session_has_started_is_left(board: Any, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    session = connect(board)
+    left = [psutil.Process(session.call("b.leave", kind)) for kind in ("child", "orphan", "group")]
+    assert all(one.is_running() for one in left)
+    if how == "close":
+        session.close()
+    elif how == "crash":
+        with pytest.raises(rpcnb.errors.SessionCrashed):
+            session.call("b.crash", "segfault")
+    elif how == "zygote":
+        os.kill(board._processes._process.pid, signal.SIGKILL)
+    else:
+        board.close()
+    eventually(lambda: all(map(has_ended, left)), "the end of what it has started")
+    session.close()
+    caplog.clear()
+
+
+def test_memory_that_is_used_up_costs_one_session(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    board = start({"memory": 160 << 20})
+    with connect(board) as good, connect(board) as bad:
+        with contextlib.suppress(rpcnb.RemoteError, rpcnb.errors.SessionCrashed):
+            bad.call("b.hoard")
+        how: list[str] = []
+
+        def has_crashed() -> bool:
+            try:
+                list(bad.jobs)  # the server's words come over the channel
+            except rpcnb.errors.SessionCrashed as error:
+                how.append(error.how)
+            return bool(how)
+
+        eventually(has_crashed, "its end")
+        assert how == ["memory"]
+        assert good.call("b.add", 1, 2) == 3
+    caplog.clear()
+
+
+@pytest.mark.parametrize("memory", [64 << 20, 80 << 20, 100 << 20])
+def test_too_little_memory_is_one_line(start: Start, memory: int, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(rpcnb.errors.IsolationFailed, match="too little") as caught:
+        start({"memory": memory})
+    assert len(str(caught.value).splitlines()) == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"memory": 1}, {"memory": 10**21}, {"cpu_time": 0.5}, {"cpu_time": math.inf}, {"cpu_time": math.nan}]
+)
+def test_a_limit_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="for a session, got"):
+        Isolation(**wrong)
 
 
 def test_a_stopped_process_is_ended_with_its_client(board: Any) -> None:
@@ -251,16 +316,40 @@ def test_the_end_of_the_zygote_ends_its_sessions_and_no_more(board: Any, caplog:
     caplog.clear()
 
 
+def test_a_module_that_is_being_edited_is_tried_again(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = tmp_path / "edited.py"
+    module.write_text("from isolatedboard import *")
+    board = start({"load": [BOARD, str(module)]})
+    module.write_text("1 / 0")
+    os.kill(board._processes._process.pid, signal.SIGKILL)
+    eventually(lambda: "ZeroDivisionError" in board._processes.broken, "a try", 20)
+    with pytest.raises(rpcnb.RemoteError, match="no process for a session: ZeroDivisionError: division by zero"):
+        connect(board)
+    module.write_text("")
+    eventually(lambda: not board._processes.broken, "another try", 20)
+    with connect(board) as session:
+        assert session.call("b.add", 1, 2) == 3
+    assert len([one for one in caplog.records if "until this is mended" in one.message]) == 1
+    module.write_text("1 / 0")
+    os.kill(board._processes._process.pid, signal.SIGKILL)
+    eventually(lambda: board._processes.broken, "its end")
+    board.close()  # while it is tried
+    caplog.clear()
+
+
 def test_where_no_process_can_be_made_a_client_is_told(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    free = tmp_path / "free"
     (tmp_path / "forksonce.py").write_text(
-        textwrap.dedent("""
+        textwrap.dedent(f"""
         import os
         forks, real = [], os.fork
         def fork():
             forks.append(1)
-            if len(forks) in (2, 3):  # the one kept ready, and the client's
+            if len(forks) > 1 and not os.path.exists({str(free)!r}):  # the first one tries the modules
                 raise BlockingIOError(11, "Resource temporarily unavailable")
             return real()
         os.fork = fork
@@ -270,6 +359,7 @@ def test_where_no_process_can_be_made_a_client_is_told(
     board = start({"preload": ["forksonce"]}, max_sessions=1)
     with pytest.raises(rpcnb.RemoteError, match="no process can be made: Resource temporarily unavailable; try again"):
         connect(board)
+    free.touch()
     with connect(board) as session:
         assert session.call("b.add", 1, 2) == 3
     caplog.clear()
@@ -282,6 +372,7 @@ def test_where_no_process_can_be_made_a_client_is_told(
         ("load", "import os; os._exit(3)", "a module of --load (wrongmodule) has ended the process that imported it"),
         ("load", "1 / 0", "ZeroDivisionError: division by zero"),
         ("preload", "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()", "start threads"),
+        ("preload", "import os; os._exit(3)", "a module of --preload (wrongmodule) has ended it"),
         ("preload", "1 / 0", "--preload wrongmodule: ZeroDivisionError: division by zero"),
     ],
 )

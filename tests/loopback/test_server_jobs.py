@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import eventually
-from test_server_isolation import TOKEN, connect, start
+from test_server_isolation import BOARD, TOKEN, connect, start
 
 import rpcnb
 from rpcnb.protocol.codes import Limits
+from rpcnb.runtime.parcel import pack
+from rpcnb.transport.loopthread import call_in_loop
 
 __all__ = ["start"]
 Start = Callable[..., Any]
@@ -123,6 +126,23 @@ def test_a_job_that_does_not_listen_is_killed(session: Any, monkeypatch: pytest.
     assert job.state == "cancelled"
 
 
+def test_a_job_may_be_cancelled_before_it_begins(board: Any, session: Any) -> None:
+    answers: list[Any] = []
+
+    def both(name: str) -> None:
+        words = {"op": "start", "name": name, "function": "b.block", "owner": None}
+        board._jobs.ask(words, pack((60.0,)), lambda *answer: answers.append(answer))
+        board._jobs.ask({"op": "cancel", "name": name}, b"", lambda *answer: answers.append(answer))
+
+    for name in ("spare", "fresh"):  # the process that is ready, and one that has still to be made
+        call_in_loop(board.io_loop, lambda name=name: both(name))  # type: ignore[misc]
+    eventually(lambda: len(answers) == 4, "the answers")
+    assert {job.name: job.facts["state"] for job in session.jobs.values()} == dict.fromkeys(
+        ("spare", "fresh"), "cancelled"
+    )
+    assert session.call("b.add", 1, 2) == 3, "the server lives"
+
+
 def test_what_cannot_be_a_job_is_refused(session: Any) -> None:
     with pytest.raises(rpcnb.ArgumentError, match="numbers, texts, bytes"):
         session.jobs.start("b.add", object(), 1)
@@ -139,6 +159,133 @@ def test_what_cannot_be_a_job_is_refused(session: Any) -> None:
     with pytest.raises(rpcnb.RemoteError, match="has no file"):
         session.jobs["once"].download("../job.json")
     running.cancel()
+
+
+def test_a_result_that_cannot_be_kept_is_told_as_such(session: Any) -> None:
+    for nested in (False, True):
+        with pytest.raises(rpcnb.RemoteError, match=r"result of a job is kept as dicts with text keys.* no text$"):
+            session.jobs.start("b.odd", nested).result(20)
+    assert session.jobs.start_cell("{1: 2}").result(20) == "{1: 2}"
+    with pytest.raises(rpcnb.ArgumentError, match="a key that is no text"):
+        session.jobs.start("b.add", {1: 2}, 3)
+
+
+def test_a_job_ends_though_something_in_its_process_would_go_on(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpcnb.server.jobs._LEAVE", 0.1)
+    job = session.jobs.start("b.leave_at_exit")
+    assert job.result(20) == 5
+    assert job.state == "done"
+
+
+def test_a_long_error_is_kept_in_part(session: Any) -> None:
+    job = session.jobs.start("b.fail", "x" * 50_000 + "é" * 200_000 + "end")
+    with pytest.raises(rpcnb.RemoteError) as caught:
+        job.result(20)
+    assert caught.value.message.startswith("x" * 50_000)
+    assert caught.value.message.endswith("éend")
+    assert caught.value.message.count("characters are not kept") == 1
+    assert len(caught.value.message) < 200_000
+
+
+def test_output_is_shown_in_whole_letters(session: Any) -> None:
+    job = session.jobs.start("b.letters")
+    shown: list[str] = []
+    job.follow(shown.append)
+    assert "".join(shown) == "äöü€" * 5
+
+
+def test_the_output_of_a_job_that_goes_on_printing_has_an_end(session: Any) -> None:
+    job = session.jobs.start("b.flood")
+    eventually(lambda: job.refresh()["output"] > 1 << 20)
+    assert set(job.output()) <= set("x... 0123456789bytes are not kept\n")
+    assert job.cancel()
+
+
+def test_a_job_learns_why_its_modules_cannot_be_had(start: Start, tmp_path: Path) -> None:
+    once = tmp_path / "once.py"
+    once.write_text("from isolatedboard import *")
+    with connect(start({"load": [BOARD, str(once)]}, max_sessions=None)) as session:
+        once.write_text("1 / 0")
+        session.jobs.start("b.add", 1, 2).wait(20)  # the process that was ready
+        with pytest.raises(rpcnb.RemoteError, match="ZeroDivisionError: division by zero") as caught:
+            session.jobs.start("b.add", 1, 2).result(20)
+        assert caught.value.remote_type == "IsolationFailed"
+
+
+def test_files_that_are_too_much_cost_the_job_its_files_alone(start: Start) -> None:
+    with connect(start(limits=Limits(job_bytes=1_000_000))) as session:
+        session.jobs.start("b.add", 1, 2, name="before").wait(20)
+        holes = session.jobs.start("b.files", 1000, name="holes")
+        assert holes.result(20) == 1000
+        assert holes.files == ["holes", "whole"], "a hole takes no room"
+        much = session.jobs.start("b.files", 2_000_000, name="much")
+        assert much.result(20) == 2_000_000
+        assert much.files == []
+        with pytest.raises(rpcnb.RemoteError, match="were not kept: job_bytes=1000000"):
+            much.download("whole")
+        assert list(session.jobs) == ["before", "holes", "much"]
+
+
+def test_servers_with_one_token_leave_each_others_jobs_alone(start: Start) -> None:
+    first, second = start(), start()
+    with connect(first) as one, connect(second) as other:
+        running = one.jobs.start("b.block", 60.0, name="burnin")
+        one.jobs.start("b.add", 1, 2, name="done").wait(20)
+        with pytest.raises(rpcnb.RemoteError, match="another server with the same token has a job 'burnin'"):
+            other.jobs.start("b.add", 1, 2, name="burnin")
+        assert list(other.jobs) == []
+        third = start()
+        with connect(third) as session:
+            assert list(session.jobs) == []
+        assert running.state == "running"
+    first.close()
+    with connect(second) as other:
+        assert list(other.jobs) == [], "it has begun before"
+    with connect(start()) as session:
+        assert list(session.jobs) == ["done", "burnin"]
+        assert session.jobs["burnin"].facts["how"] == "restart"
+        with pytest.raises(rpcnb.errors.SessionLost, match="has ended with its server"):
+            session.jobs["burnin"].result()
+
+
+@pytest.mark.parametrize(
+    "record", ["", "[]", "null", "{", '{"name": 5}', '{"state": "odd"}', '{"error": 5}', '{"error": {}}', "[" * 9999]
+)
+def test_a_damaged_record_is_told_as_such(start: Start, tmp_path: Path, record: str) -> None:
+    board = start()
+    with connect(board) as session:
+        session.jobs.start("b.work", 1, 2, name="half").wait(20)
+    board.close()
+    (path,) = (tmp_path / "state" / "jobs").glob("*/half/job.json")
+    path.write_text(record)
+    with connect(start()) as session:
+        (job,) = session.jobs.values()
+        assert (job.name, job.facts["state"]) == ("half", "failed")
+        with pytest.raises(rpcnb.errors.SessionLost, match=r"is damaged|has ended with its server"):
+            job.result()
+        job.forget()
+        assert session.jobs.start("b.add", 1, 2, name="half").result(20) == 3
+
+
+def test_jobs_that_are_killed_with_their_server_have_ended_with_it(start: Start) -> None:
+    board = start()
+    with connect(board) as session:
+        job = session.jobs.start("b.block", 60.0, name="cut")
+        child = board._jobs._running["cut"]
+        eventually(lambda: child.pid)
+        os.kill(child.pid, signal.SIGTERM)
+        eventually(lambda: job.state == "failed")
+        assert job.facts["how"] == "signal:SIGTERM"
+    board.close()
+    with connect(start()) as session:
+        assert session.jobs["cut"].facts["how"] == "restart"
+
+
+def test_a_crashed_job_is_not_called_a_session(session: Any) -> None:
+    with pytest.raises(rpcnb.errors.SessionCrashed, match=r"^the job 'dead' at .* has crashed: .* by SIGKILL"):
+        session.jobs.start("b.crash", "kill", name="dead").result(20)
+    with pytest.raises(rpcnb.errors.SessionCrashed, match="exited with code 0, without a result"):
+        session.jobs.start_cell("import os; os._exit(0)", "left").result(20)
 
 
 def test_a_server_without_processes_says_so(serve: Callable[..., Any]) -> None:
@@ -200,6 +347,65 @@ def test_a_board_counts_as_taken_until_its_job_ends(start: Start, caplog: pytest
         asked.close()
 
 
+def test_a_job_of_a_trackers_board_is_found_while_it_runs(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    with rpcnb.Tracker(port=0, silent=True) as tracker:
+        board = start(key="rpi", tracker_addr=("127.0.0.1", tracker.port))
+        asked = rpcnb.connect_tracker("127.0.0.1", tracker.port)
+        with pytest.raises(rpcnb.errors.KeyMismatch):
+            connect(board, key="rpi")  # there is no job that could be looked after
+        with asked.request("rpi", token=TOKEN) as session:
+            session.jobs.start("b.block", 60.0, name="burnin")
+        eventually(lambda: "job burnin" in asked.text_summary(), "the tracker's word")
+        with pytest.raises(LookupError, match=r"none of the 1 board 'rpi' .* has a job 'other'"):
+            asked.find_job("rpi", "other", token=TOKEN)
+        with pytest.raises(LookupError, match="or the token is wrong"):
+            asked.find_job("rpi", "burnin", token="a-wrong-token")
+        job = asked.find_job("rpi", "burnin", token=TOKEN)
+        with connect(board, key="rpi") as visitor:
+            with pytest.raises(rpcnb.RemoteError, match="lent by its tracker, and taken by the job 'burnin'"):
+                visitor.call("b.add", 1, 2)
+            assert job.cancel()
+            eventually(lambda: "lent by its tracker: request it there" in why_not(visitor), "the end of the job")
+            with asked.request("rpi", token=TOKEN, timeout=20) as session:
+                assert session.call("b.add", 1, 2) == 3, "visitors take no place"
+        job.session.close()
+
+        async def awaited() -> str:
+            other = await rpcnb.connect_tracker_async("127.0.0.1", tracker.port)
+            with pytest.raises(LookupError):
+                await other.find_job("rpi", "other", token=TOKEN)
+            found = await other.find_job("rpi", "burnin", token=TOKEN)
+            await found.session.close()
+            return str(found.facts["state"])
+
+        assert asyncio.run(awaited()) == "cancelled"
+        asked.close()
+    caplog.clear()
+
+
+def test_a_job_behind_a_proxy_is_looked_after_while_it_runs(start: Start) -> None:
+    with rpcnb.Proxy(port=0, silent=True) as proxy:
+        board = start(host="127.0.0.1", port=proxy.port, key="x", is_proxy=True)
+        eventually(lambda: board.registered, "the server's wait")
+        with rpcnb.connect("127.0.0.1", proxy.port, key="x", token=TOKEN) as session:
+            session.jobs.start("b.block", 60.0, name="burnin")
+        eventually(lambda: board.registered, "the server's wait")
+        with rpcnb.connect("127.0.0.1", proxy.port, key="x", token=TOKEN) as visitor:
+            with pytest.raises(rpcnb.RemoteError, match="taken by the job 'burnin'"):
+                visitor.call("b.add", 1, 2)
+            assert visitor.jobs["burnin"].cancel()
+            eventually(lambda: not why_not(visitor), "its place")
+
+
+def why_not(visitor: Any) -> str:
+    """Why a call is refused; empty if it is not."""
+    try:
+        assert visitor.call("b.add", 1, 2) == 3
+    except rpcnb.RemoteError as error:
+        return str(error)
+    return ""
+
+
 def test_a_visitor_looks_after_jobs_alone(start: Start) -> None:
     board = start(max_sessions=1)
     with connect(board) as session:
@@ -209,6 +415,7 @@ def test_a_visitor_looks_after_jobs_alone(start: Start) -> None:
         with pytest.raises(rpcnb.RemoteError, match="taken by the job 'burnin'"):
             visitor.call("b.add", 1, 2)
         assert visitor.jobs["burnin"].cancel()
+        eventually(lambda: not why_not(visitor), "its place")
     with connect(board) as session:
         assert session.call("b.add", 1, 2) == 3
 

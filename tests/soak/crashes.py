@@ -50,7 +50,7 @@ def _crash(session: Any, rng: random.Random) -> str:
         "stop": lambda: session.submit(session.fn.b.stop, timeout=0.2).exception(LIMIT),
         "descriptors": lambda: session.call("b.close_all", timeout=LIMIT),
         "threads": lambda: session.call("b.leave_threads", timeout=LIMIT),
-        "child": lambda: session.call("b.leave_child", rng.random() < 0.5, timeout=LIMIT),
+        "child": lambda: session.call("b.leave", rng.choice(["child", "orphan", "group"]), timeout=LIMIT),
     }.get(kind, lambda: session.call(rng.choice(["b.crash", "b.crash_later"]), kind, timeout=LIMIT))
     with contextlib.suppress(RpcError):
         way()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rpcnb.protocol.handshake import KeyText
 from rpcnb.runtime.access import Gate, check_token, new_token
 
 
@@ -114,3 +115,23 @@ def test_guessing_match_keys_is_of_no_use() -> None:
         assert not gate.admits("client:gpu:guess", "10.0.0.9")
     assert not gate.admits(f"client:{match_key}", "10.0.0.9"), "who guesses is refused unseen"
     assert gate.admits(f"client:{match_key}", "10.0.0.8")
+
+
+@pytest.mark.parametrize(
+    ("text", "visits", "lets"),
+    [
+        ("client:rpi -rpcnb=1.lanes -token=secret", True, True),
+        ("client:rpi -rpcnb=1.lanes -token=wrong", True, False),
+        ("client:rpi -rpcnb=1.lanes", True, False),
+        ("client:rpi -token=secret", False, False),
+        ("client:other -rpcnb=1.lanes -token=secret", False, False),
+        ("client:rpi:a-match-key -rpcnb=1.lanes -token=secret", False, False),
+    ],
+)
+def test_who_comes_to_a_trackers_board_by_itself_visits(text: str, visits: bool, lets: bool) -> None:
+    gate = Gate("rpi", "secret", Clock(), tracked=True)
+    assert gate.is_visit(KeyText.parse(text)) is visits
+    assert gate.lets_visit(text) is lets
+    assert not gate.admits(text)
+    assert not Gate("rpi", "secret", Clock()).is_visit(KeyText.parse(text)), "no tracker hands it out"
+    assert Gate("rpi", None, Clock(), tracked=True).lets_visit(text) is visits

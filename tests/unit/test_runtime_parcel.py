@@ -72,3 +72,15 @@ def _parcel(entries: Any, rest: bytes = b"") -> bytes:
 def test_what_is_no_parcel_is_refused(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError, match="parcel"):
         unpack(data)
+
+
+@pytest.mark.parametrize("value", [{1: 2}, {None: 2}, {True: 2}, [{1: 2}], {"a": [({2.5: 1},)]}])
+def test_a_key_that_would_become_a_text_is_refused(value: Any) -> None:
+    with pytest.raises(ArgumentError, match="dicts with text keys") as caught:
+        pack([1, value])
+    assert caught.value.index == 1
+
+
+def test_nested_text_keys_travel() -> None:
+    value = {"a": [{"b": [1, {"c": None}]}]}
+    assert unpack(pack([value])) == [value]

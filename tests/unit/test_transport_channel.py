@@ -133,3 +133,21 @@ def test_the_end_is_told_to_who_waits_for_some(ends: tuple[Channel, Channel]) ->
     one.close()
     with pytest.raises(EOFError):
         list(other.receive_some())
+
+
+def test_a_channel_ends_where_there_is_no_memory_for_what_comes(
+    ends: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = ends
+    ended = threading.Event()
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(socket, "recv_fds", no_memory)
+    thread = LoopThread("test")
+    call_in_loop(thread.io_loop, lambda: other.listen(thread.io_loop, lambda _: None, ended.set))
+    one.send({"a": 1})
+    assert ended.wait(10)
+    assert other.out_of_memory
+    thread.stop()
