@@ -64,8 +64,8 @@ class Dialer:
 
     @property
     def hops(self) -> bool:
-        """Tell whether the session goes on to another server."""
-        return bool(self.constructor) and self.constructor[0] == "rpc.Connect"
+        """Tell whether the session goes on to another server, or a program."""
+        return self.constructor[:1] in (("rpc.Connect",), ("rpc.PopenSession",))
 
     def ticket(self, answer: KeyText) -> str:
         """Return what lanes present, or nothing where there can be none."""

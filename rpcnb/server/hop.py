@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from rpcnb.protocol.messages import Reply, Request
     from rpcnb.runtime.completion import Done
 
-__all__ = ["connect_constructor"]
+__all__ = ["Onward", "connect_constructor", "forward"]
 
 _CONNECT_TIMEOUT = 10.0
 
 
-class _Onward:
+class Onward:
     """The onward connection, as :class:`ForwardingSession` needs it."""
 
     def __init__(self, link: AsyncLink) -> None:
-        self._link = link
+        self.link = link
 
     def exchange(self, request: Request, done: Done) -> None:
         """Send ``request`` onward; ``done`` gets the reply."""
         try:
-            ticket = self._link.send(request)
+            ticket = self.link.send(request)
         except RpcError as error:
             done.error(error)
             return
@@ -47,10 +47,10 @@ class _Onward:
         def settled() -> None:
             reply: Reply | None = ticket.reply
             if reply is not None:
-                self._link.loop.call_soon(done, reply)
+                self.link.loop.call_soon(done, reply)
             else:
                 assert ticket.error is not None
-                self._link.loop.call_soon(done.error, ticket.error)
+                self.link.loop.call_soon(done.error, ticket.error)
 
         if ticket.done:
             settled()
@@ -59,9 +59,9 @@ class _Onward:
 
     def close(self) -> None:
         """End the onward session; from any thread."""
-        loop = self._link.loop
+        loop = self.link.loop
         if not loop.is_closed():
-            loop.call_soon_threadsafe(self._link.close)
+            loop.call_soon_threadsafe(self.link.close)
 
 
 async def connect_constructor(url: str, port: int, key: str = "", enable_logging: bool = False, *args: Any) -> Any:
@@ -79,19 +79,25 @@ async def connect_constructor(url: str, port: int, key: str = "", enable_logging
     sock, _ = await dial(address, ClientKey(key, extensions=False), deadline)
     wire = Wire(sock, Endpoint(Role.CLIENT), str(address))
     wire.is_stock = True  # we offer no extensions
-    link = AsyncLink(wire)
-    try:
-        await asyncio.wait_for(_initialize(link, args), deadline.left())
-    except BaseException:
-        link.close()
-        raise
-    return ForwardingSession(_Onward(link))
+    return await forward(Onward(AsyncLink(wire)), args, deadline.left())
 
 
-async def _initialize(link: AsyncLink, args: tuple[Any, ...]) -> None:
+async def forward(onward: Onward, args: tuple[Any, ...], seconds: float | None) -> ForwardingSession:
+    """Return a session that passes all on, once the next server has one; ``onward`` is ended if that fails.
+
+    Args:
+        onward: A connection that has been greeted.
+        args: Session constructor for the next server, with its arguments.
+        seconds: How long that may take.
+    """
+    link = onward.link
     flow = flows.initialize(args)
-    request = next(flow)
-    ticket = link.send(request)  # type: ignore[arg-type]  # its only step is a request
-    await link.wait(ticket)
-    with contextlib.suppress(StopIteration):
-        flow.send(ticket.result())
+    try:
+        ticket = link.send(next(flow))  # type: ignore[arg-type]  # its only step is a request
+        await asyncio.wait_for(link.wait(ticket), seconds)
+        with contextlib.suppress(StopIteration):
+            flow.send(ticket.result())
+    except BaseException:
+        onward.close()
+        raise
+    return ForwardingSession(onward)

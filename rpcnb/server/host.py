@@ -81,8 +81,9 @@ class SessionHost(StaysHere):
 
     def _install_constructors(self) -> None:
         from rpcnb.server.hop import connect_constructor
+        from rpcnb.server.popen import popen_constructor
 
-        self.environment.constructors["rpc.Connect"] = connect_constructor
+        self.environment.constructors |= {"rpc.Connect": connect_constructor, "rpc.PopenSession": popen_constructor}
 
     # -- on the loop ---------------------------------------------------------------------------------------------
 
