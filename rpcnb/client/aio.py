@@ -23,6 +23,7 @@ from rpcnb.client.cellmethods import AsyncCellMethods
 from rpcnb.client.jobs import AsyncJobs
 from rpcnb.client.moving import Moving, Progress, describe_upload, moving_array
 from rpcnb.client.remote import (
+    CLOSE,
     AsyncRemoteDevice,
     AsyncRemoteFunction,
     AsyncRemoteModule,
@@ -101,6 +102,8 @@ class AsyncSession(AsyncCellMethods, SessionBase):
 
     async def get_function(self, name: str, *, timeout: float | None = None) -> AsyncRemoteFunction:
         """Return the remote function registered as ``name``; as :meth:`Session.get_function`."""
+        if name == CLOSE:
+            return self.close  # type: ignore[return-value]  # it is called, and awaited, like one
         found: AsyncRemoteFunction = await self._run(
             lambda ops: ops.get_function(name), timeout, f"get_function {name}"
         )
@@ -121,11 +124,16 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         return found
 
     async def time_evaluator(
-        self, func_name: str, dev: AsyncRemoteDevice, *, module: AsyncRemoteModule | None = None, **options: Any
+        self,
+        func_name: str,
+        dev: AsyncRemoteDevice,
+        *numbers: Any,
+        module: AsyncRemoteModule | None = None,
+        **options: Any,
     ) -> Callable[..., Awaitable[TimingResult]]:
         """Return a function that measures ``func_name`` at the server; as :meth:`Session.time_evaluator`."""
         timeout = options.pop("timeout", None)
-        chosen = _timing_options(options)
+        chosen = _timing_options(numbers, options)
         evaluator: AsyncRemoteFunction = await self._run(
             lambda ops: ops.time_evaluator(module, func_name, dev, chosen), timeout, "time_evaluator"
         )

@@ -261,6 +261,24 @@ class SessionBase(StaysHere):
 
     # -- devices -------------------------------------------------------------------------------------------------
 
+    @property
+    def _sess(self) -> Any:
+        """Itself: TVM's scripts look there for ``CloseRPCConnection``."""
+        return self
+
+    def tvm(self) -> Any:
+        """Open TVM's own ``tvm.rpc.RPCSession`` with the same server, for what wants TVM's types.
+
+        It is a session of its own, as any client's: what this one holds is not there, and a board that serves one
+        session at a time has no room for it; a tracker is asked for another board. Needs apache-tvm here.
+
+        Raises:
+            LocalProtocolError: TVM is not installed here, or its client cannot reach such a server (a WebSocket).
+        """
+        from rpcnb.client.stock import open_stock
+
+        return open_stock(self._dialer)
+
     def device(self, kind: str | int, index: int = 0) -> Any:
         """Return a device of the server: ``session.device("cuda", 1)``, ``"cuda:1"`` or DLPack's number.
 

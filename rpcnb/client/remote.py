@@ -13,12 +13,12 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from rpcnb.client.moving import Moving
-from rpcnb.errors import RemoteError, RemoteProtocolError
+from rpcnb.errors import FunctionNotFound, RemoteError, RemoteProtocolError
 from rpcnb.link.wire import Ticket
 from rpcnb.protocol import flows
 from rpcnb.protocol.flows import release_data, release_handle
 from rpcnb.protocol.shortcut import NOT_PLAIN
-from rpcnb.values import DEVICE_NAMES, Device, StaysHere, is_array
+from rpcnb.values import DEVICE_NAMES, Device, StaysHere, is_array, type_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +43,28 @@ __all__ = [
     "RemoteTensor",
     "TimingResult",
 ]
+
+
+CLOSE = "CloseRPCConnection"  # TVM's clients have this function, which ends the session
+
+
+def writable(target: Any) -> Any:
+    """Return a numpy array over a local array's memory, to be written; None if its own ``copyfrom`` is needed.
+
+    Raises:
+        TypeError: It is no array that can be written.
+    """
+    import numpy as np
+
+    if isinstance(target, np.ndarray):
+        return target
+    if hasattr(target, "__dlpack__"):
+        array = np.from_dlpack(target)
+        if array.flags.writeable:
+            return array
+        if hasattr(target, "copyfrom"):
+            return None
+    raise TypeError(f"expected a tensor, a device, or a local array that can be written, got {type_name(target)}")
 
 
 class RemoteHandle(StaysHere):
@@ -292,6 +314,10 @@ class _Device(StaysHere):
     def __str__(self) -> str:
         return f"remote[{self.session.name}]:{self.name}:{self.index}"  # as TVM writes it
 
+    def dlpack_device_type(self) -> int:
+        """Return DLPack's number of the type: TVM's name of :attr:`type`."""
+        return self.type
+
     def _wire(self) -> Device:
         return Device(self.type, self.index)
 
@@ -347,6 +373,8 @@ class RemoteDevice(_Device):
         """Free a stream."""
         self.session._run(lambda _: flows.free_stream(self._wire(), stream), timeout, "free_stream")
 
+    create_raw_stream, set_raw_stream, free_raw_stream = create_stream, set_stream, free_stream  # TVM's names
+
 
 class AsyncRemoteDevice(_Device):
     """A device of an async session's server; the same methods, awaited."""
@@ -373,6 +401,8 @@ class AsyncRemoteDevice(_Device):
     async def free_stream(self, stream: int, *, timeout: float | None = None) -> None:
         """Free a stream."""
         await self.session._run(lambda _: flows.free_stream(self._wire(), stream), timeout, "free_stream")
+
+    create_raw_stream, set_raw_stream, free_raw_stream = create_stream, set_stream, free_stream  # TVM's names
 
 
 class _Tensor(StaysHere):
@@ -415,6 +445,27 @@ class _Tensor(StaysHere):
         """Number of elements."""
         return self.meta.size
 
+    def numel(self) -> int:
+        """Return the number of elements: TVM's name of :attr:`size`."""
+        return self.meta.size
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Elements from one to the next along each dimension; tensors at a server are without gaps."""
+        found, step = [], 1
+        for extent in reversed(self.meta.shape):
+            found.append(step)
+            step *= extent
+        return tuple(reversed(found))
+
+    def is_contiguous(self) -> bool:
+        """Tell whether it is without gaps; tensors at a server are."""
+        return True
+
+    def same_as(self, other: object) -> bool:
+        """Tell whether ``other`` is this very tensor: TVM's name of ``is``."""
+        return self is other
+
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
@@ -447,6 +498,10 @@ class _Tensor(StaysHere):
         if byte_offset < 0 or byte_offset + meta.nbytes > self.nbytes or (meta.shape and min(meta.shape) < 0):
             raise CopyMismatch(f"a view of {meta.nbytes} bytes at {byte_offset} leaves a tensor of {self.nbytes} bytes")
         return type(self)(self.ops, meta, 0, self)
+
+    def _create_view(self, shape: Sequence[int], dtype: Any = None, relative_byte_offset: int = 0) -> Any:
+        """Return a view: TVM's name of :meth:`view`."""
+        return self.view(shape, dtype, relative_byte_offset)
 
     def __array__(self, *args: Any, **options: Any) -> Any:
         raise TypeError("this tensor is in the server's memory; .numpy() copies it here")
@@ -522,13 +577,21 @@ class RemoteTensor(_Tensor):
         return self
 
     def copyto(self, target: Any, *, timeout: float | None = None) -> Any:
-        """Copy to a tensor (same session: within the server; else through here), or a device; returns the target."""
+        """Copy to a tensor (same session: within the server; else through here), a device, or a local array.
+
+        A local array is numpy's, TVM's, or any other that DLPack lets be written. Returns the target.
+        """
         if isinstance(target, RemoteDevice):
             made = target.session.empty(self.shape, self.dtype, target, timeout=timeout)
             return made.copyfrom(self, timeout=timeout)
         if isinstance(target, RemoteTensor):
             return target.copyfrom(self, timeout=timeout)
-        return self.numpy(target, timeout=timeout)
+        into = writable(target)
+        if into is None:
+            target.copyfrom(self.numpy(timeout=timeout))
+        else:
+            self.numpy(into, timeout=timeout)
+        return target
 
 
 def _run_copy(session: Any, source: Any, target: RemoteTensor, timeout: float | None, progress: Any) -> None:
@@ -585,7 +648,12 @@ class AsyncRemoteTensor(_Tensor):
             return await made.copyfrom(self, timeout=timeout)
         if isinstance(target, AsyncRemoteTensor):
             return await target.copyfrom(self, timeout=timeout)
-        return await self.numpy(target, timeout=timeout)
+        into = writable(target)
+        if into is None:
+            target.copyfrom(await self.numpy(timeout=timeout))
+        else:
+            await self.numpy(into, timeout=timeout)
+        return target
 
 
 class TimingResult:
@@ -625,7 +693,7 @@ class TimingResult:
         )
 
 
-def _timing_options(options: dict[str, Any]) -> dict[str, Any]:
+def _timing_options(given: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
     known = {
         "number": 10,
         "repeat": 1,
@@ -636,6 +704,12 @@ def _timing_options(options: dict[str, Any]) -> dict[str, Any]:
         "cache_flush_bytes": 0,
         "f_preproc": "",
     }
+    if len(given) > len(known):
+        raise TypeError(f"time_evaluator() got {len(given)} options; expected {', '.join(known)}")
+    for name, value in zip(known, given, strict=False):  # in TVM's order
+        if name in options:
+            raise TypeError(f"time_evaluator() got {name} twice")
+        options[name] = value
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"time_evaluator() got unknown options {', '.join(unknown)}; expected {', '.join(known)}")
@@ -643,13 +717,15 @@ def _timing_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Module(RemoteHandle):
-    __slots__ = ("_functions",)
+    __slots__ = ("_functions", "imports")
 
     entry_name = "main"  # TVM's name of a module's main function
+    kind = "rpc"  # likewise
 
     def __init__(self, ops: Operations, handle: int) -> None:
         super().__init__(ops, handle)
         self._functions: dict[str, Any] = {}
+        self.imports: list[Any] = []  # what was imported into it from here
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.session.name})"
@@ -688,10 +764,19 @@ class RemoteModule(_Module):
     def import_module(self, child: RemoteModule, *, timeout: float | None = None) -> None:
         """Make the functions of ``child`` reachable through this module."""
         self.session._run(lambda ops: ops.import_module(self, child), timeout, "import_module")
+        self.imports.append(child)
 
-    def time_evaluator(self, func_name: str, dev: RemoteDevice, **options: Any) -> Any:
+    def implements_function(self, name: str, query_imports: bool = False, *, timeout: float | None = None) -> bool:
+        """Tell whether the module has a function."""
+        try:
+            self.get_function(name, query_imports, timeout=timeout)
+        except FunctionNotFound:
+            return False
+        return True
+
+    def time_evaluator(self, func_name: str, dev: RemoteDevice, *numbers: Any, **options: Any) -> Any:
         """Return a function that measures ``func_name`` at the server; see :meth:`Session.time_evaluator`."""
-        return self.session.time_evaluator(func_name, dev, module=self, **options)
+        return self.session.time_evaluator(func_name, dev, *numbers, module=self, **options)
 
 
 class AsyncRemoteModule(_Module):
@@ -716,7 +801,8 @@ class AsyncRemoteModule(_Module):
     async def import_module(self, child: AsyncRemoteModule, *, timeout: float | None = None) -> None:
         """Make the functions of ``child`` reachable through this module."""
         await self.session._run(lambda ops: ops.import_module(self, child), timeout, "import_module")
+        self.imports.append(child)
 
-    async def time_evaluator(self, func_name: str, dev: RemoteDevice, **options: Any) -> Any:
+    async def time_evaluator(self, func_name: str, dev: RemoteDevice, *numbers: Any, **options: Any) -> Any:
         """Return a function that measures ``func_name`` at the server; await its calls."""
-        return await self.session.time_evaluator(func_name, dev, module=self, **options)
+        return await self.session.time_evaluator(func_name, dev, *numbers, module=self, **options)

@@ -32,6 +32,7 @@ from rpcnb.client.moving import BULK, Moving, Progress, describe_upload, moving_
 from rpcnb.client.pending import Pending, Work
 from rpcnb.client.plaincall import PlainCall
 from rpcnb.client.remote import (
+    CLOSE,
     RemoteDevice,
     RemoteFunction,
     RemoteModule,
@@ -283,6 +284,8 @@ class Session(CellMethods, SessionBase):
         Raises:
             FunctionNotFound: There is none (an ``AttributeError``, as in TVM); close matches are named.
         """
+        if name == CLOSE:  # TVM's clients have it, not servers
+            return self.close  # type: ignore[return-value]  # it is called like one
         found: RemoteFunction = self._run(lambda ops: ops.get_function(name), timeout, f"get_function {name}")
         return found
 
@@ -302,15 +305,16 @@ class Session(CellMethods, SessionBase):
         return found
 
     def time_evaluator(
-        self, func_name: str, dev: RemoteDevice, *, module: RemoteModule | None = None, **options: Any
+        self, func_name: str, dev: RemoteDevice, *numbers: Any, module: RemoteModule | None = None, **options: Any
     ) -> Callable[..., TimingResult]:
         """Return a function that measures ``func_name`` at the server, without the network.
 
         Args:
             func_name: A global function, or one of ``module``.
             dev: Where it runs.
+            numbers: The options in TVM's order.
             module: The module that has it.
-            options: TVM's: ``number`` calls per measurement, ``repeat`` measurements, ``min_repeat_ms``,
+            options: TVM's, in this order: ``number`` calls per measurement, ``repeat`` measurements, ``min_repeat_ms``,
                 ``cooldown_interval_ms``, ``repeats_to_cooldown``, ``cache_flush_bytes``, ``f_preproc``; and
                 ``timeout`` for making the evaluator.
 
@@ -318,7 +322,7 @@ class Session(CellMethods, SessionBase):
             ``evaluate(*args, timeout=None)`` → :class:`TimingResult`.
         """
         timeout = options.pop("timeout", None)
-        chosen = _timing_options(options)
+        chosen = _timing_options(numbers, options)
         evaluator: RemoteFunction = self._run(
             lambda ops: ops.time_evaluator(module, func_name, dev, chosen), timeout, "time_evaluator"
         )

@@ -134,9 +134,9 @@ class VM(StaysHere):
         make = lambda ops: self._save(ops, func_name, saved_name, include_return, args, kwargs)  # noqa: E731
         return self.session._run(make, timeout, "save_function")
 
-    def time_evaluator(self, func_name: str, dev: Any = None, **options: Any) -> Any:
+    def time_evaluator(self, func_name: str, dev: Any = None, *numbers: Any, **options: Any) -> Any:
         """Return a function that measures ``func_name`` at the server; options as :meth:`Session.time_evaluator`."""
-        return self.module.time_evaluator(func_name, dev or self.devices[0], **options)
+        return self.module.time_evaluator(func_name, dev or self.devices[0], *numbers, **options)
 
     # -- flows -------------------------------------------------------------------------------------------------------
 

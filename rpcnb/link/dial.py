@@ -73,6 +73,7 @@ class ClientKey:
         self.key = key
         self.session_timeout = session_timeout  # seconds; 0 for no limit
         self.text = key_text(Role.CLIENT, key, options)
+        self.stock = f"{key} -token={token}" if token else key  # what TVM's client is given for its key
 
     @classmethod
     def for_lane(cls, ticket: str, number: int, limits: Limits | None = None) -> ClientKey:

@@ -21,6 +21,7 @@ from rpcnb.errors import LibraryError
 from rpcnb.runtime.backend import Backend, compiler, ffi, ffi_global_names, find_global, install_backend
 from rpcnb.runtime.completion import call_cancelled
 from rpcnb.runtime.current import cancelled
+from rpcnb.runtime.devices import DeviceTensor
 from rpcnb.runtime.libraryfile import check_library, check_object
 from rpcnb.runtime.served import Module
 from rpcnb.runtime.tvmruntime import NEVER, find_runtime, load_runtime
@@ -40,6 +41,7 @@ _MISSING = re.compile(
 _HOW = "start the server with --runtime auto, or with --runtime and the path of libtvm_runtime.so"
 _WHERE = "pip install apache-tvm there, or take that out of its wheel: rpcnb runtime FOLDER --from WHEEL"
 _LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
+_CPU = 1  # DLPack's number
 _LOOK = 0.1  # seconds between two looks whether somebody still waits for a compiler
 
 _pinned: dict[Path, FFIModule] = {}  # the FFI keeps every library loaded as long as the process lives
@@ -278,6 +280,10 @@ def _to_ffi(value: Any) -> Any:
     package = ffi()
     if kind.__module__ == "numpy":
         return _tensor(package, value)
+    if isinstance(value, DeviceTensor):
+        from rpcnb.runtime.tvmdevices import to_ffi_tensor
+
+        return to_ffi_tensor(value)
     if isinstance(value, DType):
         return package.dtype(str(value))
     if isinstance(value, Device):
@@ -304,6 +310,10 @@ def _tensor(package: Any, array: Any) -> Any:
 def _from_ffi(value: Any) -> Any:
     package = ffi()
     if isinstance(value, package.Tensor):
+        if value.device.dlpack_device_type() != _CPU:
+            from rpcnb.runtime.tvmdevices import from_ffi_tensor
+
+            return from_ffi_tensor(value)
         import numpy as np
 
         return np.from_dlpack(value)
