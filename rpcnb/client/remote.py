@@ -803,6 +803,16 @@ class AsyncRemoteModule(_Module):
         await self.session._run(lambda ops: ops.import_module(self, child), timeout, "import_module")
         self.imports.append(child)
 
+    async def implements_function(
+        self, name: str, query_imports: bool = False, *, timeout: float | None = None
+    ) -> bool:
+        """Tell whether the module has a function."""
+        try:
+            await self.get_function(name, query_imports, timeout=timeout)
+        except FunctionNotFound:
+            return False
+        return True
+
     async def time_evaluator(self, func_name: str, dev: RemoteDevice, *numbers: Any, **options: Any) -> Any:
         """Return a function that measures ``func_name`` at the server; await its calls."""
         return await self.session.time_evaluator(func_name, dev, *numbers, module=self, **options)

@@ -13,6 +13,7 @@ import os
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from rpcnb.client.profile import Profile
 from rpcnb.errors import ArgumentError, DeviceError, FunctionNotFound, LibraryError, RemoteError
 from rpcnb.protocol import flows
 from rpcnb.protocol.flows import Send, Wait
@@ -138,6 +139,22 @@ class VM(StaysHere):
         """Return a function that measures ``func_name`` at the server; options as :meth:`Session.time_evaluator`."""
         return self.module.time_evaluator(func_name, dev or self.devices[0], *numbers, **options)
 
+    def profile(self, func_name: str, *args: Any, runs: int = 10, timeout: float | None = None, **kwargs: Any) -> Any:
+        """Measure where the time of a function goes, call by call; returns a :class:`Profile`: a table with bars.
+
+        Args:
+            func_name: The function.
+            args: Its arguments.
+            runs: How often it runs, after one run that is not measured.
+            timeout: Seconds for all of it.
+            kwargs: Arguments by name.
+
+        Raises:
+            FunctionNotFound: Only rpcnb's servers do that.
+        """
+        make = lambda ops: self._profile(ops, func_name, runs, args, kwargs)  # noqa: E731
+        return self.session._run(make, timeout, f"profile {func_name}")
+
     # -- flows -------------------------------------------------------------------------------------------------------
 
     def _function(self, ops: Operations, name: str) -> Flow[Any]:
@@ -239,6 +256,20 @@ class VM(StaysHere):
     ) -> Flow[None]:
         values = yield from self._arguments(ops, name, args, named)
         yield from self._do(ops, "save_function", name, saved, int(returns), *values)
+
+    def _profile(
+        self, ops: Operations, name: str, runs: int, args: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> Flow[Profile]:
+        try:
+            ask = yield from ops.named("rpcnb.vm_profile")
+        except FunctionNotFound:
+            raise FunctionNotFound(
+                f"{ops.peer} cannot profile: that takes an rpcnb server; time_evaluator measures a function as a whole"
+            ) from None
+        yield from self._set_input(ops, name, args, named)
+        device = ops.wire_device(self.devices[0])
+        found = yield from ops.call(ask, (self.module, name, runs, device.type, device.index))
+        return Profile.read(name, runs, found)
 
 
 def _first(error: RemoteError) -> str:

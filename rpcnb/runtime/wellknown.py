@@ -65,12 +65,19 @@ def _digest(session: HandleSession, name: str, nbytes: int) -> str:
     return session.files.digest(name, nbytes)
 
 
-# Files in parts, between rpcnb peers; not listed among the functions.
-IN_PARTS: dict[str, Callable[..., Any]] = {
+def _profile(session: HandleSession, *args: Any) -> str:
+    from rpcnb.runtime.vmprofile import profile
+
+    return profile(session, *args)
+
+
+# What rpcnb peers have between them: files in parts, a virtual machine's profile; not listed among the functions.
+BETWEEN_PEERS: dict[str, Callable[..., Any]] = {
     "rpcnb.put": _put,
     "rpcnb.get": _get,
     "rpcnb.size": _size,
     "rpcnb.digest": _digest,
+    "rpcnb.vm_profile": _profile,
 }
 
 
@@ -261,7 +268,7 @@ WELL_KNOWN |= {name: (functools.partial(_stand_in, name), "thread") for name in 
 
 def find_well_known(session: HandleSession, name: str) -> ServedFunction | None:
     """Return a well-known function for this session, or an FFI global it may call, or None."""
-    part = IN_PARTS.get(name)
+    part = BETWEEN_PEERS.get(name)
     if part is not None:
         return ServedFunction(name, functools.partial(part, session))
     if name == "rpcnb.status":

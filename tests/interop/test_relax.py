@@ -108,7 +108,30 @@ def test_our_client_runs_a_model_on_our_board(board: Start, model: str, kind: st
 
 def test_our_client_runs_a_model_on_a_stock_board(stock_port: int, model: str) -> None:
     with rpcnb.connect("127.0.0.1", stock_port, key="stock") as session:
-        check(session, session.vm(model))
+        vm = session.vm(model)
+        check(session, vm)
+        with pytest.raises(rpcnb.FunctionNotFound, match="that takes an rpcnb server"):
+            vm.profile("main", session.array(X), session.array(W))
+
+
+@pytest.mark.parametrize("kind", BOARDS)
+def test_a_profile_says_where_the_time_goes(board: Start, model: str, kind: str) -> None:
+    address, _ = board(*BOARDS[kind])
+    with rpcnb.connect(address, token=TOKEN) as session:
+        vm = session.vm(model)
+        x, w = session.array(X), session.array(W)
+        found = vm.profile("main", x, w=w, runs=5)
+        (kernel,) = [row for row in found.rows if row.name == "matmul"]
+        assert kernel.arguments == "float32[4, 8], float32[8, 3], float32[4, 3]"
+        assert kernel.calls == 1
+        assert 0 < kernel.seconds < found.seconds
+        assert "matmul" in repr(found)
+        assert "<td style='text-align:left'>matmul</td>" in found._repr_html_()
+        assert np.allclose(vm["main"](x, w).numpy(), X @ W, atol=1e-5), "it goes on as before"
+        with pytest.raises(rpcnb.RemoteError, match="expected 1 to 1000 runs, got 0"):
+            vm.profile("main", x, w, runs=0)
+        with pytest.raises(rpcnb.RemoteError, match="expected the module of a virtual machine"):
+            session.call("rpcnb.vm_profile", session.load_module("model.so"), "main", 1, 1, 0)
 
 
 def test_the_awaited_twin(board: Start, model: str) -> None:
@@ -125,6 +148,7 @@ def test_the_awaited_twin(board: Start, model: str) -> None:
             await vm.save_function("main", "saved", x, w)
             measure = await vm.time_evaluator("saved", number=2)
             assert (await measure()).mean > 0
+            assert (await vm.profile("main", x, w, runs=1)).runs == 1
 
     asyncio.run(story())
 
