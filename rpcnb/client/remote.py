@@ -724,17 +724,17 @@ class _Module(RemoteHandle):
 
     def __init__(self, ops: Operations, handle: int) -> None:
         super().__init__(ops, handle)
-        self._functions: dict[str, Any] = {}
+        self._functions: dict[tuple[str, bool], Any] = {}
         self.imports: list[Any] = []  # what was imported into it from here
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.session.name})"
 
     def _lookup(self, ops: Operations, name: str, query_imports: bool) -> Flow[Any]:
-        found = self._functions.get(name)
+        found = self._functions.get((name, query_imports))
         if found is None:
             found = yield from ops.module_function(self, name, query_imports)
-            self._functions[name] = found
+            self._functions[name, query_imports] = found
         return found
 
 
