@@ -109,13 +109,17 @@ def _announce(options: argparse.Namespace, service: Service, lines: list[str], *
 
 def devices(options: argparse.Namespace) -> int:
     """List the boards of a tracker, once or until Ctrl-C."""
-    from rpcnb.farm.devices import show_devices
-    from rpcnb.farm.trackersession import TrackerSession
+    from rpcnb.farm.devices import show_as_stock, show_devices
+    from rpcnb.farm.trackersession import TrackerSession, tracker_of_environment
 
-    session = TrackerSession(Address(*parse_pair(options.address, 9190), "", "tracker"))
+    host, port = tracker_of_environment() if options.address is None else parse_pair(options.address, 9190)
+    session = TrackerSession(Address(host, port, "", "tracker"))
     while True:
         summary = session.summary(timeout=options.timeout)
-        text = json.dumps(summary) + "\n" if options.json else show_devices(summary)
+        if options.stock:
+            text = show_as_stock(show_address(host, port), summary)
+        else:
+            text = json.dumps(summary) + "\n" if options.json else show_devices(summary)
         if options.watch and not options.json and sys.stdout.isatty():
             text = f"\x1b[H\x1b[2J{text}"  # a fresh screen
         encoding = sys.stdout.encoding or "utf-8"  # a key with letters that a terminal does not have hides no others

@@ -47,8 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     _tracker_options(commands.add_parser("tracker", help="hand out boards by key"))
     _proxy_options(commands.add_parser("proxy", help="join clients with servers that dial out, TCP or WebSocket"))
     devices = commands.add_parser("devices", help="list the boards of a tracker")
-    devices.add_argument("address", metavar="HOST:PORT", help="tracker")
+    where = "tracker (default: TVM_TRACKER_HOST and TVM_TRACKER_PORT, else this machine's at 9190)"
+    devices.add_argument("address", metavar="HOST:PORT", nargs="?", default=None, help=where)
     devices.add_argument("--json", action="store_true", help="print JSON")
+    devices.add_argument("--stock", action="store_true", help="print what tvm.exec.query_rpc_tracker prints")
     devices.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     devices.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds for an answer")
     runtime = commands.add_parser("runtime", help="copy TVM's runtime (5 MB) for a board: rpcnb serve --runtime FOLDER")
@@ -109,6 +111,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     add("--link", metavar="RATE,LATENCY", help="shape the link, for example 10M,20ms")
     add("--silent", action="store_true", help="print errors only")
     add("--no-fork", action="store_true", help=argparse.SUPPRESS)  # TVM's; here it is --shared-state
+    add("--through-proxy", action="store_true", help=argparse.SUPPRESS)  # TVM's: --host and --port are the proxy's
 
 
 def _origin_option(parser: argparse.ArgumentParser) -> None:

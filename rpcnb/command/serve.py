@@ -40,6 +40,8 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def _serve_until(stop: Stop, options: argparse.Namespace) -> int:
+    if options.through_proxy:
+        options.proxy = show_address(options.host, options.port)
     isolation = _isolation(options)
     loaded: frozenset[str] = frozenset()
     runner = None
@@ -135,7 +137,7 @@ def _make_server(
         session = entry.call
     if options.link and (options.tracker or options.proxy):
         raise ValueError("--link shapes the connections of clients that dial here; leave out --tracker and --proxy")
-    if options.proxy and options.tracker:
+    if options.proxy and options.tracker and not options.through_proxy:
         raise ValueError("a server behind a proxy is registered by the proxy; leave --tracker out")
     proxy = parse_address(options.proxy) if options.proxy else None
     tracker = parse_pair(options.tracker, 9190) if options.tracker else None

@@ -11,7 +11,7 @@ from rpcnb.transport.address import show_address
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["device_rows", "show_devices"]
+__all__ = ["device_rows", "show_as_stock", "show_devices"]
 
 _CELL = 80  # letters
 _PARTS = {"server_info": "servers", "boards": "states of servers", "queue_info": "keys"}
@@ -35,6 +35,34 @@ def show_devices(summary: Any) -> str:
     left_out = summary.get("left_out", {})
     more = ", ".join(f"{left_out[name]} {what}" for name, what in _PARTS.items() if left_out.get(name))
     return f"{servers}\n\n{waiting}\n" + (f"\nleft out, as they are too many: {more}\n" if more else "")
+
+
+def show_as_stock(address: str, summary: Any) -> str:
+    """Return what ``python -m tvm.exec.query_rpc_tracker`` prints, letter by letter, for scripts that read that.
+
+    Args:
+        address: ``host:port`` of the tracker.
+        summary: What :meth:`TrackerSession.summary` returned.
+    """
+    summary = read_summary(summary)
+    servers = sorted(summary["server_info"], key=lambda server: server["key"])
+    totals = Counter(_served(server).partition(":")[0] for server in servers)
+    line = "-" * 30
+    told = [f"{_visible(_where(server)):21}    {_visible(server['key'])}" for server in servers]
+    queues = sorted(summary["queue_info"].items())
+    width = max((len(_visible(key)) for key, _ in queues), default=0)
+    title = f"{'key':{width}}   total  free  pending"
+    rows = [
+        f"{_visible(key):{width}}   {totals[key]:<5d}  {queue['free']:<4d}  {queue['pending']:<7d}"
+        for key, queue in queues
+        if totals[key] or queue["pending"]
+    ]
+    rule = "-" * (len(title) + 1)
+    lines = [
+        *(f"Tracker address {address}", "", "Server List", line, "server-address           key", line, *told, line),
+        *("", "Queue Status", rule, title, rule, *rows, rule, ""),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def device_rows(summary: Any) -> list[tuple[str, str, str, str, str, str]]:

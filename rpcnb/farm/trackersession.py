@@ -14,6 +14,7 @@ time limit) leaves the queue at once.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rpcnb.client.opening import connect, connect_async, open_session, open_session_async
@@ -21,6 +22,7 @@ from rpcnb.errors import ConnectFailed, DeadlineExceeded, SessionLost, SessionTi
 from rpcnb.farm.devices import show_devices
 from rpcnb.farm.dialer import TrackedDialer, converse_awaiting, note_asker
 from rpcnb.farm.messages import ask_summary
+from rpcnb.farm.summary import read_port
 from rpcnb.farm.trackerlink import converse
 from rpcnb.link.interrupt import Guard
 from rpcnb.transport.address import Address, parse_address, show_address
@@ -39,6 +41,7 @@ __all__ = [
     "TrackerSession",
     "connect_tracker",
     "connect_tracker_async",
+    "tracker_of_environment",
 ]
 
 T = TypeVar("T")
@@ -278,7 +281,22 @@ class AsyncTrackerSession(_TrackerSessionBase):
         raise ValueError(f"expected max_retry of at least 1, got {max_retry}")
 
 
-def _address(url: str, port: int) -> Address:
+def tracker_of_environment() -> tuple[str, int]:
+    """Return the tracker that TVM's tools ask by default: ``TVM_TRACKER_HOST`` and ``TVM_TRACKER_PORT``.
+
+    Raises:
+        ValueError: The port is none.
+    """
+    port = os.environ.get("TVM_TRACKER_PORT", "9190")
+    try:
+        return os.environ.get("TVM_TRACKER_HOST") or "127.0.0.1", read_port(port)
+    except ValueError:
+        raise ValueError(f"expected a port in TVM_TRACKER_PORT, got {port!r}") from None
+
+
+def _address(url: str | None, port: int) -> Address:
+    if url is None:
+        return Address(*tracker_of_environment(), "", "tracker")
     found = parse_address(url if "://" in url else f"tracker://{url}", port)
     if found.scheme != "tracker":
         raise ValueError(f"address {url!r} is not a tracker's; expected host:port or tracker://host:port")
@@ -286,12 +304,13 @@ def _address(url: str, port: int) -> Address:
 
 
 def connect_tracker(
-    url: str, port: int = 9190, *, extensions: bool = True, timeout: float | None = _SECONDS
+    url: str | None = None, port: int = 9190, *, extensions: bool = True, timeout: float | None = _SECONDS
 ) -> TrackerSession:
     """Reach a tracker, rpcnb's or stock TVM's.
 
     Args:
-        url: Host, ``host:port`` or ``tracker://host:port``.
+        url: Host, ``host:port`` or ``tracker://host:port``; by default what ``TVM_TRACKER_HOST`` and
+            ``TVM_TRACKER_PORT`` say, else this machine's.
         port: Port, if the URL names none.
         extensions: Offer rpcnb's extensions; False makes us stock to the byte.
         timeout: Seconds to find out that there is one; None for no limit.
@@ -306,7 +325,7 @@ def connect_tracker(
 
 
 async def connect_tracker_async(
-    url: str, port: int = 9190, *, extensions: bool = True, timeout: float | None = _SECONDS
+    url: str | None = None, port: int = 9190, *, extensions: bool = True, timeout: float | None = _SECONDS
 ) -> AsyncTrackerSession:
     """Reach a tracker from coroutines; arguments and errors as :func:`connect_tracker`."""
     session = AsyncTrackerSession(_address(url, port), extensions)

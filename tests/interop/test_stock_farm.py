@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -70,6 +71,22 @@ def start_board(key: str, tracker: int = 0, proxy: int = 0) -> int:
 def stop_boards() -> None:
     while _KEPT:
         _KEPT.pop().terminate()
+
+
+def query_tracker(port: int) -> str:
+    """Return what TVM's tool prints of a tracker."""
+    import io
+
+    from tvm.exec import query_rpc_tracker
+
+    printed, before = io.StringIO(), sys.argv
+    sys.argv = ["query_rpc_tracker", "--host", "127.0.0.1", "--port", str(port)]
+    try:
+        with contextlib.redirect_stdout(printed):
+            query_rpc_tracker.main()
+    finally:
+        sys.argv = before
+    return printed.getvalue()
 
 
 def call_tracked(tracker: int, key: str, name: str, value: int, times: int = 1) -> list[int]:
@@ -340,3 +357,22 @@ def test_meta_schedule_tunes_unchanged_on_our_farm(stock: Peer, tracker: rpcnb.T
         for child in children:
             child.terminate()
             child.wait(10)
+
+
+@pytest.mark.parametrize("kind", ["ours", "stock"])
+def test_stocks_table_is_printed_letter_by_letter(stock: Peer, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    from rpcnb.command.main import main
+
+    with contextlib.ExitStack() as stack:
+        if kind == "ours":
+            port = stack.enter_context(rpcnb.Tracker(port=0, silent=True)).port
+        else:
+            port = stock.run(start_tracker)
+        for key in ("rpi", "a", "rpi"):
+            stack.enter_context(rpcnb.Server(port=0, silent=True, key=key, tracker_addr=("127.0.0.1", port)))
+        tracker = rpcnb.connect_tracker("127.0.0.1", port)
+        eventually(lambda: tracker.summary()["queue_info"].get("rpi", {}).get("free") == 2, "the boards")
+        eventually(lambda: tracker.summary()["queue_info"].get("a", {}).get("free") == 1, "the boards")
+        with tracker.request("rpi", told=lambda place, length: None):
+            assert main(["devices", f"127.0.0.1:{port}", "--stock"]) == 0
+            assert capsys.readouterr().out == stock.run(query_tracker, port)

@@ -250,6 +250,26 @@ def test_a_farm_from_the_command_line(running: Any, capsys: pytest.CaptureFixtur
     assert [one.process.returncode for one in (far, near, proxy, tracker)] == [0] * 4
 
 
+def test_stocks_options_have_counterparts(
+    running: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = running("tracker", "--port", "0")
+    proxy = running("proxy", "--port", "0", "--tracker", tracker.address)
+    host, _, port = proxy.address.partition(":")
+    running("serve", "--demo", "--key", "far", "--host", host, "--port", port, "--through-proxy", "--trust-tracker")
+    monkeypatch.setenv("TVM_TRACKER_HOST", "127.0.0.1")
+    monkeypatch.setenv("TVM_TRACKER_PORT", tracker.address.partition(":")[2])
+    session = rpcnb.connect_tracker()
+    eventually(lambda: "far" in session.summary()["queue_info"], "the board")
+    assert main(["devices", "--stock"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"Tracker address {tracker.address}"
+    assert any(line.endswith("    server:proxy[far]") for line in lines)
+    monkeypatch.setenv("TVM_TRACKER_PORT", "none")
+    with pytest.raises(ValueError, match="expected a port in TVM_TRACKER_PORT, got 'none'"):
+        rpcnb.connect_tracker()
+
+
 def test_devices_are_watched_until_ctrl_c(running: Any) -> None:
     tracker = running("tracker", "--port", "0", "--silent")
     command = [sys.executable, "-m", "rpcnb", "devices", tracker.address, "--watch"]
