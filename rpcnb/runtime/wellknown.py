@@ -27,6 +27,13 @@ __all__ = ["UPLOAD", "WELL_KNOWN", "find_well_known", "keeps_state_by_thread"]
 UPLOAD = "tvm.rpc.server.upload"
 # Globals of apache-tvm-ffi that any client may call: they compute on their arguments and reach nothing else.
 _FFI_ALLOWED = frozenset({"ffi.Shape", "ffi.GetRegisteredTypeKeys", "testing.echo"})
+# Those that clients with native code may call too: containers and modules, as TVM's own Python asks for them. They
+# change nothing of the process; what does (``ffi.FunctionRemoveGlobal``) is not among them.
+_FFI_TRUSTED = (
+    *("ffi.Array", "ffi.Map", "ffi.Dict", "ffi.List", "ffi.String", "ffi.Bytes", "ffi.Structural", "ffi.json."),
+    *("ffi.ToJSONGraph", "ffi.FromJSONGraph", "ffi.ModuleGet", "ffi.ModuleImplements", "ffi.ModuleInspect"),
+    "ffi.GetGlobalFuncMetadata",
+)
 
 
 def _workpath(session: HandleSession, name: str) -> str:
@@ -286,7 +293,8 @@ def find_well_known(session: HandleSession, name: str) -> ServedFunction | None:
     if found is not None and not (of_runtime and environment.native and name in STAND_INS):
         function, run = found
         return ServedFunction(name, functools.partial(function, session), "plain", run)
-    if name in _FFI_ALLOWED or of_runtime or name in environment.ffi_names or environment.expose_ffi:
+    trusted = environment.native and name.startswith(_FFI_TRUSTED)
+    if name in _FFI_ALLOWED or of_runtime or trusted or name in environment.ffi_names or environment.expose_ffi:
         from rpcnb.runtime.libraries import find_ffi_global
 
         function_of_ffi = find_ffi_global(name)

@@ -191,3 +191,13 @@ def test_random_fill_works_in_the_cpus_memory_only(client: Client) -> None:
     fill: Any = WELL_KNOWN["tvm.contrib.random.random_fill"][0]
     with pytest.raises(DeviceError, match="CPU's memory"):
         fill(client.local, "no tensor")
+
+
+def test_containers_of_the_ffi_are_for_clients_with_native_code() -> None:
+    trusting, careful = (Client(Environment(native=native)) for native in (True, False))
+    assert trusting.local.get_function("ffi.Array")
+    assert not careful.local.get_function("ffi.Array")
+    assert not trusting.local.get_function("ffi.FunctionRemoveGlobal")
+    assert trusting.local.get_function("ffi.ModuleGetKind")
+    trusting.send(Shutdown())
+    careful.send(Shutdown())
