@@ -69,6 +69,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
     elif name in ("errors", "events", "values"):
         value = importlib.import_module(f"rpcnb.{name}")
+    elif name == "tvm":  # for scripts with TVM in them: rpcnb.tvm.watch
+        value = importlib.import_module("rpcnb.jupyter.tuning")
     else:
         errors = importlib.import_module("rpcnb.errors")
         if name not in errors.__all__:
@@ -81,7 +83,7 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from rpcnb import errors
 
-    return sorted({*__all__, *errors.__all__, "events", "values"})
+    return sorted({*__all__, *errors.__all__, "events", "tvm", "values"})
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rpcnb.errors import RemoteProtocolError
 
-__all__ = ["Profile", "ProfileRow"]
+__all__ = ["Profile", "ProfileRow", "show_time"]
 
 _BAR = 20  # characters
 _SHOWN = 40  # rows
@@ -78,12 +78,12 @@ class Profile:
     @property
     def _title(self) -> str:
         runs = "1 run" if self.runs == 1 else f"{self.runs} runs"
-        return f"{self.name}: {_time(self.seconds)} a run, of {runs}"
+        return f"{self.name}: {show_time(self.seconds)} a run, of {runs}"
 
     def table(self) -> str:
         """Return it as text."""
         lines = [
-            (f"{share:4.0%} {_bar(share)} {_time(row.seconds):>9} {row.calls:6g}", row.name, row.arguments)
+            (f"{share:4.0%} {_bar(share)} {show_time(row.seconds):>9} {row.calls:6g}", row.name, row.arguments)
             for row, share in self._shares()
         ]
         width = max((len(name) for _, name, _ in lines), default=0)
@@ -105,7 +105,7 @@ class Profile:
         rows = "".join(
             f"<tr><td style='text-align:left'>{html.escape(row.name)}</td>"
             f"<td style='text-align:left'>{html.escape(row.arguments)}</td><td>{row.calls:g}</td>"
-            f"<td>{_time(row.seconds)}</td>"
+            f"<td>{show_time(row.seconds)}</td>"
             f"<td style='min-width:10em'><div style='{bar};width:{share:.1%}' title='{share:.1%}'></div></td></tr>"
             for row, share in self._shares()
         )
@@ -116,7 +116,8 @@ class Profile:
         )
 
 
-def _time(seconds: float) -> str:
+def show_time(seconds: float) -> str:
+    """Return a time for people: ``3.2 us``."""
     for limit, factor, unit in ((1e-6, 1e9, "ns"), (1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
         if seconds < limit:
             return f"{seconds * factor:.3g} {unit}"
