@@ -44,6 +44,7 @@ __all__ = [
     "ffi_global_names",
     "find_global",
     "install_backend",
+    "measuring_backend",
     "processors",
     "runtime_is_loaded",
 ]
@@ -323,6 +324,17 @@ def build(folder: Path | None = None) -> Path | None:
         log.info("parallel loops and workspaces of compiled code are slow: backend.c could not be built: %s", error)
         return None
     return path
+
+
+@cache
+def measuring_backend() -> Backend:
+    """Return what measures functions: what is installed; where TVM's runtime fills the slots, the loop alone."""
+    found = install_backend()
+    path = build() if found is None else None
+    if path is not None:
+        with contextlib.suppress(OSError, AttributeError):
+            found = CompiledBackend(path)
+    return found or Backend()
 
 
 @cache

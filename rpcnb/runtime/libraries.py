@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import LibraryError
-from rpcnb.runtime.backend import Backend, compiler, ffi, ffi_global_names, find_global, install_backend
+from rpcnb.runtime.backend import compiler, ffi, ffi_global_names, find_global, install_backend, measuring_backend
 from rpcnb.runtime.completion import call_cancelled
 from rpcnb.runtime.current import cancelled
 from rpcnb.runtime.devices import DeviceTensor
@@ -269,8 +269,7 @@ class FFIFunction:
 
     def measured(self, args: tuple[Any, ...]) -> Callable[[int], float]:
         """Return what calls it so often, and returns the seconds of that: of the function, not of our values."""
-        backend = install_backend() or Backend()
-        return backend.measured(self.function, [_to_ffi(arg) for arg in args])
+        return measuring_backend().measured(self.function, [_to_ffi(arg) for arg in args])
 
 
 def _to_ffi(value: Any) -> Any:

@@ -340,7 +340,7 @@ class LocalServingSession(ServingSession):
 
     # -- memory --------------------------------------------------------------------------------------------------
 
-    def _api(self, device: Device) -> DeviceAPI:
+    def device_api(self, device: Device) -> DeviceAPI:
         """Return the API of a device's type: ours, a plug-in's, or TVM's runtime's where native code is allowed.
 
         Raises:
@@ -360,7 +360,7 @@ class LocalServingSession(ServingSession):
 
     def set_device(self, device: Device) -> None:
         """Make ``device`` the current one of its type."""
-        self._api(device).set_device(device)
+        self.device_api(device).set_device(device)
 
     def get_attribute(self, device: Device, kind: int) -> Value:
         """Answer an attribute query; an absent device has existence 0, as in stock."""
@@ -368,9 +368,9 @@ class LocalServingSession(ServingSession):
             raise ResultError(f"device attribute {kind} is unknown; expected 0 to {len(ATTRIBUTES) - 1}")
         name = ATTRIBUTES[kind]
         if name != "exist":
-            return self._api(device).attribute(device.index, name)
+            return self.device_api(device).attribute(device.index, name)
         try:
-            return 1 if self._api(device).exists(device.index) else 0
+            return 1 if self.device_api(device).exists(device.index) else 0
         except RuntimeError:
             return 0
 
@@ -385,11 +385,11 @@ class LocalServingSession(ServingSession):
         return self._allocate(meta.device, meta.nbytes, meta.dtype.bits // 8 * meta.dtype.lanes, scope)
 
     def _allocate(self, device: Device, nbytes: int, alignment: int, scope: str | None) -> Pointer:
-        memory = self._api(device).allocate(device, nbytes, alignment, scope or "global")
+        memory = self.device_api(device).allocate(device, nbytes, alignment, scope or "global")
         try:
             handle = self.table.issue(HandleKind.DATA, memory)
         except Exception:
-            self._api(device).free(memory)
+            self.device_api(device).free(memory)
             raise
         self._uses[memory] = 1
         return handle
@@ -407,7 +407,7 @@ class LocalServingSession(ServingSession):
             if left > 0:
                 self._uses[memory] = left
         if left == 0:
-            self._api(memory.device).free(memory)
+            self.device_api(memory.device).free(memory)
 
     def _memory(self, meta: TensorMeta, nbytes: int) -> tuple[Memory, int]:
         memory = self.tensor(meta._replace(shape=(nbytes,), dtype=DType(1, 8))).memory
@@ -418,7 +418,7 @@ class LocalServingSession(ServingSession):
         memory, start = self._memory(meta, nbytes)
         if self.is_async:
             return None
-        return self._api(meta.device).direct(memory, start, nbytes)
+        return self.device_api(meta.device).direct(memory, start, nbytes)
 
     def sink_for(self, handle: int, args: Sequence[Value], nbytes: int) -> Sink | None:
         """Stream the content of an uploaded file to disk."""
@@ -445,7 +445,7 @@ class LocalServingSession(ServingSession):
         memory, start = self._memory(meta, nbytes)
         finished = self._pin(memory, data, done)
         try:
-            self._api(meta.device).copy_in(memory, start, data, None, finished)
+            self.device_api(meta.device).copy_in(memory, start, data, None, finished)
         except BaseException as error:
             finished(error)
 
@@ -455,7 +455,7 @@ class LocalServingSession(ServingSession):
         memory, start = self._memory(meta, nbytes)
         finished = self._pin(memory, into, done)
         try:
-            self._api(meta.device).copy_out(memory, start, into, None, finished)
+            self.device_api(meta.device).copy_out(memory, start, into, None, finished)
         except BaseException as error:
             finished(error)
 
@@ -484,17 +484,17 @@ class LocalServingSession(ServingSession):
         if nbytes != other.meta.nbytes:
             raise ResultError(f"cannot copy {nbytes} bytes, shape {source.shape}, into {other.meta.nbytes} bytes")
         if source.device.type == target.device.type:
-            api = self._api(source.device)
+            api = self.device_api(source.device)
             start, at = source.byte_offset, target.byte_offset
             api.copy_among(one.memory, start, other.memory, at, nbytes, self._stream(stream))
             return
         # One side must be plain memory, which the other side's API copies from or to.
         waiter = _Waiter()
-        plain = self._api(source.device).direct(one.memory, source.byte_offset, nbytes)
+        plain = self.device_api(source.device).direct(one.memory, source.byte_offset, nbytes)
         if plain is not None:
             self.async_copy_to(plain, target, nbytes, waiter)
         else:
-            plain = self._api(target.device).direct(other.memory, target.byte_offset, nbytes)
+            plain = self.device_api(target.device).direct(other.memory, target.byte_offset, nbytes)
             if plain is None:
                 raise ResultError(f"cannot copy from {source.device} to {target.device}; go through the CPU")
             self.async_copy_from(source, plain, nbytes, waiter)
@@ -507,7 +507,7 @@ class LocalServingSession(ServingSession):
 
     def create_stream(self, device: Device) -> Pointer:
         """Make a stream; NULL on the CPU."""
-        stream = self._api(device).create_stream(device)
+        stream = self.device_api(device).create_stream(device)
         return NULL if stream is None else self.table.issue(HandleKind.STREAM, stream)
 
     def free_stream(self, device: Device, stream: int) -> None:
@@ -515,15 +515,15 @@ class LocalServingSession(ServingSession):
         if stream:
             entry = self.table.release(stream, HandleKind.STREAM)
             if entry is not None:
-                self._api(device).free_stream(device, entry.thing)
+                self.device_api(device).free_stream(device, entry.thing)
 
     def set_stream(self, device: Device, stream: int) -> None:
         """Make a stream the current one."""
-        self._api(device).set_stream(device, self._stream(stream))
+        self.device_api(device).set_stream(device, self._stream(stream))
 
     def current_stream(self, device: Device) -> Pointer:
         """Return the current stream."""
-        stream = self._api(device).current_stream(device)
+        stream = self.device_api(device).current_stream(device)
         return NULL if stream is None else self.table.issue(HandleKind.STREAM, stream)
 
     def stream_sync(self, device: Device, stream: int) -> None:
@@ -535,7 +535,7 @@ class LocalServingSession(ServingSession):
     @errors_to_done
     def async_stream_wait(self, device: Device, stream: int, done: Done) -> None:
         """Call ``done`` when the stream's work has ended."""
-        self._api(device).synchronize(device, self._stream(stream), _finish(done))
+        self.device_api(device).synchronize(device, self._stream(stream), _finish(done))
 
     def shutdown(self) -> None:
         """Cancel what runs, free all memory, remove the files."""

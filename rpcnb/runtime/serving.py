@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rpcnb.protocol.messages import CallFunc, Syscall
     from rpcnb.protocol.reader import Sink
     from rpcnb.runtime.completion import Done
+    from rpcnb.runtime.devices import DeviceAPI
     from rpcnb.runtime.environment import Environment
     from rpcnb.runtime.files import SessionFiles
     from rpcnb.runtime.handles import HandleTable
@@ -219,6 +220,9 @@ class HandleSession(Protocol):
 
     def name_of(self, handle: int) -> str:
         """Name the function of a handle, for people."""
+
+    def device_api(self, device: Device) -> DeviceAPI:
+        """Return the API of a device's type."""
 
     def placement(self, request: CallFunc) -> str:
         """Tell where a call runs."""

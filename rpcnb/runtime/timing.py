@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.errors import FunctionNotFound, InvalidHandle
 from rpcnb.runtime.completion import call_cancelled
 from rpcnb.runtime.current import CALL
-from rpcnb.runtime.devices import find_device
 from rpcnb.runtime.handles import HandleKind
 from rpcnb.runtime.served import Module, ServedFunction
 from rpcnb.values import CPU, Device
@@ -108,7 +107,7 @@ def make_evaluator(
     before = _find(session, None, preproc) if preproc else None
     flush = _cache_flusher(cache_flush_bytes)
     device = Device(device_type, device_id)
-    api = find_device(device) if device != CPU else None
+    api = session.device_api(device) if device != CPU else None
 
     def measure(args: tuple[Any, ...]) -> Generator[Any, Any, bytes]:
         """Yield awaitables and pauses; both drivers below run it."""

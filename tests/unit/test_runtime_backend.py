@@ -241,6 +241,22 @@ def test_tvms_own_runtime_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert install_backend.__wrapped__() is None
 
 
+def test_beside_tvms_own_runtime_the_loop_that_measures_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = module.measuring_backend.__wrapped__
+    installed = Backend()
+    monkeypatch.setattr(module, "install_backend", lambda: installed)
+    assert find() is installed
+    monkeypatch.setattr(module, "install_backend", lambda: None)
+    assert isinstance(find(), CompiledBackend)
+    monkeypatch.setattr(module, "build", lambda: None)
+    assert type(find()) is Backend
+    (tmp_path / "wrong.so").write_bytes(b"no library")
+    monkeypatch.setattr(module, "build", lambda: tmp_path / "wrong.so")
+    assert type(find()) is Backend
+
+
 def test_without_the_ffi_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tvm_ffi", None)
     with pytest.raises(LibraryError, match=r"pip install 'rpcnb\[tvm\]'"):
