@@ -97,6 +97,8 @@ def test_compiled_functions_take_and_return_its_tensors(session: Any) -> None:
     add = session.get_function("testdevice.add")
     add(one.view((4,), "float32", 16), other.view((4,), "float32", 16), made)
     assert (made.numpy() == DATA[1] * 11).all()
+    part = one.view((4,), "float32", 16)
+    assert session.time_evaluator("testdevice.add", device, 2)(part, part, made).mean > 0
     passed = session.call("testdevice.pass", one.view((2, 4), "float32", 16))
     assert passed.device == device
     assert passed.shape == (2, 4)
