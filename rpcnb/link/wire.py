@@ -9,6 +9,7 @@ download goes nowhere, and the reply is dropped when it comes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -289,7 +290,8 @@ class Wire:
         """Receive once, and settle the tickets whose replies are complete; False if nothing had come."""
         # A stock server has no TCP_NODELAY: each reply after the first waits for our delayed ACK (44 ms) without it.
         if self.is_stock and _QUICKACK is not None and len(self.tickets) != 1:
-            self.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+            with contextlib.suppress(OSError):  # not TCP: a program's; or it has just ended, which receiving tells
+                self.sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
         view = self.endpoint.get_buffer()
         try:
             count = self._receive(view, min(len(view), PIECE), _NOW)
