@@ -34,17 +34,23 @@ def installed(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The device, built against the headers of apache-tvm's wheel."""
+def build(source: str, made: Path, *flags: str) -> Path:
+    """Build against the headers and libraries of apache-tvm's wheel."""
     tvm, ffi = installed("tvm"), installed("tvm_ffi")
-    made = tmp_path_factory.mktemp("device") / "libtestdevice.so"
     includes = [f"-I{one}" for one in (tvm / "include", ffi / "include", ffi / "3rdparty/dlpack/include")]
-    libraries = [f"-L{tvm / 'lib'}", "-ltvm_runtime", f"-L{ffi / 'lib'}", "-ltvm_ffi"]
-    source = Path(__file__).with_name("testdevice.cc")
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-o", str(made), str(source), *includes, *libraries]
+    folders = [tvm / "lib", ffi / "lib"]
+    libraries = ["-Wl,--no-as-needed", *(f"-L{one}" for one in folders), "-ltvm_runtime", "-ltvm_ffi"]
+    libraries += [f"-Wl,-rpath,{one}" for one in folders]
+    path = str(Path(__file__).with_name(source))
+    command = ["g++", "-std=c++17", "-O1", *flags, "-o", str(made), path, *includes, *libraries]
     subprocess.run(command, check=True, timeout=120)
     return made
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The device."""
+    return build("testdevice.cc", tmp_path_factory.mktemp("device") / "libtestdevice.so", "-shared", "-fPIC")
 
 
 @pytest.fixture(params=["isolated", "one process"])
