@@ -172,6 +172,7 @@ class Processes:
         self.name = name
         self.io_loop = io_loop
         self.broken = ""  # why there is no zygote
+        self.warm: list[str] = []  # modules that sessions have needed: the next one finds them imported
         self._groups = MemoryGroups.open(options["memory"]) if options["memory"] else None
         self.directory = tempfile.mkdtemp(prefix="rpcnb-server-")
         self._options = {**options, "grouped": self._groups is not None, "directory": self.directory}
@@ -274,6 +275,8 @@ class Processes:
         if self._spare is None and not self._closed and not self.broken:
             with contextlib.suppress(OSError):  # who needs one is told
                 self._spare = self._ask_for_one()
+                if self.warm:
+                    self._spare.channel.send({"warm": self.warm})
 
     def make_directory(self) -> str:
         """Return a fresh directory for what a process may leave.

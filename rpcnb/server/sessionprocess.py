@@ -2,11 +2,12 @@
 
 ::
 
-    server -> here   {"job": facts}, a parcel and a pipe   instead of all others: see jobprocess.py
+    server -> here   {"warm": modules}                     to be imported while it waits
+                     {"job": facts}, a parcel and a pipe   instead of all others: see jobprocess.py
                      {"open": facts} and a socket     the client, greeted; then its lanes
                      {"ask": n, "what": "pending"}    -> {"answer": n, "states": [...]}
                      {"observe": bool}, {"visitor": why it may only look after jobs}
-    here -> server   {"over": true}, {"event": kind, "facts": {...}}
+    here -> server   {"over": true, "native": it has loaded compiled code}, {"event": kind, "facts": {...}}
                      {"ask": n, "what": "counts"}     -> {"answer": n, "counts": {...}}
                      {"ask": n, "what": "jobs", "question": words}, data -> {"answer": n, "reply": words}, data
 """
@@ -16,12 +17,14 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
+import importlib
 import itertools
 import logging
 import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -197,7 +200,7 @@ class SessionProcess(SessionHost):
         self._end()
 
     def _end(self) -> None:
-        self.channel.post({"over": True})
+        self.channel.post({"over": True, "native": "tvm_ffi" in sys.modules})
         self.over.set()
 
     def _observe(self, wanted: bool) -> None:
@@ -257,9 +260,7 @@ def run_session(options: dict[str, Any], channel: Channel, *, check: bool) -> in
         _leave()
         return 0
     process = SessionProcess(options, channel, runner)
-    if not select.select([channel.sock], [], [], 0)[0]:  # nobody waits
-        rehearse(process.io_loop)
-    note = channel.receive()
+    note = _first_note(process, channel)
     if note is None:
         return 0
     if "job" in note.words:
@@ -278,6 +279,21 @@ def run_session(options: dict[str, Any], channel: Channel, *, check: bool) -> in
         process.over.wait()
     _leave()
     return 0
+
+
+def _first_note(process: SessionProcess, channel: Channel) -> Note | None:
+    """Wait for what is to be done; meanwhile do what a session would wait for: what others here have needed."""
+    rehearsed = False
+    while True:
+        if not rehearsed and not select.select([channel.sock], [], [], 0)[0]:  # nobody waits
+            rehearse(process.io_loop)
+            rehearsed = True
+        note = channel.receive()
+        if note is None or "warm" not in note.words:
+            return note
+        for name in note.words["warm"]:
+            with contextlib.suppress(Exception):  # who needs it is told
+                importlib.import_module(name)
 
 
 def _ends_without_memory(record: logging.LogRecord) -> bool:

@@ -251,6 +251,26 @@ def test_nothing_that_a_session_has_started_is_left(board: Any, how: str, caplog
     caplog.clear()
 
 
+def test_what_a_session_has_needed_the_next_one_finds_imported(start: Start, tmp_path: Path) -> None:
+    module = tmp_path / "imported.py"
+    module.write_text(
+        "import sys, rpcnb\n"
+        "@rpcnb.register_func('b.imported')\n"
+        "def imported(name, now): return bool(now and __import__(name)) or name in sys.modules\n"
+    )
+    board = start({"load": [str(module)]})
+    with connect(board) as session:
+        assert not session.call("b.imported", "tvm_ffi", False)
+    with connect(board) as session:
+        session.call("b.imported", "tvm_ffi", True)
+    eventually(lambda: board._processes.warm, "its word")
+    for _ in range(2):  # the one that was ready has been made before
+        eventually(lambda: board._processes._spare is not None and board._processes._spare.pid, "the next process")
+        with connect(board) as session:
+            found = session.call("b.imported", "tvm_ffi", False)
+    assert found
+
+
 def test_memory_that_is_used_up_costs_one_session(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     board = start({"memory": 160 << 20})
     with connect(board) as good, connect(board) as bad:
