@@ -23,7 +23,7 @@ _LEAST_MEMORY = 64 << 20  # bytes: Python with numpy needs so much before anythi
 _MOST = 1 << 50  # more is a mistake, and too much for the system's own numbers before long
 CAN_ISOLATE = sys.platform.startswith("linux")
 # What a session's process would import as it begins.
-_WARM = ("resource", "rpcnb.server.hop", "tornado.platform.asyncio")
+_WARM = ("resource", "rpcnb.server.popen", "tornado.platform.asyncio")
 _WARM_CELLS = ("rpcnb.cells.cells", "rpcnb.cells.runners", "IPython.display", "IPython.core.interactiveshell")
 _INTERVAL = 0.005  # Python's own
 
