@@ -8,6 +8,7 @@ first link that needs it and is a daemon.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import heapq
 import logging
@@ -82,6 +83,7 @@ class IOThread:
         self._timers: list[Timer] = []
         self._wake: int = -1
         self._next_look = 0.0  # when the links are looked after again
+        self._kept: list[Adopted] = []
 
     def _start(self) -> None:
         with self._lock:
@@ -120,6 +122,14 @@ class IOThread:
         self._start()
         self.watched.add(link)
         self._signal()  # it may be sleeping without end
+
+    def keep(self) -> None:
+        """Hold the links of sessions that nobody closed until the process is over, when its sockets end with it.
+
+        The end of an interpreter drops its objects in no order, without calling what looks after them; a socket that
+        is dropped then warns of having been left open. This thread's frame, which is never left, keeps what is here.
+        """
+        self._kept = self._all_watched()
 
     def _signal(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
@@ -201,5 +211,6 @@ def _new_thread() -> None:
 
 
 IO_THREAD = IOThread()
+atexit.register(lambda: IO_THREAD.keep())
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_thread)

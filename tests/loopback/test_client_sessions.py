@@ -482,6 +482,8 @@ EXITS = {
     "in a daemon thread": "threading.Thread(target=session.call, args=('sleep', 0.3), daemon=True).start()",
     "own server": "server = rpcnb.Server(port=0, silent=True); other = rpcnb.connect(server.address)\n"
     "other.call('rpc.test.addone', 1)",
+    "dropped while the interpreter ends": "class Late:\n    def __init__(self, held): self.held = held\n"
+    "    def __del__(self): self.held = None\nlate = Late(rpcnb.connect(sys.argv[1]))",
     "local": "local = rpcnb.LocalSession(); local.call('rpc.test.addone', 1)",
 }
 
