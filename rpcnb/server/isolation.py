@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import IsolationFailed
 from rpcnb.server.modules import is_path, loads_program, main_program
-from rpcnb.server.zygote import ONE_THREAD
+from rpcnb.server.zygote import ONE_THREAD, SOON_ASLEEP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,5 +111,5 @@ class Isolation:
             "path": list(sys.path),
             "argv": list(sys.argv),
             "log_level": logging.getLogger().getEffectiveLevel(),
-            "threads": {name: os.environ[name] for name in ONE_THREAD if name in os.environ},
+            "threads": {name: os.environ[name] for name in (*ONE_THREAD, *SOON_ASLEEP) if name in os.environ},
         }

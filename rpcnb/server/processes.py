@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import IsolationFailed
 from rpcnb.server.cgroup import NO_MEMORY, MemoryGroups
-from rpcnb.server.zygote import ONE_THREAD
+from rpcnb.server.zygote import ONE_THREAD, SOON_ASLEEP
 from rpcnb.transport.backoff import Backoff
 from rpcnb.transport.channel import Channel
 
@@ -172,7 +172,7 @@ class Processes:
         self.name = name
         self.io_loop = io_loop
         self.broken = ""  # why there is no zygote
-        self.warm: list[str] = []  # modules that sessions have needed: the next one finds them imported
+        self._warm: tuple[str, ...] = ()  # modules that sessions have needed: those to come find them imported
         self._groups = MemoryGroups.open(options["memory"]) if options["memory"] else None
         self.directory = tempfile.mkdtemp(prefix="rpcnb-server-")
         self._options = {**options, "grouped": self._groups is not None, "directory": self.directory}
@@ -198,7 +198,7 @@ class Processes:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rpcnb.server.zygote", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **ONE_THREAD},
+                env={**SOON_ASLEEP, **os.environ, **ONE_THREAD},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is meant for the server
             )
@@ -241,6 +241,8 @@ class Processes:
     def listen(self) -> None:
         """Begin to work; on the loop."""
         self._zygote.listen(self.io_loop, self._hear, self._zygote_ended)
+        if self._warm:
+            self.tell_zygote({"warm": self._warm})
         self._prepare()
 
     def tell_zygote(self, words: dict[str, Any]) -> None:
@@ -275,8 +277,16 @@ class Processes:
         if self._spare is None and not self._closed and not self.broken:
             with contextlib.suppress(OSError):  # who needs one is told
                 self._spare = self._ask_for_one()
-                if self.warm:
-                    self._spare.channel.send({"warm": self.warm})
+
+    def warm(self, modules: tuple[str, ...]) -> None:
+        """Let the processes to come have these modules imported."""
+        if modules != self._warm:
+            self._warm = modules
+            self.tell_zygote({"warm": modules})
+            spare, self._spare = self._spare, None
+            if spare is not None and spare.pid:
+                self.tell_zygote({"kill": spare.pid})
+            self._prepare()
 
     def make_directory(self) -> str:
         """Return a fresh directory for what a process may leave.

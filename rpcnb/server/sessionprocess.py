@@ -2,8 +2,7 @@
 
 ::
 
-    server -> here   {"warm": modules}                     to be imported while it waits
-                     {"job": facts}, a parcel and a pipe   instead of all others: see jobprocess.py
+    server -> here   {"job": facts}, a parcel and a pipe   instead of all others: see jobprocess.py
                      {"open": facts} and a socket     the client, greeted; then its lanes
                      {"ask": n, "what": "pending"}    -> {"answer": n, "states": [...]}
                      {"observe": bool}, {"visitor": why it may only look after jobs}
@@ -17,7 +16,6 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
-import importlib
 import itertools
 import logging
 import os
@@ -282,18 +280,10 @@ def run_session(options: dict[str, Any], channel: Channel, *, check: bool) -> in
 
 
 def _first_note(process: SessionProcess, channel: Channel) -> Note | None:
-    """Wait for what is to be done; meanwhile do what a session would wait for: what others here have needed."""
-    rehearsed = False
-    while True:
-        if not rehearsed and not select.select([channel.sock], [], [], 0)[0]:  # nobody waits
-            rehearse(process.io_loop)
-            rehearsed = True
-        note = channel.receive()
-        if note is None or "warm" not in note.words:
-            return note
-        for name in note.words["warm"]:
-            with contextlib.suppress(Exception):  # who needs it is told
-                importlib.import_module(name)
+    """Wait for what is to be done; meanwhile do what a session would wait for."""
+    if not select.select([channel.sock], [], [], 0)[0]:  # nobody waits
+        rehearse(process.io_loop)
+    return channel.receive()
 
 
 def _ends_without_memory(record: logging.LogRecord) -> bool:

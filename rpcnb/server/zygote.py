@@ -7,6 +7,7 @@ for a session, kills one, and tells of the end of each, with everything that the
 
     {"fork": n, "check": bool}, the other end of a channel -> {"forked": n, "pid": pid} or {"failed": n, "why": text}
     {"kill": pid, "signal": number}                        (killed without a number)
+    {"warm": modules}                                      to be imported here, once, if they start no thread
     (a process has ended)                                  -> {"ended": pid, "status": status, "peak": bytes}
 """
 
@@ -35,11 +36,14 @@ if TYPE_CHECKING:
 
     from rpcnb.transport.channel import Note
 
-__all__ = ["ONE_THREAD", "main"]
+__all__ = ["ONE_THREAD", "SOON_ASLEEP", "main"]
 
 # What keeps numerical libraries from starting threads, which a fork would lose; a session's process has its own again.
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "NUMEXPR")}
+# Each new thread of OpenBLAS spins for 2**26 cycles (0.1 s of a CPU in every process that is forked) before it sleeps.
+SOON_ASLEEP = {"OPENBLAS_THREAD_TIMEOUT": "20"}  # 2**20 of them; read when the library is loaded
 _PATIENCE, _MOMENT = 2.0, 0.005  # seconds for what sessions have left to end, and between two looks
+_IMPORT = 10  # seconds in which a module must be imported
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SETTERS = ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads64_",
             "openblas_set_num_threads", "MKL_Set_Num_Threads")  # fmt: skip
@@ -120,6 +124,8 @@ class Zygote:
             os.kill(words["kill"], int(words.get("signal", signal.SIGKILL)))
         elif "fork" in words:
             self._fork(note)
+        elif "warm" in words:
+            self._warm(words["warm"])
 
     def _fork(self, note: Note) -> None:
         """Fork a session's process; it never returns from here."""
@@ -144,6 +150,28 @@ class Zygote:
         self._over.discard(pid)
         self._channel.send({"forked": number, "pid": pid})
 
+    def _warm(self, names: list[str]) -> None:
+        """Import what sessions need, for those to come; a child tries first whether that ends well."""
+        try:
+            pid = os.fork()
+        except OSError:
+            return
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.alarm(_IMPORT)
+            for name in names:
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+            os._exit(threads() - 1)
+        if os.waitpid(pid, 0)[1] != 0:
+            return
+        for name in names:
+            with contextlib.suppress(Exception):  # who needs it is told
+                importlib.import_module(name)
+        gc.collect()
+        gc.freeze()
+        self._restore = _blas_setters()
+
     def _be_session(self, descriptor: int, *, check: bool) -> None:
         code = 70
         try:
@@ -158,7 +186,6 @@ class Zygote:
             self._selector.close()
             for one in (self._channel, *self._inherited):  # with what was sent for the next ones
                 one.close()
-            gc.unfreeze()
             self._restore_threads()
             from rpcnb.server.sessionprocess import run_session
 
@@ -174,7 +201,7 @@ class Zygote:
     def _restore_threads(self) -> None:
         """Let numerical libraries have as many threads as is wanted, and the session random numbers of its own."""
         wanted: dict[str, str] = self._options.get("threads", {})
-        for name in ONE_THREAD:
+        for name in (*ONE_THREAD, *SOON_ASLEEP):
             os.environ.pop(name, None)
             if name in wanted:
                 os.environ[name] = wanted[name]
