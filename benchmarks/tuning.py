@@ -15,6 +15,8 @@ from typing import Any
 
 from benchmarks.rounds import Ratios, machine, options, save, show
 
+HOOKED = ", hooks and cache flush"
+
 
 def _free_port() -> int:
     with socket.socket() as probe:
@@ -73,11 +75,16 @@ def main() -> None:
         )
         assert json.loads(tuner.stdout.readline()) == "ready"
         for _ in range(rounds):
-            for kind, port in farms.items():
-                tuner.stdin.write(f"{port}\n")
-                ratios.add(kind, json.loads(tuner.stdout.readline()))
+            for hooked in (False, True):
+                for kind, port in farms.items():
+                    tuner.stdin.write(json.dumps([port, hooked]) + "\n")
+                    ratios.add(kind + HOOKED * hooked, json.loads(tuner.stdout.readline()))
         tuner.stdin.close()
-    rows = [[kind, f"{ratios.median(kind):.2f} s", f"{ratios.ratio(kind, 'stock'):.2f}"] for kind in farms]
+    rows = []
+    for name in ("", HOOKED):
+        for kind in farms:
+            seconds, ratio = ratios.median(kind + name), ratios.ratio(kind + name, "stock" + name)
+            rows.append([kind + name, f"{seconds:.2f} s", f"{ratio:.2f}"])
     print(machine(), f"rounds={rounds}")
     show("RPCRunner, 16 trials on two boards", ("farm", "median", "x stock"), rows)
     save(chosen.json, ratios.medians())

@@ -1,4 +1,7 @@
-"""MetaSchedule's RPCRunner, unchanged: ``python -m benchmarks.tuning_process``; reads tracker ports, prints seconds."""
+"""MetaSchedule's RPCRunner, unchanged: ``python -m benchmarks.tuning_process``.
+
+It reads ``[tracker's port, with hooks and cache flush]`` and prints seconds.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +34,25 @@ def candidates(folder: str) -> list[str]:
     return files
 
 
-def measure(tracker: int, files: list[str]) -> float:
+def evaluate(session: Any, remote: Any, device: Any, config: Any, arguments: list[Any]) -> list[float]:
+    """Measure as MetaSchedule does by itself, after a question to the board."""
+    session.get_function("runtime.NumThreads")()
+    flush = "cache_flush_cpu_non_first_arg" if config.enable_cpu_cache_flush else ""
+    evaluator = remote.time_evaluator(
+        func_name=remote.entry_name, dev=device, number=config.number, repeat=config.repeat, f_preproc=flush
+    )
+    return [float(cost) for given in arguments for cost in evaluator(*given).results]
+
+
+def measure(tracker: int, hooked: bool, files: list[str]) -> float:
     """Run all candidates on the tracker's boards; returns the seconds."""
     from tvm.s_tir import meta_schedule as ms
 
     shapes = [ms.arg_info.TensorInfo("float32", (64, 64)) for _ in range(3)]
     config = ms.runner.RPCConfig("127.0.0.1", tracker, "tune", session_priority=1, session_timeout_sec=60)
-    runner = ms.runner.RPCRunner(config, ms.runner.EvaluatorConfig(number=3, repeat=2, min_repeat_ms=0), max_workers=2)
+    evaluator = ms.runner.EvaluatorConfig(number=3, repeat=2, min_repeat_ms=0, enable_cpu_cache_flush=hooked)
+    hook = evaluate if hooked else None
+    runner = ms.runner.RPCRunner(config, evaluator, max_workers=2, f_run_evaluator=hook)
     start = time.perf_counter()
     results: list[Any] = [one.result() for one in runner.run([ms.runner.RunnerInput(f, "cpu", shapes) for f in files])]
     seconds = time.perf_counter() - start
@@ -52,7 +67,7 @@ def main() -> None:
         files = candidates(folder)
         print(json.dumps("ready"), flush=True)
         for line in sys.stdin:
-            print(json.dumps(measure(json.loads(line), files)), flush=True)
+            print(json.dumps(measure(*json.loads(line), files)), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@
 #define RELAX() atomic_signal_fence(memory_order_seq_cst)
 #endif
 
+#if defined(__x86_64__)
+#define PUSH_OUT(line) __builtin_ia32_clflush(line)
+#elif defined(__aarch64__)
+#define PUSH_OUT(line) __asm__ __volatile__("dc civac, %0" ::"r"(line) : "memory")
+#endif
+
 #define MOST 256              /* threads */
 #define SPINS 20000           /* looks before a thread sleeps: the next launch of a loop comes within that time */
 #define KEPT 4                /* workspaces that a thread keeps */
@@ -237,6 +243,19 @@ void rpcnb_configure(int threads, raise_function raise) {
 }
 
 int rpcnb_threads(void) { return wanted; }
+
+/* Push memory out of the processor's caches; returns 0 on processors that know no way. */
+int rpcnb_flush(const char* start, size_t nbytes) {
+#ifdef PUSH_OUT
+  for (uintptr_t line = (uintptr_t)start & ~(uintptr_t)63; line < (uintptr_t)start + nbytes; line += 64)
+    PUSH_OUT((const void*)line);
+  __sync_synchronize();
+  return 1;
+#else
+  (void)start, (void)nbytes;
+  return 0;
+#endif
+}
 
 typedef struct {
   int32_t type_index;

@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("backend.c")
 _COMPILING = 60.0  # seconds
+_CACHE = 64 << 20  # bytes: more than caches have
 _NAMES = ("AllocWorkspace", "FreeWorkspace", "ParallelLaunch", "ParallelBarrier")
 
 _LAMBDA = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
@@ -138,6 +139,18 @@ class Backend:
             return time.perf_counter() - start
 
         return measure
+
+    def flush(self, arrays: Sequence[Any]) -> None:
+        """Push NumPy arrays out of the processor's caches."""
+        source, target = _large_buffers()
+        target[...] = source
+
+
+@cache
+def _large_buffers() -> tuple[Any, Any]:
+    import numpy as np
+
+    return np.ones(_CACHE, np.uint8), np.zeros(_CACHE, np.uint8)
 
 
 class PythonBackend(Backend):
@@ -227,6 +240,7 @@ class CompiledBackend(Backend):
             ctypes.c_int64,
             ctypes.POINTER(ctypes.c_double),
         ]
+        library.rpcnb_flush.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self.threads = processors()
 
     @property
@@ -256,6 +270,11 @@ class CompiledBackend(Backend):
             return seconds.value
 
         return measure
+
+    def flush(self, arrays: Sequence[Any]) -> None:
+        """Push NumPy arrays out of the processor's caches."""
+        if not all(self._library.rpcnb_flush(array.ctypes.data, array.nbytes) for array in arrays):
+            super().flush(arrays)
 
 
 def _address(function: Any) -> int:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -22,7 +24,7 @@ from rpcnb.runtime.backend import compiler, ffi, ffi_global_names, find_global, 
 from rpcnb.runtime.completion import call_cancelled
 from rpcnb.runtime.current import cancelled
 from rpcnb.runtime.devices import DeviceTensor
-from rpcnb.runtime.libraryfile import check_library, check_object
+from rpcnb.runtime.libraryfile import check_library, check_object, undefined_symbols
 from rpcnb.runtime.served import Module
 from rpcnb.runtime.tvmruntime import NEVER, find_runtime, load_runtime
 from rpcnb.values import Device, DType
@@ -41,6 +43,9 @@ _MISSING = re.compile(
 _HOW = "start the server with --runtime auto, or with --runtime and the path of libtvm_runtime.so"
 _WHERE = "pip install apache-tvm there, or take that out of its wheel: rpcnb runtime FOLDER --from WHEEL"
 _LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
+# What the linker makes itself, and functions that every version of libc has once. An object that leaves open only these
+# and the names of TVM becomes the same library without a compiler, whose start takes most of the time.
+_PLAIN = frozenset({b"_GLOBAL_OFFSET_TABLE_", b"memset", b"memmove"})
 _CPU = 1  # DLPack's number
 _LOOK = 0.1  # seconds between two looks whether somebody still waits for a compiler
 
@@ -142,7 +147,10 @@ def link_library(path: Path) -> Path:
             raise LibraryError("linking needs a C++ compiler on the server (g++, clang++ or $CXX)")
         sources = [str(one) for one in objects]
         linked = f"{folder}/linked.so"  # a library that is loaded from the target stays whole
-        failed = _run_compiler([command, "-shared", "-fPIC", "-O2", "-o", linked, *sources])
+        linker = _plain_linker(objects)
+        failed = None if linker is None else _run([linker, "-shared", "--eh-frame-hdr", "-o", linked, *sources])
+        if linker is None or failed is not None:
+            failed = _run([command, "-shared", "-fPIC", "-O2", "-o", linked, *sources])
         if failed is not None:
             last = failed.strip().splitlines()[-1:] or ["no message"]
             raise LibraryError(f"cannot link {path.name}: {last[0]}")
@@ -150,8 +158,19 @@ def link_library(path: Path) -> Path:
     return target
 
 
-def _run_compiler(command: list[str]) -> str | None:
-    """Run a compiler, as long as somebody waits for what it makes; returns what it says if it fails."""
+def _plain_linker(objects: list[Path]) -> str | None:
+    """Return the linker if it can do without a compiler, which knows where other libraries are."""
+    if sys.platform != "linux" or "CXX" in os.environ:
+        return None
+    for one in objects:
+        names = undefined_symbols(one)
+        if names is None or not all(name.startswith(b"TVM") or name in _PLAIN for name in names):
+            return None
+    return shutil.which("ld")
+
+
+def _run(command: list[str]) -> str | None:
+    """Run a compiler or a linker, as long as somebody waits for what it makes; returns its words if it fails."""
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -5,7 +5,7 @@ process: the pages behind a file's end are mapped, and touching them is a bus er
 is expected here is what the running program itself is.
 
 Source:
-    ELF: gABI 4.1, ``Elf32_Ehdr`` to ``Elf64_Shdr``; Mach-O: ``mach-o/loader.h``; PE: Microsoft's PE format.
+    ELF: gABI 4.1, ``Elf32_Ehdr`` to ``Elf64_Sym``; Mach-O: ``mach-o/loader.h``; PE: Microsoft's PE format.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from rpcnb.errors import LibraryError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Kind", "check_library", "check_object", "identify"]
+__all__ = ["Kind", "check_library", "check_object", "identify", "undefined_symbols"]
 
 _PROGRAMS = ("/proc/self/exe", sys.executable)  # what runs here; the first that can be read
+_SYMBOLS = 2  # SHT_SYMTAB
 _HEAD = 4096  # bytes in which every format says what it is
 
 _ELF_MACHINES = {
@@ -180,6 +181,33 @@ def check_object(path: Path, archive: str = "") -> None:
         raise LibraryError(f"cannot link {archive or path.name}: it {verb} {what if head else 'an empty file'}")
     if kind in ("ELF", "Mach-O", "PE", "WebAssembly"):
         _check(path, "object file", f"cannot link {archive or path.name}: it {verb}")
+
+
+def undefined_symbols(path: Path) -> frozenset[bytes] | None:
+    """Return the symbols that an object file leaves to others; None if it is no ELF file, or does not say it plainly.
+
+    Args:
+        path: A file that :func:`check_object` has passed: its tables lie within it.
+    """
+    data = path.read_bytes()
+    if len(data) < 52 or not data.startswith(b"\x7fELF"):
+        return None
+    order, wide = _order(data), data[4] == 2
+    (at,) = struct.unpack_from(order + ("Q" if wide else "I"), data, 40 if wide else 32)
+    each, count = struct.unpack_from(order + "HH", data, 58 if wide else 46)
+    form = order + ("4xI16xQQI" if wide else "4xI8xIII")  # type, offset, size, link
+    sections = [struct.unpack_from(form, data, at + number * each) for number in range(count)]
+    tables = [section for section in sections if section[0] == _SYMBOLS]
+    if len(tables) != 1 or tables[0][3] >= count:
+        return None
+    _, first, nbytes, link = tables[0]
+    names = sections[link][1]
+    symbol = struct.Struct(order + ("I2xH16x" if wide else "I10xH"))  # name, section
+    found = set()
+    for name, section in symbol.iter_unpack(data[first : first + nbytes - nbytes % symbol.size]):
+        if section == 0 and name:
+            found.add(data[names + name : data.find(b"\0", names + name)])
+    return frozenset(found)
 
 
 def _check(path: Path, what: str, says: str) -> None:

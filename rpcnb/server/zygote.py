@@ -44,6 +44,7 @@ ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", 
 SOON_ASLEEP = {"OPENBLAS_THREAD_TIMEOUT": "20"}  # 2**20 of them; read when the library is loaded
 _PATIENCE, _MOMENT = 2.0, 0.005  # seconds for what sessions have left to end, and between two looks
 _IMPORT = 10  # seconds in which a module must be imported
+_GOOD = 42  # exit code of the child that has tried; a module may exit with another
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SETTERS = ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads64_",
             "openblas_set_num_threads", "MKL_Set_Num_Threads")  # fmt: skip
@@ -162,8 +163,8 @@ class Zygote:
             for name in names:
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
-            os._exit(threads() - 1)
-        if os.waitpid(pid, 0)[1] != 0:
+            os._exit(_GOOD if threads() == 1 else 1)
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != _GOOD:
             return
         for name in names:
             with contextlib.suppress(Exception):  # who needs it is told

@@ -28,6 +28,7 @@ from rpcnb import events
 from rpcnb.server.isolation import Isolation
 from rpcnb.server.zygote import ONE_THREAD
 from rpcnb.transport.channel import Channel
+from rpcnb.transport.loopthread import call_in_loop
 
 BOARD = str(Path(__file__).with_name("isolatedboard.py"))
 TOKEN = "a-token-of-the-tests"
@@ -266,6 +267,26 @@ def test_what_a_session_has_needed_the_next_one_finds_imported(start: Start, tmp
     eventually(lambda: board._processes._warm, "its word")
     with connect(board) as session:
         assert session.call("b.imported", "tvm_ffi", False)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["import threading; threading.Thread(target=lambda: __import__('time').sleep(600), daemon=True).start()",
+     "import os; os._exit(0)", "import os; os.kill(os.getpid(), 11)"],
+    ids=["thread", "exit", "crash"],
+)  # fmt: skip
+def test_what_cannot_be_imported_before_a_fork_is_not(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str
+) -> None:
+    (tmp_path / "nobodyforks.py").write_text(lines)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    board = start()
+    with connect(board) as before:
+        call_in_loop(board.io_loop, lambda: board._processes.warm(("nobodyforks",)))
+        for _ in range(2):
+            with connect(board) as session:
+                assert session.call("b.add", 1, 2) == 3
+        assert before.call("b.add", 1, 2) == 3
 
 
 def test_memory_that_is_used_up_costs_one_session(start: Start, caplog: pytest.LogCaptureFixture) -> None:

@@ -294,6 +294,32 @@ def test_what_a_measured_function_returns_is_released(backend: Backend) -> None:
     assert count.value <= before + 1, "references to it"
 
 
+def test_caches_are_flushed_and_nothing_is_lost(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CACHE", 1 << 16)
+    arrays = [np.arange(1000.0), np.arange(3)[1:], np.zeros(0)]
+    backend.flush(arrays)
+    assert [array.sum() for array in arrays] == [499500, 3, 0]
+
+
+@pytest.mark.parametrize("knows", [0, 1])
+def test_where_the_processor_knows_no_way_caches_are_filled_with_something_else(
+    compiled: CompiledBackend, monkeypatch: pytest.MonkeyPatch, knows: int
+) -> None:
+    arrays = [np.arange(1000.0), np.arange(3)]
+    flushed: list[tuple[int, int]] = []
+
+    def flush(start: int, nbytes: int) -> int:
+        flushed.append((start, nbytes))
+        return knows
+
+    filled: list[Any] = []
+    monkeypatch.setattr(compiled, "_library", SimpleNamespace(rpcnb_flush=flush))
+    monkeypatch.setattr(Backend, "flush", lambda self, arrays: filled.append(arrays))
+    compiled.flush(arrays)
+    assert flushed == [(one.ctypes.data, one.nbytes) for one in arrays][: 1 + knows]
+    assert filled == ([] if knows else [arrays])
+
+
 def test_a_measured_function_that_fails_raises_what_it_raises(backend: Backend) -> None:
     import tvm_ffi
 

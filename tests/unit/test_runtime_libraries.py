@@ -314,6 +314,44 @@ def test_an_archive_is_linked_under_names_of_our_own(tmp_path: Path, monkeypatch
     assert not (tmp_path.parent.parent / "evil.o").exists()
 
 
+@pytest.mark.parametrize(
+    ("extra", "plain"),
+    [
+        ("", True),
+        ("int TVMFFIHas(void); int asks(void) { return TVMFFIHas(); }", True),
+        ("void* memset(void*, int, unsigned long); void* clears(void* p, long n) { return memset(p, 0, n); }", True),
+        ("float expf(float); float grows(float x) { return expf(x); }", False),  # where it is a compiler knows
+        ("_Thread_local int mine; int* one(void) { return &mine; }", False),
+    ],
+)
+def test_objects_that_need_only_tvm_are_linked_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str, plain: bool
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    ran: list[str] = []
+    run = libraries._run
+
+    def note_and_run(command: list[str]) -> str | None:
+        ran.append(Path(command[0]).name)
+        return run(command)
+
+    monkeypatch.setattr(libraries, "_run", note_and_run)
+    linked = link_library(compile_to(tmp_path / "m.o", extra, "-c"))
+    assert ran == ["ld" if plain else Path(backend.compiler() or "").name]
+    assert "TVMFFIHas" in extra or ctypes.CDLL(str(linked))["__tvm_ffi_inc"]
+
+
+def test_where_the_linker_alone_fails_the_compiler_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(libraries, "_plain_linker", lambda objects: "false")
+    assert ctypes.CDLL(str(link_library(compile_to(tmp_path / "m.o", "", "-c"))))["__tvm_ffi_inc"]
+
+
+def test_the_compiler_that_was_named_links_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++")
+    assert libraries._plain_linker([compile_to(tmp_path / "m.o", "", "-c")]) is None
+
+
 def test_an_archive_without_objects_or_broken_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LibraryError, match=r"archive a\.tar holds no object files"):
         link_library(archive(tmp_path / "a.tar", {"readme.txt": b"text"}))

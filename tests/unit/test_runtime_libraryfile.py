@@ -11,7 +11,7 @@ import pytest
 
 from rpcnb.errors import LibraryError
 from rpcnb.runtime import libraryfile
-from rpcnb.runtime.libraryfile import Kind, check_library, check_object, here, identify
+from rpcnb.runtime.libraryfile import Kind, check_library, check_object, here, identify, undefined_symbols
 
 HERE = Kind("ELF", "shared library", "x86-64", 64)
 
@@ -94,6 +94,37 @@ def file(folder: Path, data: bytes, name: str = "m.so") -> Path:
     path = folder / name
     path.write_bytes(data)
     return path
+
+
+def object_file(bits: int = 64, order: str = "<", tables: int = 1, link: int = 2) -> bytes:
+    """An object file that defines ``main`` and leaves ``TVMOne`` and ``two`` to others."""
+    names = b"\0main\0TVMOne\0two\0"
+    symbols = [(0, 0), (1, 1), (6, 0), (13, 0)]  # name, section
+    wide = bits == 64
+    word, nbytes, each = ("Q", 64, 64) if wide else ("I", 52, 40)
+    if wide:
+        table = b"".join(struct.pack(order + "IBBHQQ", name, 0, 0, section, 0, 0) for name, section in symbols)
+    else:
+        table = b"".join(struct.pack(order + "IIIBBH", name, 0, 0, 0, 0, section) for name, section in symbols)
+    parts = [(0, 0, 0, 0)] + tables * [(2, nbytes + len(names), len(table), link)] + [(3, nbytes, len(names), 0)]
+    at = nbytes + len(names) + len(table)
+    head = b"\x7fELF" + bytes([bits // 32, 1 if order == "<" else 2, 1]).ljust(12, b"\0")
+    head += struct.pack(f"{order}HHI3{word}IHHHHHH", 1, 62, 1, 0, 0, at, 0, nbytes, 0, 0, each, len(parts), 0)
+    form = order + ("IIQQQQIIQQ" if wide else "IIIIIIIIII")
+    return head + names + table + b"".join(struct.pack(form, 0, part[0], 0, 0, *part[1:], 0, 1, 0) for part in parts)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_an_object_file_says_what_it_leaves_to_others(tmp_path: Path, bits: int, order: str) -> None:
+    assert undefined_symbols(file(tmp_path, object_file(bits, order))) == frozenset({b"TVMOne", b"two"})
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"text" * 20, mach(1) + bytes(40), object_file(tables=0), object_file(tables=2), object_file(link=3)]
+)
+def test_what_does_not_say_it_plainly_says_nothing(tmp_path: Path, data: bytes) -> None:
+    assert undefined_symbols(file(tmp_path, data)) is None
 
 
 @pytest.mark.usefixtures("board")

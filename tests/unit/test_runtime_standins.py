@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,6 +133,18 @@ def test_the_greatest_and_the_first_of_boxes() -> None:
     assert out.tolist() == [[0, 1, 2, 3], [2, 1, 0, 3]]
 
 
-def test_flushing_caches_is_a_function_that_takes_what_it_is_given() -> None:
-    arguments: tuple[Any, ...] = (np.zeros(3), np.zeros(4))
-    assert STAND_INS["cache_flush_cpu_non_first_arg"](*arguments) is None
+def test_all_but_the_first_argument_are_pushed_out_of_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    flusher = SimpleNamespace(flush=lambda arrays: flushed.extend(array.nbytes for array in arrays))
+    monkeypatch.setattr("rpcnb.runtime.backend.measuring_backend", lambda: flusher)
+    assert STAND_INS["cache_flush_cpu_non_first_arg"](np.zeros(3), np.zeros(4), 5, np.zeros(6)) is None
+    assert flushed == [32, 48]
+
+
+def test_caches_are_flushed_also_where_no_compiled_code_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise LibraryError("needs apache-tvm-ffi")
+
+    monkeypatch.setattr("rpcnb.runtime.backend.measuring_backend", refuse)
+    monkeypatch.setattr("rpcnb.runtime.backend._CACHE", 1 << 16)
+    assert STAND_INS["cache_flush_cpu_non_first_arg"](np.zeros(3), np.zeros(4)) is None
