@@ -103,10 +103,11 @@ class WebSocket:
         self._sent = True  # since the last look of `keep_alive`
         self._quiet_since = 0.0
 
-    _STATE = ("_head", "_left", "_key", "_offset", "_control", "_opcode", "_unsent", "_open", "_pong")
+    _STATE = ("_client", "_head", "_left", "_key", "_offset", "_control", "_opcode", "_unsent", "_promised", "_open",
+              "_pong")  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """Return where it is in the stream, for :meth:`resumed`; of a server's side."""
+        """Return where it is in the stream, for :meth:`resumed`."""
         found = {name: getattr(self, name) for name in self._STATE}
         return {
             name: value if value is None or isinstance(value, int) else bytes(value).hex()
@@ -116,7 +117,7 @@ class WebSocket:
     @classmethod
     def resumed(cls, sock: socket.socket, state: dict[str, Any]) -> WebSocket:
         """Return what goes on, in another process, where one with this state has stopped."""
-        made = cls(sock, client=False)
+        made = cls(sock, client=state["_client"])
         for name in cls._STATE:
             value, kind = state[name], type(getattr(made, name)) if name != "_control" else bytearray
             setattr(made, name, kind(bytes.fromhex(value)) if isinstance(value, str) else value)

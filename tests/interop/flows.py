@@ -117,3 +117,27 @@ def dlight(tracker: int) -> float:
     target = tvm.target.Target({"kind": "llvm", "num-cores": 1})
     _, median, _ = benchmark(adder(), args=shapes, dym_var_sample={}, target=target, rpc_config=config)
     return float(median)
+
+
+def server_drop(kind: str, tracker: int, folder: str) -> float:
+    """Measure on a farm while the server drops out: the work is done again on what the tracker hands out next."""
+    rpc, tensors = choose(kind)
+    path = os.path.join(folder, "drop.so")
+    tvm.compile(adder(), target="llvm").export_library(path)
+    tries = []
+
+    def measure(remote: Any) -> float:
+        tries.append(remote)
+        remote.upload(path)
+        function = remote.load_module("drop.so")
+        if len(tries) == 1:
+            remote.get_function("drop.out")()
+        data = np.arange(32, dtype="float32")
+        given, made = tensors.tensor(data, remote.cpu()), tensors.empty((32,), "float32", remote.cpu())
+        mean = function.time_evaluator("main", remote.cpu(), number=5)(given, made).mean
+        np.testing.assert_equal(made.numpy(), data + 1)
+        return float(mean)
+
+    mean = rpc.connect_tracker("127.0.0.1", tracker).request_and_run("phone", measure, session_timeout=60)
+    assert len(tries) == 2
+    return mean

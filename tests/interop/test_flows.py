@@ -22,6 +22,10 @@ pytest_plugins = ("stock_peer",)
 pytestmark = [pytest.mark.stock, pytest.mark.timeout(120)]
 
 TOKEN = "relax"
+DROPPING = """
+import os, rpcnb
+rpcnb.register_func("drop.out", lambda: os.kill(os.getpid(), 9))
+"""
 CLIENTS = pytest.mark.parametrize("client", ["tvm", "rpcnb"])
 SERVERS = pytest.mark.parametrize("flags", [("--runtime", "none"), ("--runtime", "auto")], ids=["lean", "runtime"])
 
@@ -67,7 +71,8 @@ def test_objects_for_other_machines_are_refused_by_name(
 @pytest.fixture
 def farm(tmp_path: Path) -> Iterator[int]:
     """A tracker's port; it has a board."""
-    ready = tmp_path / "phone"
+    ready, dropping = tmp_path / "phone", tmp_path / "dropping.py"
+    dropping.write_text(DROPPING)
     with rpcnb.Tracker(port=0, silent=True) as tracker:
         command = [
             sys.executable,
@@ -80,6 +85,8 @@ def farm(tmp_path: Path) -> Iterator[int]:
             "phone",
             "--silent",
             "--trust-tracker",
+            "--load",
+            str(dropping),
         ]
         command += ["--tracker", tracker.address, "--ready-file", str(ready)]
         with subprocess.Popen(command) as process:
@@ -92,6 +99,11 @@ def farm(tmp_path: Path) -> Iterator[int]:
 @CLIENTS
 def test_phones(farm: int, stock: Peer, client: str, tmp_path: Path) -> None:
     assert stock.run(flow, "phone", client, farm, str(tmp_path), seconds=60) > 0
+
+
+@CLIENTS
+def test_a_server_that_drops_out(farm: int, stock: Peer, client: str, tmp_path: Path) -> None:
+    assert stock.run(flow, "server_drop", client, farm, str(tmp_path), seconds=60) > 0
 
 
 @pytest.mark.parametrize("name", ["rpc_run", "dlight"])

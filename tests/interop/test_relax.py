@@ -162,6 +162,27 @@ def test_a_stock_client_runs_a_model_on_our_board(board: Start, stock: Peer, mod
     assert len(timing) == 2
 
 
+@pytest.fixture
+def hidden_board() -> Iterator[rpcnb.Proxy]:
+    """A proxy at which a board waits; it dials out by WebSocket."""
+    with rpcnb.Proxy(port=0, web_port=0, silent=True) as proxy:
+        command = [sys.executable, "-m", "rpcnb", "serve", "--silent", "--no-token", "--allow-native"]
+        process = subprocess.Popen([*command, "--key", "hidden", "--proxy", f"ws://127.0.0.1:{proxy.web_port}"])
+        try:
+            eventually(lambda: proxy.waiting == 1, "the board", 60)
+            yield proxy
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def test_a_model_runs_behind_a_proxy_that_speaks_websocket(hidden_board: rpcnb.Proxy, stock: Peer, model: str) -> None:
+    with rpcnb.connect(f"ws://127.0.0.1:{hidden_board.web_port}", key="hidden") as session:
+        check(session, session.vm(model))
+    product, _, _ = stock.run(run_as_stock, hidden_board.port, "hidden", model, X, W)
+    assert np.allclose(product, X @ W, atol=1e-5)
+
+
 def test_what_is_wrong_is_told_in_one_line(board: Start, model: str, tmp_path: Path) -> None:
     address, _ = board()
     with rpcnb.connect(address, token=TOKEN) as session:

@@ -457,12 +457,18 @@ def test_a_websocket_goes_over_too(start: Start, caplog: pytest.LogCaptureFixtur
     caplog.clear()
 
 
-def test_a_session_behind_a_proxy_is_isolated(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    with rpcnb.Proxy(port=0, silent=True) as proxy:
-        board = start(host="127.0.0.1", port=proxy.port, key="x", is_proxy=True)
+@pytest.mark.parametrize("web", [False, True], ids=["tcp", "ws"])
+def test_a_session_behind_a_proxy_is_isolated(start: Start, caplog: pytest.LogCaptureFixture, web: bool) -> None:
+    with rpcnb.Proxy(port=0, web_port=0, silent=True) as proxy:
+        where = ("127.0.0.1", proxy.port)
+        board = start(
+            host=f"ws://127.0.0.1:{proxy.web_port}" if web else where[0], port=where[1], key="x", is_proxy=True
+        )
         for _ in range(2):
             eventually(lambda: board.registered, "the server's wait")
-            with rpcnb.connect("127.0.0.1", proxy.port, key="x", token=TOKEN) as session:
+            with rpcnb.connect(*where, key="x", token=TOKEN) as session:
+                array = np.arange(1 << 18)
+                assert (session.array(array).numpy() == array).all()
                 assert session.call("b.pid") in [child.pid for child in children_of(board)]
                 with pytest.raises(rpcnb.errors.SessionLost):
                     session.call("b.crash", "segfault")
