@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb.command.until import until_signal
 from rpcnb.transport.address import Address, parse_pair, show_address
 from rpcnb.transport.runfiles import write_atomically
+from rpcnb.transport.terminal import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -103,7 +104,7 @@ def _announce(options: argparse.Namespace, service: Service, lines: list[str], *
         content = {"host": service.host, "port": service.port, "pid": os.getpid(), **more}
         write_atomically(Path(options.ready_file), content)
     if not options.silent:
-        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.write(printable("\n".join(lines)) + "\n")
         sys.stdout.flush()
 
 
@@ -120,6 +121,7 @@ def devices(options: argparse.Namespace) -> int:
             text = show_as_stock(show_address(host, port), summary)
         else:
             text = json.dumps(summary) + "\n" if options.json else show_devices(summary)
+        text = printable(text)
         if options.watch and not options.json and sys.stdout.isatty():
             text = f"\x1b[H\x1b[2J{text}"  # a fresh screen
         encoding = sys.stdout.encoding or "utf-8"  # a key with letters that a terminal does not have hides no others

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, IsolationFailed, RpcError
+from rpcnb.transport.terminal import PrintableFormatter, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -217,7 +218,7 @@ def _servers(options: argparse.Namespace) -> int:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{printable(text)}\n")
     sys.stdout.flush()
 
 
@@ -239,10 +240,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parse(argv)
-    logging.basicConfig(
-        level=logging.ERROR if getattr(options, "silent", False) else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
+    level = logging.ERROR if getattr(options, "silent", False) else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler])
     try:
         if options.command == "serve":
             from rpcnb.command.serve import serve
@@ -275,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(error: BaseException, code: int) -> int:
     lines = str(error).splitlines() or [type(error).__name__]
-    sys.stderr.write(f"rpcnb: {lines[0]}\n")
+    sys.stderr.write(f"rpcnb: {printable(lines[0])}\n")
     return code
 
 

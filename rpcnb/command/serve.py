@@ -20,6 +20,7 @@ from rpcnb.server.server import Server
 from rpcnb.transport.address import is_loopback, outside_address, parse_address, parse_pair, show_address
 from rpcnb.transport.loopthread import call_in_loop
 from rpcnb.transport.runfiles import publish, write_atomically
+from rpcnb.transport.terminal import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -232,7 +233,7 @@ def _announce(options: argparse.Namespace, server: Server, port: int) -> None:
     if options.tracker and (server.token is None or options.trust_tracker):
         tracker = parse_pair(options.tracker, 9190)
         lines.append(f"  stock TVM:  rpc.connect_tracker{tracker!r}.request({options.key!r})")
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write(printable("\n".join(lines)) + "\n")
     sys.stdout.flush()
 
 

@@ -18,6 +18,7 @@ from rpcnb.link.dialer import OPEN_SECONDS, Dialer
 from rpcnb.transport.address import Address, show_address
 from rpcnb.transport.deadline import Deadline
 from rpcnb.transport.runfiles import token_for
+from rpcnb.transport.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,7 +90,7 @@ class _Waiting:
 
     def _say(self, text: str) -> None:
         if os.environ.get("RPCNB_NONINTERACTIVE") != "1":
-            sys.stderr.write(f"waiting for a board {self._key!r} of {self._where}: {text}\n")
+            sys.stderr.write(printable(f"waiting for a board {self._key!r} of {self._where}: {text}") + "\n")
 
 
 class TrackedDialer(Dialer):

@@ -30,7 +30,7 @@ from rpcnb.farm.messages import (
     frame_of,
 )
 from rpcnb.farm.summary import cut_summary
-from rpcnb.runtime.access import Gate
+from rpcnb.runtime.access import Guesses
 from rpcnb.transport.refusals import Refusals
 
 if TYPE_CHECKING:
@@ -207,7 +207,8 @@ class Tracking:
         self.stop_key = secrets.token_urlsafe(32)
         self._clock = clock
         self._stopped = stopped
-        self._gate = Gate("", self.stop_key, clock)
+        self._guesses = Guesses(clock)
+        self._refused: deque[tuple[float, Peer]] = deque()  # who is told later that his stop key is wrong
         self._queues: dict[str, BoardQueue] = {}
         self._records: dict[Peer, _Record] = {}
         self._remembered: dict[str, float] = {}  # keys that had a board, and since when not; the latest last
@@ -363,14 +364,15 @@ class Tracking:
         record.told = json.dumps(record.info) if str(record.info.get("key", "")).startswith("server") else ""
 
     def _stop(self, peer: Peer, given: str) -> None:
-        if not self._gate.throttles(peer.host) and hmac.compare_digest(
-            given.encode(errors="replace"), self.stop_key.encode()
-        ):
+        if hmac.compare_digest(given.encode(errors="replace"), self.stop_key.encode()):
             peer.send(TrackerCode.SUCCESS)
             self._stopped()
             return
-        self._gate.note_failure(peer.host)
-        peer.send(TrackerCode.FAIL)
+        delay = self._guesses.note(peer.host)
+        if delay:
+            self._refused.append((self._clock() + delay, peer))
+        else:
+            peer.send(TrackerCode.FAIL)
 
     # -- what time brings ----------------------------------------------------------------------------------------
 
@@ -387,6 +389,10 @@ class Tracking:
                     record.withheld += self._queues[key].take_back(peer)
                 text = f"tracker: the board of {peer.host} is silent; it is not handed out until it speaks"
                 self.refusals.note(peer.host, text)
+        while self._refused and self._refused[0][0] <= begun:
+            _, peer = self._refused.popleft()
+            if peer in self._records:
+                peer.send(TrackerCode.FAIL)
         self._forget_remembered()
         self.refusals.sweep()
 

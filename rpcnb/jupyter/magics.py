@@ -22,6 +22,7 @@ from rpcnb.errors import CellError, KeyMismatch, RpcError
 from rpcnb.jupyter.serving import kernel_server, paste_lines, serve, share_lines, stop_serving
 from rpcnb.jupyter.sessions import BOOK
 from rpcnb.transport.address import parse_address, show_address
+from rpcnb.transport.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,7 @@ __all__ = ["RpcMagics", "describe", "plain_errors", "say"]
 
 def say(text: str) -> None:
     """Print a line under the cell."""
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{printable(text)}\n")
 
 
 def describe(session: Session) -> str:
@@ -59,7 +60,7 @@ def plain_errors(function: Callable[[Any, str], Any]) -> Callable[[Any, str], An
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # where we waited is nothing to the user
         except (RpcError, LookupError, ValueError, OSError) as error:
-            raise UsageError(str(error).splitlines()[0]) from None
+            raise UsageError(printable(str(error).splitlines()[0])) from None
 
     return call
 

@@ -20,6 +20,7 @@ from rpcnb.client.remote import RemoteFunction
 from rpcnb.client.transfers import Measured
 from rpcnb.jupyter.statichtml import Html, show_bytes, show_span
 from rpcnb.link import interrupt, link
+from rpcnb.transport.terminal import printable
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -141,6 +142,7 @@ class ProgressLine:
         )
         line = f"{full}{text}{'' if share is not None else f', {show_span(seconds)}'}"
         if getattr(self._shell, "kernel", None) is None:
+            line = printable(line)
             sys.stderr.write(f"\r{line:{len(self._shown)}}")
             sys.stderr.flush()
         else:

@@ -100,7 +100,7 @@ class Limits:
         jobs: Detached jobs of one token, finished ones included.
         job_bytes: Bytes that finished jobs keep: output, result and files; of one result, too.
         job_output: Bytes of a job's output that are kept: the last ones.
-        auth_failures: Wrong tokens per minute and remote address; then its attempts are refused unseen.
+        auth_failures: Wrong tokens per minute and remote address; further ones are told the later, up to 2 s.
         exempt_loopback: Do not count connections and failures of this machine per address.
     """
 

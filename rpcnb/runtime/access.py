@@ -13,10 +13,11 @@ from rpcnb.protocol.handshake import KeyText
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Gate", "check_token", "new_token"]
+__all__ = ["Gate", "Guesses", "check_token", "new_token"]
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
-_WINDOW = 60.0
+_WINDOW = 60.0  # seconds for which a wrong attempt counts
+_STEP, _LONGEST = 0.25, 2.0  # seconds by which each further refusal comes later, and at most
 
 
 def new_token() -> str:
@@ -35,14 +36,36 @@ def check_token(token: str) -> str:
     return token
 
 
+class Guesses:
+    """Delays what wrong attempts are told; the right one of the same address is served at once.
+
+    Args:
+        clock: Seconds.
+        allowed: Wrong attempts per minute and address that are refused without delay.
+    """
+
+    def __init__(self, clock: Callable[[], float], allowed: int = 10) -> None:
+        self._clock = clock
+        self._allowed = allowed
+        self._wrong: dict[str, deque[float]] = {}
+
+    def note(self, address: str) -> float:
+        """Note a wrong attempt; returns the seconds after which it may be told."""
+        now = self._clock()
+        if len(self._wrong) > 4096:
+            self._wrong = {one: times for one, times in self._wrong.items() if now - times[-1] < _WINDOW}
+        times = self._wrong.setdefault(address, deque(maxlen=self._allowed + int(_LONGEST / _STEP)))
+        times.append(now)
+        lately = sum(now - one < _WINDOW for one in times)
+        return min(_LONGEST, max(0, lately - self._allowed) * _STEP)
+
+
 class Gate:
     """Decides on the key text of a client.
 
     Args:
         key: Key that the server serves.
         token: Token that a client must present, or None.
-        clock: Seconds, for the rate of failures.
-        failures: Wrong attempts per minute and address; further ones are refused unseen.
         tracked: Clients come with match keys that a tracker hands out, each good for one session, instead of the key.
         trusts_tracker: Such a match key is enough; else the token is needed as well.
     """
@@ -51,8 +74,6 @@ class Gate:
         self,
         key: str,
         token: str | None,
-        clock: Callable[[], float],
-        failures: int = 10,
         *,
         tracked: bool = False,
         trusts_tracker: bool = False,
@@ -61,26 +82,14 @@ class Gate:
         self.token = token
         self._match_keys: set[str] | None = set() if tracked else None
         self._needs_token = token is not None and not (tracked and trusts_tracker)
-        self._clock = clock
-        self._allowed = failures
-        self._failed: dict[str, deque[float]] = {}
 
-    def admits(self, text: str, address: str | None = None) -> bool:
-        """Tell whether a client with this key text may enter.
-
-        Args:
-            text: Key text of the client.
-            address: Where it comes from; None is not counted.
-        """
-        if address is not None and self.throttles(address):
-            return False
+    def admits(self, text: str) -> bool:
+        """Tell whether a client with this key text may enter."""
         # TVM's own rule: the first word, whole.
         word = text.split(None, 1)[0] if text.split() else ""
         keys = [self.key] if self._match_keys is None else list(self._match_keys)
         known = any([hmac.compare_digest(word.encode(), f"client:{key}".encode()) for key in keys])  # noqa: C419  # all
         known &= self.has_token(text)
-        if not known and address is not None:
-            self.note_failure(address)
         if known and self._match_keys is not None:
             self._match_keys.discard(word.removeprefix("client:"))
         return known
@@ -113,17 +122,6 @@ class Gate:
         """Let nobody in with this match key any more."""
         assert self._match_keys is not None, "tracked"
         self._match_keys.discard(match_key)
-
-    def note_failure(self, address: str) -> None:
-        """Count a wrong attempt of this address."""
-        self._failed.setdefault(address, deque(maxlen=self._allowed)).append(self._clock())
-
-    def throttles(self, address: str) -> bool:
-        """Tell whether this address has guessed so often that it is refused unseen."""
-        if len(self._failed) > 4096:
-            self._failed = {one: times for one, times in self._failed.items() if self._clock() - times[-1] < _WINDOW}
-        times = self._failed.get(address)
-        return times is not None and len(times) == self._allowed and self._clock() - times[0] < _WINDOW
 
     def __repr__(self) -> str:
         return f"Gate(key={self.key!r}, token={'set' if self.token else 'none'})"

@@ -125,11 +125,8 @@ class Host(Protocol):
     def admits(self, text: str, address: tuple[Any, ...]) -> bool:
         """Tell whether a client with this key text may enter."""
 
-    def throttles(self, address: tuple[Any, ...]) -> bool:
-        """Tell whether this address has guessed too often."""
-
-    def note_failure(self, address: tuple[Any, ...]) -> None:
-        """Count a wrong guess."""
+    def refuse_guess(self, connection: Connection) -> None:
+        """Have a client refused that has no right to enter; maybe later, so that guessing takes long."""
 
     def opened(self, connection: Connection) -> None:
         """Note that a handshake has succeeded."""
@@ -331,7 +328,7 @@ class Connection:
         if not server.admits(text, self.address):
             self.note_refusal(f"refused {self.peer}: wrong key or token")
             server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong key or token")
-            self._send_last(refusal())
+            server.refuse_guess(self)
             return
         if not (server.full_for(key) and server.waits_for_place(lambda: self._guarded(lambda: self._enter(key)))):
             self._enter(key)
@@ -366,15 +363,14 @@ class Connection:
     def _accept_lane(self, key: KeyText) -> None:
         """Let a further connection of a session in, if it presents the session's ticket."""
         server = self.server
-        found = server.lanes.find(key) if not server.throttles(self.address) else None
+        found = server.lanes.find(key)
         if found is None and server.lanes.came_late(key):
             self._send_last(refusal())
             return
         if found is None:
             self.note_refusal(f"refused {self.peer}: wrong session or secret")
             server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong session or secret")
-            server.note_failure(self.address)
-            self._send_last(refusal())
+            server.refuse_guess(self)
             return
         if server.is_crowded:  # the session does without
             self.note_refusal(f"refused a lane of {self.peer}: {server.why_full()}")
@@ -396,10 +392,9 @@ class Connection:
                 self.send_all(hello(key_text(Role.SERVER, server.key, {ENDED: how})))
                 self.close()
 
-        if server.throttles(self.address) or not server.lanes.when_ended(key, tell):
+        if not server.lanes.when_ended(key, tell):
             self.note_refusal(f"refused {self.peer}: wrong session or secret")
-            server.note_failure(self.address)
-            self._send_last(refusal())
+            server.refuse_guess(self)
         elif not self.closed:
             server.io_loop.call_later(_ASKED, tell, "")
 
@@ -449,6 +444,11 @@ class Connection:
         """Send a few bytes on a connection that has just been opened."""
         if self.sock.send(data, _NOW) != len(data):  # pragma: no cover  # an empty send buffer takes so few bytes
             raise RemoteProtocolError("expected room for the handshake")
+
+    def refuse(self) -> None:
+        """Say that it may not enter, unless it has gone meanwhile."""
+        if not self.closed:
+            self._send_last(refusal())
 
     def _send_last(self, data: bytes) -> None:
         with contextlib.suppress(OSError):

@@ -131,12 +131,9 @@ class SessionHost(StaysHere):
         """Tell whether a client with this key text may enter."""
         return False
 
-    def throttles(self, address: tuple[Any, ...]) -> bool:
-        """Tell whether this address has guessed too often."""
-        return False
-
-    def note_failure(self, address: tuple[Any, ...]) -> None:
-        """Count a wrong guess."""
+    def refuse_guess(self, connection: Connection) -> None:
+        """Refuse a client that has no right to enter."""
+        connection.refuse()
 
     @property
     def full(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import time
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.protocol.codes import Code, Limits, Role
@@ -39,7 +38,7 @@ class _Stage(SessionHost):
         registry = Registry()
         registry.register(_NAME, lambda x: x)
         powers = {"registry": registry}
-        super().__init__("", io_loop, Gate("", None, time.monotonic), Limits(), logging.DEBUG, powers)
+        super().__init__("", io_loop, Gate("", None), Limits(), logging.DEBUG, powers)
 
     def tell(self, kind: type[Any], **facts: Any) -> None:
         """Tell nobody."""

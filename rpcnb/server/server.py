@@ -20,12 +20,13 @@ import logging
 import os
 import time
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from rpcnb import parts
 from rpcnb.errors import AccessDenied
 from rpcnb.protocol.codes import Limits
-from rpcnb.runtime.access import Gate, check_token, new_token
+from rpcnb.runtime.access import Gate, Guesses, check_token, new_token
 from rpcnb.runtime.libraries import load_at_start
 from rpcnb.runtime.tvmruntime import NEVER
 from rpcnb.server.connection import ClientState, Connection
@@ -56,6 +57,7 @@ __all__ = ["Server", "all_servers"]
 log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds
+_LATE = 8  # clients of one address that wait for being refused; of more the first is told at once
 _MOST_VISITS = 8  # sessions at once that need no place: they only look after jobs
 _MOST_CONNECTIONS = 1 << 20  # at once
 
@@ -182,8 +184,6 @@ class Server(SessionHost):
         gate = Gate(
             key,
             self.token,
-            time.monotonic,
-            limits.auth_failures,
             tracked=bool(tracker_addr),
             trusts_tracker=trust_tracker,
         )
@@ -207,6 +207,8 @@ class Server(SessionHost):
         self._own_loop = LoopThread("rpcnb-server") if loop is None else None
         io_loop: IOLoop = loop if loop is not None else self._own_loop.io_loop  # type: ignore[union-attr]  # one is set
         super().__init__(key, io_loop, gate, limits, logging.DEBUG if silent else logging.INFO, powers)
+        self._guesses = Guesses(time.monotonic, self.limits.auth_failures)
+        self._late: dict[str, deque[Connection]] = {}
         self._half_open: HalfOpen[Connection] = HalfOpen(
             lambda connection: connection.close(),
             self.limits.half_open,
@@ -325,30 +327,36 @@ class Server(SessionHost):
 
     def admits(self, text: str, address: tuple[Any, ...]) -> bool:
         """Tell whether a client with this key text may enter."""
-        counted = self._counted(address, self.token is not None)
         if self._jobs is not None and self._jobs.any and self.gate.lets_visit(text):
-            return counted is None or not self.gate.throttles(counted)
-        return self.gate.admits(text, counted)
+            return True
+        return self.gate.admits(text)
 
     def is_visit(self, key: KeyText) -> bool:
         """Tell whether a client may look after jobs only, and needs no place."""
         return self.gate.is_visit(key)
 
-    def _counted(self, address: tuple[Any, ...], guarded: bool = True) -> str | None:
-        """Return the host under which wrong attempts are counted, if they are."""
-        host = str(address[0]) if address else ""
-        return host if guarded and not (self.limits.exempt_loopback and is_loopback(host)) else None
+    def refuse_guess(self, connection: Connection) -> None:
+        """Refuse a client that has no right to enter: the later, the more often its address has tried."""
+        host = str(connection.address[0]) if connection.address else ""
+        exempt = not host or (self.limits.exempt_loopback and is_loopback(host))
+        delay = 0.0 if exempt else self._guesses.note(host)
+        if not delay:
+            connection.refuse()
+            return
+        late = self._late.setdefault(host, deque())
+        late.append(connection)
+        self._half_open.forget(connection)  # an address must not be kept out by those who wait here
+        if len(late) > _LATE:
+            late.popleft().refuse()
+        self.io_loop.call_later(delay, self._refuse_late, host, connection)
 
-    def throttles(self, address: tuple[Any, ...]) -> bool:
-        """Tell whether this address has guessed too often."""
-        host = self._counted(address)
-        return host is not None and self.gate.throttles(host)
-
-    def note_failure(self, address: tuple[Any, ...]) -> None:
-        """Count a wrong guess."""
-        host = self._counted(address)
-        if host is not None:
-            self.gate.note_failure(host)
+    def _refuse_late(self, host: str, connection: Connection) -> None:
+        connection.refuse()
+        late = self._late[host]
+        if connection in late:
+            late.remove(connection)
+        if not late:
+            del self._late[host]
 
     @property
     def pending(self) -> list[ClientState]:

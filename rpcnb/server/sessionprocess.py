@@ -24,7 +24,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +42,7 @@ from rpcnb.server.rehearsal import rehearse
 from rpcnb.transport import interval
 from rpcnb.transport.keepalive import KeepAlive
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
+from rpcnb.transport.terminal import PrintableFormatter
 from rpcnb.transport.websocket import WebSocket
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class SessionProcess(SessionHost):
 
             powers["cells"] = Cells(runner)
         limits = Limits(**options["limits"])
-        gate = Gate(options["key"], None, time.monotonic)
+        gate = Gate(options["key"], None)
         powers["jobs"] = self._ask_jobs
         super().__init__(options["key"], self._loop.io_loop, gate, limits, logging.DEBUG, powers)
         self._options = options
@@ -239,6 +239,9 @@ class SessionProcess(SessionHost):
 
 def run_session(options: dict[str, Any], channel: Channel, *, check: bool) -> int:
     """Serve one session; returns the exit code. With ``check`` only say whether its modules can be imported."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger().setLevel(options["log_level"])
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -308,3 +309,42 @@ def test_wrong_words_for_a_farm_get_one_line(args: list[str], text: str, capsys:
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
+
+
+HOSTILE = "\x1b]52;c;cm0gLXJmIH4=\x07\x1b[2J\u202eis-well\r"
+
+
+def test_control_characters_of_strangers_reach_no_terminal(
+    serve: Any, registry: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise ValueError(HOSTILE)
+
+    registry.register(f"t.{HOSTILE}", lambda: None)
+    registry.register("t.fail", fail)
+    registry.register("t.say", lambda: HOSTILE)
+    server = serve()
+    with rpcnb.Tracker(port=0, silent=True) as tracker, socket.create_connection(("127.0.0.1", tracker.port)) as board:
+        board.sendall(struct.pack("<i", 0x2F271))
+        board.recv(4)
+        for message in (
+            [5, {"key": f"server:{HOSTILE}", "addr": [None, 9090]}],
+            [3, HOSTILE, [9090, "x:1"], None],
+        ):
+            body = json.dumps(message).encode()
+            board.sendall(struct.pack("<i", len(body)) + body)
+            board.recv(64)
+        for args in (
+            ["functions", server.address, "t.*"],
+            ["call", server.address, "t.fail"],
+            ["call", server.address, "t.say"],
+            ["call", server.address, HOSTILE],
+            ["devices", tracker.address],
+            ["devices", tracker.address, "--stock"],
+            ["devices", tracker.address, "--json"],
+        ):
+            main(args)
+            said = capfd.readouterr()
+            text = said.out + said.err
+            assert not set("\x1b\x07\r\u202e") & set(text), args
+            assert r"\x1b]52" in text or r"\u001b]52" in text, args

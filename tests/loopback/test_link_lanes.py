@@ -23,7 +23,7 @@ from conftest import eventually
 
 import rpcnb
 from rpcnb import errors
-from rpcnb.protocol.handshake import refusal
+from rpcnb.protocol.handshake import hello, refusal
 from rpcnb.runtime.registry import Registry
 from rpcnb.transport.shaper import Shaper
 
@@ -501,7 +501,12 @@ def test_guesses_are_limited_like_wrong_tokens(serve: Serve, caplog: pytest.LogC
         ticket = session._lanes.ticket
         for _ in range(3):
             assert knock(server, "client: -session=a.b -lane=1") == refusal()
-        assert knock(server, f"client: -session={ticket} -lane=1") == refusal()  # refused unseen
+        with socket.create_connection(("127.0.0.1", server.port)) as guessing:
+            guessing.sendall(hello("client: -session=a.b -lane=1"))
+            eventually(lambda: server._late, "its wait")
+            assert knock(server, f"client: -rpcnb=1.0 -session={ticket} -lane=1") != refusal()
+            assert guessing.recv(4) == refusal()
+        eventually(lambda: not server._late, "nothing that is left of it")
     caplog.clear()
 
 

@@ -21,7 +21,9 @@ import rpcnb
 from rpcnb import errors
 from rpcnb.protocol import flows
 from rpcnb.protocol.codes import MAGIC, Code, Limits
+from rpcnb.protocol.handshake import refusal
 from rpcnb.protocol.messages import CallFunc, CopyAck, Raised, Return, Syscall
+from rpcnb.runtime import access
 from rpcnb.runtime.registry import Registry
 from rpcnb.transport.runfiles import find_token, list_servers, publish, runtime_directory
 from rpcnb.values import CPU, DType, ModuleRef, ObjectRef, Pointer, TensorMeta
@@ -178,15 +180,40 @@ def test_s8_nothing_leaves_the_jail_by_any_file_function(serve: Serve, native: b
     assert secret.read_bytes() == b"secret"
 
 
-def test_s13_failed_tokens_are_limited_per_address(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+def guess(server: Any) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", server.port))
+    sock.sendall(hello("client: -token=wrong"))
+    return sock
+
+
+def is_told(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(4, socket.MSG_PEEK | socket.MSG_DONTWAIT) == refusal()
+    except BlockingIOError:
+        return False
+
+
+@pytest.mark.parametrize("step", [0.01, 100.0])
+def test_s13_wrong_tokens_are_told_later_and_the_right_one_enters(
+    serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    monkeypatch.setattr(access, "_STEP", step)
+    monkeypatch.setattr(access, "_LONGEST", 10 * step)
     server = serve(token=CANARY, limits=Limits(exempt_loopback=False, auth_failures=5))
+    for _ in range(5):
+        with pytest.raises(errors.KeyMismatch):
+            rpcnb.connect(server.address, token="wrong")
+    guessing = [guess(server) for _ in range(10)]
+    eventually(lambda: all(map(is_told, guessing[:2])), "the first of too many that wait")
     with rpcnb.connect(server.address, token=CANARY) as session:
-        for _ in range(5):
-            with pytest.raises(errors.KeyMismatch):
-                rpcnb.connect(server.address, token="wrong")
-        with pytest.raises(errors.KeyMismatch):  # now even the right one is refused unseen
-            rpcnb.connect(server.address, token=CANARY)
         assert session.call("rpc.test.addone", 1) == 2
+    assert step < 1 or not any(map(is_told, guessing[2:]))
+    guessing.pop().close()
+    if step < 1:
+        eventually(lambda: all(map(is_told, guessing)), "the others")
+        eventually(lambda: not server._late and not server._half_open, "nothing that is left of them")
+    for sock in guessing:
+        sock.close()
     eventually(lambda: caplog.records, "the line in the log")
     assert len(caplog.records) == 1, "further ones are summed up"
     caplog.clear()

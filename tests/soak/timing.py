@@ -25,7 +25,7 @@ def welch(one: list[int], other: list[int]) -> float:
 def measure(tries: int) -> tuple[float, float]:
     """Return t of first-byte against last-byte mismatches, and of first-byte ones among themselves."""
     token = new_token()
-    gate = Gate("rpi", token, time.monotonic)
+    gate = Gate("rpi", token)
     head, tail = ("B" if letter == "A" else "A" for letter in (token[0], token[-1]))
     wrong = {"first": head + token[1:], "last": token[:-1] + tail, "again": head + token[1:]}
     samples: dict[str, list[int]] = {name: [] for name in wrong}

@@ -316,14 +316,19 @@ def test_a_stop_key_that_is_no_text_is_a_wrong_one(tracking: Tracking) -> None:
     assert FakePeer(tracking).ask(Stop("\ud800")) == [-1]
 
 
-def test_who_guesses_the_stop_key_is_not_listened_to(clock: Clock) -> None:
+def test_who_guesses_the_stop_key_is_told_the_later_the_more_often(clock: Clock) -> None:
     tracking = Tracking(clock)
-    peer = FakePeer(tracking)
+    peer, gone = FakePeer(tracking), FakePeer(tracking)
     for _ in range(10):
         assert peer.ask(Stop("wrong")) == [-1]
-    assert peer.ask(Stop(tracking.stop_key)) == [-1]
-    clock.now += 61
-    assert peer.ask(Stop(tracking.stop_key)) == [0]
+    assert peer.ask(Stop("wrong")) == gone.ask(Stop("wrong")) == []
+    tracking.leave(gone)
+    tracking.sweep()
+    assert peer.got == []
+    clock.now += 1
+    tracking.sweep()
+    assert (peer.got, gone.got) == ([-1], [])
+    assert peer.ask(Stop(tracking.stop_key))[-1] == 0
 
 
 def test_stop_keys_are_long_and_never_the_same(clock: Clock) -> None:
