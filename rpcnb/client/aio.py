@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from rpcnb.client.operations import Operations
     from rpcnb.link.aiolink import AsyncLink
+    from rpcnb.link.dial import SessionTicket
     from rpcnb.protocol.flows import Flow
     from rpcnb.protocol.handshake import KeyText
 
@@ -64,7 +65,7 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         finalizer = weakref.finalize(self, link.drop, () if self._lanes is None else (self._lanes,))
         finalizer.atexit = False  # the sockets end with the process
 
-    def _make_lanes(self, ticket: str) -> AsyncLanes:
+    def _make_lanes(self, ticket: SessionTicket) -> AsyncLanes:
         assert self._dialer is not None
         return AsyncLanes(self._dialer, ticket, self.name)
 

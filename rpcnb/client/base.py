@@ -25,6 +25,7 @@ from rpcnb.values import StaysHere
 from rpcnb.values import device as as_device
 
 if TYPE_CHECKING:
+    from rpcnb.link.dial import SessionTicket
     from rpcnb.link.dialer import Dialer
     from rpcnb.protocol.handshake import KeyText
 
@@ -108,7 +109,7 @@ class SessionBase(StaysHere):
         self._held = 0  # bytes of tensors allocated and not freed
         self._tensors = 0  # how many those are
         self._life = Life(self._lost_after)
-        ticket = "" if self._dialer is None else self._dialer.ticket(answer)
+        ticket = None if self._dialer is None else link.ticket
         lanes = self._make_lanes(ticket) if ticket else None
         if lanes is not None:
             link.on_abandoned = lanes.cancel_at
@@ -139,7 +140,7 @@ class SessionBase(StaysHere):
             pending.forked()
         self._pending.clear()
 
-    def _make_lanes(self, ticket: str) -> Any:
+    def _make_lanes(self, ticket: SessionTicket) -> Any:
         """Return what opens the session's lanes."""
         raise NotImplementedError
 

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from rpcnb.client.operations import Operations
+    from rpcnb.link.dial import SessionTicket
     from rpcnb.protocol.flows import Flow
     from rpcnb.protocol.handshake import KeyText
 
@@ -106,7 +107,7 @@ class Session(CellMethods, SessionBase):
             if self._ops is parents:
                 self._reopen(Deadline(_REOPEN, f"connect to {self.peer}"))
 
-    def _make_lanes(self, ticket: str) -> Lanes:
+    def _make_lanes(self, ticket: SessionTicket) -> Lanes:
         assert self._dialer is not None
         return Lanes(self._dialer, ticket, self.name)
 

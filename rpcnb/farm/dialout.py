@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from rpcnb.errors import ConnectFailed, DeadlineExceeded
 from rpcnb.link.aiolink import connect_awaiting
-from rpcnb.link.dial import WRONG_TOKEN
 from rpcnb.protocol.codes import MAGIC_DUPLICATE, Role
 from rpcnb.protocol.handshake import EXTENSION, KeyText, hello, key_text
 from rpcnb.protocol.peerlimits import extension
+from rpcnb.protocol.proof import NONCE, WRONG_TOKEN, new_nonce
 from rpcnb.server.connection import Connection
 from rpcnb.transport.backoff import Backoff
 from rpcnb.transport.deadline import Deadline
@@ -43,19 +43,27 @@ class _Dialled(Connection):
     def __init__(self, server: Server, sock: Any, address: tuple[Any, ...]) -> None:
         super().__init__(server, sock, address)
         self.settled: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.send_all(hello(key_text(Role.SERVER, server.key, {"-rpcnb": extension(EXTENSION, server.limits)})))
+        options = {"-rpcnb": extension(EXTENSION, server.limits)}
+        if server.gate.token is not None:
+            options[NONCE] = new_nonce()
+        self._said = key_text(Role.SERVER, server.key, options)
+        self.send_all(hello(self._said))
 
     def _accept(self, text: str) -> None:
-        key = KeyText.parse(text)
-        refusal = self.why_full(key)
-        if not self.server.gate.has_token(text):
-            self.note_refusal(f"refused a client behind {self.peer}: wrong key or token")
-            refusal = WRONG_TOKEN
+        key, gate = KeyText.parse(text), self.server.gate
         self._settle("paired")  # before anything that may end the connection
+        if gate.needs_token and gate.can_prove(key):
+            self.challenge(str(gate.token), {}, lambda: self.begin(key, {}, self.why_full(key)))
+            return
+        refusal = self.why_full(key)
+        if not gate.has_token(text):
+            self.note_refusal(f"refused a client behind {self.peer}: {WRONG_TOKEN}")
+            refusal = WRONG_TOKEN
         self.begin(key, {}, refusal)
 
-    def _answer(self, options: dict[str, str]) -> None:
-        """Nothing: our key went out first."""
+    def _answer(self, options: dict[str, str]) -> str:
+        """Return what went out first."""
+        return self._said
 
     def _refused(self, word: int) -> None:
         self._settle("duplicate" if word == MAGIC_DUPLICATE else "unmatched")

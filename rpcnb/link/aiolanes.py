@@ -14,6 +14,7 @@ from rpcnb.protocol import flows
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rpcnb.link.dial import SessionTicket
     from rpcnb.protocol.flows import Flow
 
 __all__ = ["AsyncLanes"]
@@ -28,7 +29,7 @@ class AsyncLanes(LanesBase):
         name: Of the session, for messages.
     """
 
-    def __init__(self, dialer: Dialer, ticket: str, name: str) -> None:
+    def __init__(self, dialer: Dialer, ticket: SessionTicket, name: str) -> None:
         self._opening = asyncio.Lock()
         super().__init__(ticket, dialer.lanes, name, self._opening)
         self._dialer = dialer

@@ -24,7 +24,7 @@ from rpcnb.transport.within import within
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from rpcnb.link.dial import ClientKey
+    from rpcnb.link.dial import ClientKey, SessionTicket
     from rpcnb.protocol.handshake import KeyText
     from rpcnb.protocol.messages import Request
     from rpcnb.transport.address import Address
@@ -43,6 +43,7 @@ class AsyncLink:
         self.peer = wire.peer
         self.garbage = wire.garbage
         self.lane = 0  # number among its session's connections
+        self.ticket: SessionTicket | None = None  # what further connections of its session present
         # Told of calls that were given up in the middle, to cancel them at the server.
         self.on_abandoned: Callable[[int, list[int]], object] | None = None
         self.on_tick: Callable[[], object] | None = None  # called ten times a second

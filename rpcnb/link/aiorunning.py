@@ -12,6 +12,7 @@ from rpcnb.link.dial import expired, explain_init
 from rpcnb.link.wire import make_wire
 from rpcnb.protocol.flows import Send, SendCalls, Wait
 from rpcnb.protocol.messages import CallFunc
+from rpcnb.protocol.proof import proving
 from rpcnb.transport.within import within
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rpcnb.link.dial import ClientKey
     from rpcnb.protocol.flows import Flow
     from rpcnb.protocol.handshake import KeyText
+    from rpcnb.protocol.proof import Proof
     from rpcnb.transport.address import Address
     from rpcnb.transport.deadline import Deadline
 
@@ -76,18 +78,25 @@ async def await_flow(
 
 async def open_link(
     address: Address, key: ClientKey, depth: int | None, flow: Flow[Any], deadline: Deadline
-) -> tuple[Any, KeyText, Any]:
-    """Open a connection that ``flow`` initializes; returns its link, the server's answer and the flow's result."""
-    where = str(address)
+) -> tuple[Any, KeyText, Any, Proof | None]:
+    """Open a connection that ``flow`` initializes.
+
+    Returns:
+        Its link, the server's answer, the flow's result, and what has been proved.
+    """
+    where, key = str(address), key.again()
     sock, answer = await dial(address, key, deadline)
     try:
+        proof = key.proof(answer, where)
         link = AsyncLink(make_wire(sock, answer, address, depth, key.limits))
     except BaseException:
         sock.close()
         raise
     try:
         seconds = None if deadline.at is None else deadline.left()
-        return link, answer, await within(await_flow(link, flow), seconds)
+        if proof is not None:
+            flow = proving(flow, proof, where)
+        return link, answer, await within(await_flow(link, flow), seconds), proof
     except (asyncio.TimeoutError, DeadlineExceeded):
         link.close()
         raise expired(where, "init", deadline.exceeded()) from None

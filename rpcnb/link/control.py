@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Iterator
 
+    from rpcnb.link.dial import SessionTicket
     from rpcnb.protocol.flows import Flow, SendCalls
     from rpcnb.protocol.messages import Reply, Request
     from rpcnb.transport.turn import Turn
@@ -282,7 +283,7 @@ class LanesBase:
         lock: Held while a lane is being opened: a thread's, or an event loop's.
     """
 
-    def __init__(self, ticket: str, most: int, name: str, lock: Turn | asyncio.Lock) -> None:
+    def __init__(self, ticket: SessionTicket, most: int, name: str, lock: Turn | asyncio.Lock) -> None:
         self._lock = lock
         self.ticket = ticket
         self.most = most

@@ -7,6 +7,7 @@ handshake is a generator over bytes, so that the blocking and the awaiting diall
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import ipaddress
 import logging
@@ -15,7 +16,7 @@ import queue
 import select
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb.errors import (
     ConnectFailed,
@@ -31,6 +32,7 @@ from rpcnb.errors import (
 from rpcnb.protocol.codes import MAGIC_DUPLICATE, VERSION, Limits, Role
 from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text
 from rpcnb.protocol.peerlimits import extension
+from rpcnb.protocol.proof import NONCE, WRONG_TOKEN, Proof, new_nonce, proof_of_end
 from rpcnb.transport.sockets import tune
 
 if TYPE_CHECKING:
@@ -40,19 +42,44 @@ if TYPE_CHECKING:
     from rpcnb.transport.address import Address
     from rpcnb.transport.deadline import Deadline
 
-__all__ = ["ClientKey", "connect_socket", "explain_errno", "explain_init", "greet", "resolve"]
+__all__ = ["ClientKey", "SessionTicket", "connect_socket", "explain_errno", "explain_init", "greet", "resolve"]
 
 log = logging.getLogger(__name__)
 
-WRONG_TOKEN = "wrong key or token"  # what a server behind a proxy says, which cannot refuse at the handshake
 _HEAD = 16384  # bytes of an HTTP answer's head
 _BUSY_HINT = (
     "it accepted the connection but does not answer; a stock TVM server does so while it serves another session"
 )
 
 
+class SessionTicket(NamedTuple):
+    """What further connections of a session present.
+
+    Attributes:
+        name: Of the session.
+        secret: Goes with it.
+        proved: It is proved, not sent.
+    """
+
+    name: str
+    secret: str
+    proved: bool
+
+    def __repr__(self) -> str:
+        return f"SessionTicket({self.name!r})"
+
+
 class ClientKey:
-    """What a client presents: key, session time limit, token, the offer of extensions, and its own limits."""
+    """What a client presents on one connection.
+
+    Args:
+        key: The server's key, or the match key that a tracker has handed out.
+        session_timeout: Seconds; 0 for no limit.
+        token: The server's token. It is proved, to a server that proves to know it too.
+        extensions: Offer rpcnb's extensions.
+        limits: What this client takes.
+        plain_token: Send the token in clear: to servers of older versions, and through what must repeat it.
+    """
 
     def __init__(
         self,
@@ -61,35 +88,69 @@ class ClientKey:
         token: str | None = None,
         extensions: bool = True,
         limits: Limits | None = None,
+        *,
+        plain_token: bool = False,
     ) -> None:
         self.limits = limits or Limits()
-        options: dict[str, str] = {}
-        if session_timeout:
-            options["-timeout"] = str(session_timeout)
-        if token:
-            options["-token"] = token
-        if extensions:
-            options["-rpcnb"] = extension(EXTENSION, self.limits)
         self.key = key
-        self.session_timeout = session_timeout  # seconds; 0 for no limit
-        self.text = key_text(Role.CLIENT, key, options)
+        self.session_timeout = session_timeout
         self.stock = f"{key} -token={token}" if token else key  # what TVM's client is given for its key
+        self._options: dict[str, str] = {}
+        if session_timeout:
+            self._options["-timeout"] = str(session_timeout)
+        plain = plain_token or not extensions
+        if token and plain:
+            self._options["-token"] = token
+        if extensions:
+            self._options["-rpcnb"] = extension(EXTENSION, self.limits)
+        self._secret = "" if plain else token or ""
+        self.text = self._compose()
 
     @classmethod
-    def for_lane(cls, ticket: str, number: int, limits: Limits | None = None) -> ClientKey:
+    def for_lane(cls, ticket: SessionTicket, number: int, limits: Limits | None = None) -> ClientKey:
         """Return what a further connection of a session presents."""
-        made = cls("", limits=limits)
-        offer = extension(EXTENSION, made.limits)
-        made.text = key_text(Role.CLIENT, "", {"-rpcnb": offer, "-session": ticket, "-lane": str(number)})
-        return made
+        return cls._for_ticket(ticket, {"-lane": str(number)}, limits)
 
     @classmethod
-    def for_end(cls, ticket: str) -> ClientKey:
+    def for_end(cls, ticket: SessionTicket) -> ClientKey:
         """Return what asks how a session has ended."""
-        made = cls("")
-        offer = extension(EXTENSION, made.limits)
-        made.text = key_text(Role.CLIENT, "", {"-rpcnb": offer, "-session": ticket, "-ended": ""})
+        return cls._for_ticket(ticket, {"-ended": proof_of_end(ticket.secret) if ticket.proved else ""}, None)
+
+    @classmethod
+    def _for_ticket(cls, ticket: SessionTicket, options: dict[str, str], limits: Limits | None) -> ClientKey:
+        made = cls("", limits=limits)
+        made._options["-session"] = ticket.name if ticket.proved else f"{ticket.name}.{ticket.secret}"
+        made._options.update(options)
+        made._secret = ticket.secret if ticket.proved and "-lane" in options else ""
+        made.text = made._compose()
         return made
+
+    def _compose(self) -> str:
+        fresh = {NONCE: new_nonce()} if self._secret else {}
+        return key_text(Role.CLIENT, self.key, {**self._options, **fresh})
+
+    def again(self) -> ClientKey:
+        """Return what another connection presents: the same, with a nonce of its own."""
+        made = copy.copy(self)
+        made.text = made._compose()
+        return made
+
+    def proof(self, answer: KeyText, address: str) -> Proof | None:
+        """Return what is to be proved to a server that has answered so; None if there is nothing.
+
+        Raises:
+            KeyMismatch: It cannot prove that it knows the token; so it is not given to it.
+        """
+        if not self._secret:
+            return None
+        if NONCE not in answer.options:
+            raise KeyMismatch(
+                address,
+                "handshake",
+                "it does not prove that it knows the token (a stock server needs none: leave token= out; "
+                "for an rpcnb of an older version: plain_token=True, which sends it in clear)",
+            )
+        return Proof(self._secret, self.text, answer.text)
 
     def __repr__(self) -> str:
         return f"ClientKey({self.key!r})"  # the text may hold a token

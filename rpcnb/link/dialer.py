@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import DeadlineExceeded, RpcError
 from rpcnb.link.aiorunning import open_link
-from rpcnb.link.dial import ClientKey, connect_socket, expired, explain_init, no_resource, shake_hands
+from rpcnb.link.dial import ClientKey, SessionTicket, connect_socket, expired, explain_init, no_resource, shake_hands
 from rpcnb.link.interrupt import Guard
 from rpcnb.link.link import Link
 from rpcnb.link.running import run_flow
 from rpcnb.link.wire import make_wire
 from rpcnb.protocol import flows
+from rpcnb.protocol.proof import proving
 from rpcnb.transport.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from rpcnb.protocol.flows import Flow
     from rpcnb.protocol.handshake import KeyText
+    from rpcnb.protocol.proof import Proof
     from rpcnb.transport.address import Address
 
 __all__ = ["OPEN_SECONDS", "Dialer"]
@@ -67,53 +69,62 @@ class Dialer:
         """Tell whether the session goes on to another server, or a program."""
         return self.constructor[:1] in (("rpc.Connect",), ("rpc.PopenSession",))
 
-    def ticket(self, answer: KeyText) -> str:
-        """Return what lanes present, or nothing where there can be none."""
+    def _ticket(self, answer: KeyText, proof: Proof | None) -> SessionTicket | None:
+        """Return what lanes present; None where there can be none."""
         if not self.lanes or self.hops or "lanes" not in (answer.features or ()):
-            return ""
-        return answer.options.get("-session", "")
+            return None
+        name, _, secret = answer.options.get("-session", "").partition(".")
+        if proof is not None:
+            return SessionTicket(name, proof.lanes, proved=True) if name else None
+        return SessionTicket(name, secret, proved=False) if name else None
 
     def open(self, deadline: Deadline, guard: Guard) -> tuple[Link, KeyText]:
         """Open the connection that opens the session."""
-        link, answer, _ = self._open(self.key, flows.initialize(self.constructor), deadline, guard)
+        link, answer, _, proof = self._open(self.key, flows.initialize(self.constructor), deadline, guard)
+        link.ticket = self._ticket(answer, proof)
         return link, answer
 
     async def open_awaiting(self, deadline: Deadline) -> tuple[Any, KeyText]:
         """Open the connection that opens an awaited session."""
-        link, answer, _ = await open_link(
-            self.address, self.key, self.depth, flows.initialize(self.constructor), deadline
-        )
+        flow = flows.initialize(self.constructor)
+        link, answer, _, proof = await open_link(self.address, self.key, self.depth, flow, deadline)
+        link.ticket = self._ticket(answer, proof)
         return link, answer
 
-    async def open_lane_awaiting(self, ticket: str, number: int, flow: Flow[Any]) -> tuple[Any, Any]:
+    async def open_lane_awaiting(self, ticket: SessionTicket, number: int, flow: Flow[Any]) -> tuple[Any, Any]:
         """Do as :meth:`open_lane`, awaited."""
         deadline = Deadline(OPEN_SECONDS, f"lane {number} to {self.address}")
         key = ClientKey.for_lane(ticket, number, self.key.limits)
-        link, _, result = await open_link(self.address, key, self.depth, flow, deadline)
+        link, _, result, _ = await open_link(self.address, key, self.depth, flow, deadline)
         link.lane = number
         return link, result
 
-    def open_lane(self, ticket: str, number: int, flow: Flow[Any], seconds: float) -> tuple[Link, Any]:
+    def open_lane(self, ticket: SessionTicket, number: int, flow: Flow[Any], seconds: float) -> tuple[Link, Any]:
         """Open a further connection within ``seconds``, initialized by ``flow``; returns the flow's result too."""
         deadline = Deadline(seconds, f"lane {number} to {self.address}")
         key = ClientKey.for_lane(ticket, number, self.key.limits)
         with Guard() as guard:
-            link, _, result = self._open(key, flow, deadline, guard)
+            link, _, result, _ = self._open(key, flow, deadline, guard)
         link.lane = number
         return link, result
 
-    def _open(self, key: ClientKey, flow: Flow[Any], deadline: Deadline, guard: Guard) -> tuple[Link, KeyText, Any]:
-        where = str(self.address)
+    def _open(
+        self, key: ClientKey, flow: Flow[Any], deadline: Deadline, guard: Guard
+    ) -> tuple[Link, KeyText, Any, Proof | None]:
+        where, key = str(self.address), key.again()
         sock = connect_socket(self.address, deadline, guard)
         try:
             answer = shake_hands(sock, key, where, deadline, guard)
+            proof = key.proof(answer, where)
             with no_resource(where, "connect"):
                 link = Link(make_wire(sock, answer, self.address, self.depth, key.limits))
         except BaseException:
             sock.close()
             raise
         try:
-            return link, answer, run_flow(link, flow, deadline, guard)
+            if proof is not None:
+                flow = proving(flow, proof, where)
+            return link, answer, run_flow(link, flow, deadline, guard), proof
         except DeadlineExceeded as error:
             link.close()
             raise expired(where, "init", error) from None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rpcnb.errors import SessionLost
+    from rpcnb.link.dial import SessionTicket
     from rpcnb.transport.address import Address
 
 __all__ = ["Inquiry", "session_expired"]
@@ -41,7 +42,7 @@ class Inquiry:
         call_owed: Names the call that has been owed for longest; empty if none is.
     """
 
-    def __init__(self, address: Address, ticket: str, call_owed: Callable[[], str]) -> None:
+    def __init__(self, address: Address, ticket: SessionTicket, call_owed: Callable[[], str]) -> None:
         self._address = address
         self._key = ClientKey.for_end(ticket)
         self._call_owed = call_owed

@@ -22,6 +22,7 @@ from rpcnb.transport.turn import Turn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rpcnb.link.dial import SessionTicket
     from rpcnb.protocol.flows import Flow
 
 __all__ = ["Lanes"]
@@ -38,7 +39,7 @@ class Lanes(LanesBase):
         name: Of the session, for messages.
     """
 
-    def __init__(self, dialer: Dialer, ticket: str, name: str) -> None:
+    def __init__(self, dialer: Dialer, ticket: SessionTicket, name: str) -> None:
         self._opening = Turn()
         super().__init__(ticket, dialer.lanes, name, self._opening)
         self._dialer = dialer

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from rpcnb.errors import RpcError
+    from rpcnb.link.dial import SessionTicket
     from rpcnb.protocol.messages import Request
 
 __all__ = ["Link"]
@@ -56,6 +57,7 @@ class Link:
         self.peer = wire.peer
         self.garbage = wire.garbage
         self.lane = 0  # number among its session's connections
+        self.ticket: SessionTicket | None = None  # what further connections of its session present
         # Told of calls that were given up in the middle, to cancel them at the server.
         self.on_abandoned: Callable[[int, list[int]], object] | None = None
         self.on_tick: Callable[[], object] | None = None  # called ten times a second

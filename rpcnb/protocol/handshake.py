@@ -59,11 +59,13 @@ class KeyText:
         role: ``client`` or ``server``; empty if the text has no such prefix.
         key: The match key, up to the first white space.
         options: ``-name=value`` words; without ``=`` the value is empty.
+        text: The whole text.
     """
 
     role: str
     key: str
     options: Mapping[str, str] = field(default_factory=dict)
+    text: str = field(default="", compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> KeyText:
@@ -76,7 +78,7 @@ class KeyText:
         for option in rest.split():
             name, _, value = option.partition("=")
             options[name] = value
-        return cls(role, key, options)
+        return cls(role, key, options, text)
 
     @property
     def timeout(self) -> float | None:

@@ -9,6 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from rpcnb.protocol.handshake import KeyText
+from rpcnb.protocol.proof import NONCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,11 @@ def check_token(token: str) -> str:
     if not _TOKEN.fullmatch(token):
         raise ValueError("a token consists of letters, digits, '_' and '-'")
     return token
+
+
+def _word(text: str) -> str:
+    """Return what must be the key, by TVM's own rule: the first word, whole."""
+    return text.split(None, 1)[0] if text.split() else ""
 
 
 class Guesses:
@@ -81,22 +87,32 @@ class Gate:
         self.key = key
         self.token = token
         self._match_keys: set[str] | None = set() if tracked else None
-        self._needs_token = token is not None and not (tracked and trusts_tracker)
+        self.needs_token = token is not None and not (tracked and trusts_tracker)
 
-    def admits(self, text: str) -> bool:
-        """Tell whether a client with this key text may enter."""
-        # TVM's own rule: the first word, whole.
-        word = text.split(None, 1)[0] if text.split() else ""
-        keys = [self.key] if self._match_keys is None else list(self._match_keys)
-        known = any([hmac.compare_digest(word.encode(), f"client:{key}".encode()) for key in keys])  # noqa: C419  # all
-        known &= self.has_token(text)
+    def admits(self, text: str, *, proved: bool = False) -> bool:
+        """Tell whether a client with this key text may enter; with ``proved`` it has proved the token."""
+        known = self._knows(text) & (proved or self.has_token(text))
         if known and self._match_keys is not None:
-            self._match_keys.discard(word.removeprefix("client:"))
+            self._match_keys.discard(_word(text).removeprefix("client:"))
         return known
+
+    def _knows(self, text: str) -> bool:
+        keys = [self.key] if self._match_keys is None else list(self._match_keys)
+        word = _word(text).encode()
+        return any([hmac.compare_digest(word, f"client:{key}".encode()) for key in keys])  # noqa: C419  # all are compared
+
+    def asks_for_proof(self, text: str) -> bool:
+        """Tell whether a client with this key text has the right key, and is to prove the token."""
+        key = KeyText.parse(text)
+        return self.can_prove(key) and (self.is_visit(key) or (self.needs_token and self._knows(text)))
+
+    def can_prove(self, key: KeyText) -> bool:
+        """Tell whether a client offers to prove the token, if there is one, instead of giving it."""
+        return self.token is not None and NONCE in key.options and "-token" not in key.options
 
     def has_token(self, text: str) -> bool:
         """Tell whether a client with this key text has the token, if it needs one."""
-        if not self._needs_token or self.token is None:
+        if not self.needs_token or self.token is None:
             return True
         given = KeyText.parse(text).options.get("-token", "")
         return hmac.compare_digest(given.encode(), self.token.encode())
@@ -105,11 +121,12 @@ class Gate:
         """Tell whether a client comes by itself to a server that its tracker hands out; it may look after jobs."""
         return self._match_keys is not None and key.key == self.key and key.features is not None
 
-    def lets_visit(self, text: str) -> bool:
+    def lets_visit(self, text: str, *, proved: bool = False) -> bool:
         """Tell whether a client with this key text comes so, and has the token."""
         key = KeyText.parse(text)
         given = key.options.get("-token", "")
-        return self.is_visit(key) and (self.token is None or hmac.compare_digest(given.encode(), self.token.encode()))
+        right = proved or self.token is None or hmac.compare_digest(given.encode(), self.token.encode())
+        return self.is_visit(key) and right
 
     def issue(self) -> str:
         """Return a fresh match key of 128 bits, good for one session."""

@@ -27,6 +27,7 @@ from rpcnb.protocol.endpoint import Endpoint
 from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text, refusal
 from rpcnb.protocol.messages import Raised, encode_packet
 from rpcnb.protocol.peerlimits import PeerLimits, extension
+from rpcnb.protocol.proof import NONCE, WRONG_TOKEN, Challenge, Proof, new_nonce
 from rpcnb.runtime.completion import is_ours
 from rpcnb.runtime.local import LocalServingSession
 from rpcnb.runtime.servant import Servant
@@ -122,8 +123,8 @@ class Host(Protocol):
     def why_refused(self) -> str:
         """Say why no plain function can be run now; empty if one can."""
 
-    def admits(self, text: str, address: tuple[Any, ...]) -> bool:
-        """Tell whether a client with this key text may enter."""
+    def admits(self, text: str, *, proved: bool = False) -> bool:
+        """Tell whether a client with this key text may enter; with ``proved`` it has proved the token."""
 
     def refuse_guess(self, connection: Connection) -> None:
         """Have a client refused that has no right to enter; maybe later, so that guessing takes long."""
@@ -199,6 +200,9 @@ class Connection:
         self._for_kernel = False  # what runs was given to the kernel's loop
         self._own_thread: WorkerPool | None = None
         self._handshake = Handshake(server.limits.key)
+        self._challenge: Challenge | None = None  # it is to prove the token, or its session's secret
+        self._proved: Callable[[], object] = lambda: None  # goes on then
+        self.proof: tuple[str, str] | None = None  # what has been proved, and what proves it to the client
         tune(sock)
         if _NOW:
             # The loop asks with MSG_DONTWAIT and a worker waits in the call itself: no system call at hand-over.
@@ -302,6 +306,9 @@ class Connection:
         if not data:
             self.close()
             return
+        if self._challenge is not None:
+            self._take_proof(data)
+            return
         found = self._handshake.receive_data(data)
         if isinstance(found, str):
             self.text, self.rest = found, self._handshake.rest
@@ -325,13 +332,29 @@ class Connection:
         if TICKET in key.options:
             (self._tell_end if ENDED in key.options else self._accept_lane)(key)
             return
-        if not server.admits(text, self.address):
-            self.note_refusal(f"refused {self.peer}: wrong key or token")
-            server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong key or token")
-            server.refuse_guess(self)
+        if server.gate.asks_for_proof(text):
+            options = {"-rpcnb": self._extension, TICKET: server.lanes.announce(self)}
+            self.challenge(str(server.gate.token), options, lambda: self._admit(key, proved=True))
+            return
+        self._admit(key)
+
+    @property
+    def _extension(self) -> str:
+        return extension(EXTENSION, self.server.limits, "lanes", *self.server.features)
+
+    def _admit(self, key: KeyText, *, proved: bool = False) -> None:
+        """Let a client in that has the right to, as soon as there is a place."""
+        server = self.server
+        if not server.admits(self.text, proved=proved):
+            self._refuse_guess("wrong key or token")
             return
         if not (server.full_for(key) and server.waits_for_place(lambda: self._guarded(lambda: self._enter(key)))):
             self._enter(key)
+
+    def _refuse_guess(self, reason: str) -> None:
+        self.note_refusal(f"refused {self.peer}: {reason}")
+        self.server.tell(events.ConnectionRejected, peer=self.peer, reason=reason)
+        self.server.refuse_guess(self)
 
     def _enter(self, key: KeyText) -> None:
         """Open a session, or say that there is no room."""
@@ -340,10 +363,35 @@ class Connection:
         server = self.server
         full = self.why_full(key)
         options = {"-rpcnb": extension(EXTENSION, server.limits)} if key.features is not None else {}
-        if options and not full:
-            features = ("lanes", *server.features)
-            options = {"-rpcnb": extension(EXTENSION, server.limits, *features), TICKET: server.lanes.issue(self)}
+        if options and not full and self.proof is None:
+            options = {"-rpcnb": self._extension, TICKET: server.lanes.issue(self)}
         self.begin(key, options, full)
+
+    # -- proofs --------------------------------------------------------------------------------------------------
+
+    def challenge(self, secret: str, options: dict[str, str], proved: Callable[[], object]) -> None:
+        """Answer the client's key, let it prove that it knows ``secret``, and go on with ``proved`` then."""
+        text = self._answer({**options, NONCE: new_nonce()})
+        self._challenge, self._proved = Challenge(Proof(secret, self.text, text)), proved
+        self._take_proof(self.rest)
+
+    def _take_proof(self, data: bytes) -> None:
+        """Take what a client sends that is to prove something: all of it is kept for later."""
+        challenge = self._challenge
+        assert challenge is not None
+        right = challenge.receive_data(data)
+        if right is None:
+            self.server.watcher.arm(self.fd, READ)
+            return
+        self.rest = bytes(challenge.data)
+        if right:
+            proof = challenge.proof
+            self._challenge, self.proof = None, (proof.name, proof.answer)
+            if not self.lane:
+                self.server.lanes.prove(self, proof.lanes)
+            self._proved()
+        else:
+            self._refuse_guess("wrong token")
 
     def why_full(self, key: KeyText) -> str:
         """Return what to say to a client for whom there is no room; empty if there is."""
@@ -368,20 +416,26 @@ class Connection:
             self._send_last(refusal())
             return
         if found is None:
-            self.note_refusal(f"refused {self.peer}: wrong session or secret")
-            server.tell(events.ConnectionRejected, peer=self.peer, reason="wrong session or secret")
-            server.refuse_guess(self)
+            self._refuse_guess("wrong session or secret")
             return
         if server.is_crowded:  # the session does without
             self.note_refusal(f"refused a lane of {self.peer}: {server.why_full()}")
             self._send_last(refusal())
             return
-        main, self.lane = found
+        main, self.lane, secret = found
+        options = {"-rpcnb": extension(EXTENSION, server.limits)}
+        if secret:
+            self.challenge(secret, options, lambda: self._join(key, main, options))
+        else:
+            self._join(key, main, options)
+
+    def _join(self, key: KeyText, main: Connection, options: dict[str, str]) -> None:
+        """Become a further connection of a session."""
         self.main = main
-        before = server.lanes.join(main, self.lane, self)
+        before = self.server.lanes.join(main, self.lane, self)
         if before is not None:
             before.close()
-        self.begin(key, {"-rpcnb": extension(EXTENSION, server.limits)}, "")
+        self.begin(key, options, "")
 
     def _tell_end(self, key: KeyText) -> None:
         """Tell a client that has lost its session how that has ended, as soon as that is known."""
@@ -405,7 +459,8 @@ class Connection:
     def begin(self, key: KeyText, options: dict[str, str], full: str) -> None:
         """Answer the handshake and begin the conversation, here or in a process of its own."""
         self.key = key
-        self._answer(options)
+        if self.proof is None:
+            self._answer(options)
         if full or not self.server.takes_over(self):
             self.converse(full or self._why_not_here(key))
 
@@ -424,6 +479,7 @@ class Connection:
             shares=self._session_of_lane if self.lane else None,
             lane=self.lane,
         )
+        servant.proof = self.proof
         servant.extended = key.features is not None
         servant.endpoint.takes = PeerLimits.told_by(key.features)
         self.servant = servant
@@ -436,9 +492,11 @@ class Connection:
             servant.endpoint.receive_data(self.rest)
         self._serve()
 
-    def _answer(self, options: dict[str, str]) -> None:
-        """Answer the client's key with ours."""
-        self.send_all(hello(key_text(Role.SERVER, self.server.key, options)))
+    def _answer(self, options: dict[str, str]) -> str:
+        """Answer the client's key with ours, which is returned."""
+        text = key_text(Role.SERVER, self.server.key, options)
+        self.send_all(hello(text))
+        return text
 
     def send_all(self, data: bytes) -> None:
         """Send a few bytes on a connection that has just been opened."""
@@ -447,7 +505,11 @@ class Connection:
 
     def refuse(self) -> None:
         """Say that it may not enter, unless it has gone meanwhile."""
-        if not self.closed:
+        if self.closed:
+            return
+        if self._challenge is not None:  # it is in a conversation already
+            self._guarded(lambda: self.converse(WRONG_TOKEN))
+        else:
             self._send_last(refusal())
 
     def _send_last(self, data: bytes) -> None:

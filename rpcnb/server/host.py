@@ -127,8 +127,8 @@ class SessionHost(StaysHere):
         """Have ``go_on`` called in a moment if a place may be free then; False: there is no hope for that."""
         return False
 
-    def admits(self, text: str, address: tuple[Any, ...]) -> bool:
-        """Tell whether a client with this key text may enter."""
+    def admits(self, text: str, *, proved: bool = False) -> bool:
+        """Tell whether a client with this key text may enter; with ``proved`` it has proved the token."""
         return False
 
     def refuse_guess(self, connection: Connection) -> None:

@@ -80,6 +80,7 @@ class _Session(Child):
                 "address": list(connection.address),
                 "rest": base64.b64encode(connection.rest).decode(),
                 "web": sock.state() if isinstance(sock, WebSocket) else None,
+                "proof": connection.proof,
                 "directory": self.directory,
                 "observe": bool(self.sessions.server.observers),
                 "visitor": self.visitor,

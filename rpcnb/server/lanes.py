@@ -2,7 +2,8 @@
 
 A client that offers rpcnb's extensions gets, with the server's key text, a ticket ``-session=<id>.<secret>``. Another
 connection that presents it (and ``-lane=<number>``) in the place of a match key and token shares the session's
-functions, memory and files. It ends with the session; its own end ends nothing else.
+functions, memory and files. It ends with the session; its own end ends nothing else. Of a session that has proved a
+token the ticket is ``<id>`` alone: its further connections prove that they know its secret (``protocol/proof.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import hmac
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from rpcnb.protocol.proof import NONCE, proof_of_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +34,7 @@ MOST_LANES = 7  # of a session; more are refused
 class _Session(Generic[C]):
     secret: str
     main: C
+    proves: bool = False  # the secret is proved, not sent
     lanes: dict[int, C] = field(default_factory=dict)
     asked: list[Callable[[str], object]] = field(default_factory=list)  # who wants to know how it ends
 
@@ -44,12 +48,14 @@ class Lanes(Generic[C]):
 
     def came_late(self, key: KeyText) -> bool:
         """Tell whether a lane that is refused was on its way when its session ended: nobody guesses there."""
-        return self._how_ended(key) is not None
+        name = key.options.get(TICKET, "")
+        return self._how_ended(key) is not None or any(one.startswith(f"{name} ") for one in self._ended)
 
     def _how_ended(self, key: KeyText) -> str | None:
-        given = key.options.get(TICKET, "").encode()
+        given = key.options.get(TICKET, "")
+        text = f"{given} {key.options[ENDED]}" if key.options.get(ENDED) else given
         found = [
-            how for one, how in self._ended.items() if hmac.compare_digest(given, one.encode())
+            how for one, how in self._ended.items() if hmac.compare_digest(text.encode(), one.encode())
         ]  # all are compared
         return found[0] if found else None
 
@@ -59,7 +65,7 @@ class Lanes(Generic[C]):
         if how is not None:
             tell(how)
             return True
-        found = self._find_session(key)
+        found = self._session_to_tell(key)
         if found is not None and len(found.asked) < MOST_LANES:
             found.asked.append(tell)
         return found is not None
@@ -70,19 +76,45 @@ class Lanes(Generic[C]):
         self._sessions[name] = _Session(secret, main)
         return f"{name}.{secret}"
 
-    def find(self, key: KeyText) -> tuple[C, int] | None:
-        """Return the connection that a lane's key text names and the lane's number; None if it is not right."""
-        found = self._find_session(key)
-        number = key.options.get(LANE, "")
-        if found is None or not (number.isdecimal() and 0 < int(number) <= MOST_LANES):
-            return None
-        return found.main, int(number)
+    def announce(self, main: C) -> str:
+        """Return the ticket of a session that is to prove a token; it can be found from :meth:`prove` on."""
+        name = secrets.token_hex(8)
+        self._sessions[name] = _Session("", main, proves=True)
+        return name
 
-    def _find_session(self, key: KeyText) -> _Session[C] | None:
-        name, _, secret = key.options.get(TICKET, "").partition(".")
+    def prove(self, main: C, secret: str) -> None:
+        """Note what the further connections of a session will prove."""
+        for session in self._sessions.values():
+            if session.main is main:
+                session.secret = secret
+
+    def find(self, key: KeyText) -> tuple[C, int, str] | None:
+        """Find what a lane's key text names; None if it is not right.
+
+        Returns:
+            The session's connection, the lane's number, and the secret that the lane has still to prove, if any.
+        """
+        name, _, given = key.options.get(TICKET, "").partition(".")
+        session = self._sessions.get(name)
+        expected = session.secret if session is not None and not session.proves else secrets.token_urlsafe(16)
+        known = hmac.compare_digest(given.encode(), expected.encode())
+        number = key.options.get(LANE, "")
+        if session is None or not (number.isdecimal() and 0 < int(number) <= MOST_LANES):
+            return None
+        if session.proves:
+            return (session.main, int(number), session.secret) if session.secret and NONCE in key.options else None
+        return (session.main, int(number), "") if known else None
+
+    def _session_to_tell(self, key: KeyText) -> _Session[C] | None:
+        """Find the session of which somebody wants to know how it ends, if he may."""
+        name, _, given = key.options.get(TICKET, "").partition(".")
         found = self._sessions.get(name)
-        right = hmac.compare_digest(secret.encode(), (found.secret if found else secrets.token_urlsafe(16)).encode())
-        return found if right else None
+        expected = secrets.token_urlsafe(16)
+        if found is not None and found.proves:
+            given, expected = key.options[ENDED], proof_of_end(found.secret) if found.secret else expected
+        elif found is not None:
+            expected = found.secret
+        return found if hmac.compare_digest(given.encode(), expected.encode()) else None
 
     def join(self, main: C, number: int, lane: C) -> C | None:
         """Note a lane; returns the earlier connection of this number, which it replaces."""
@@ -97,7 +129,8 @@ class Lanes(Generic[C]):
         for name, session in self._sessions.items():
             if session.main is connection:
                 del self._sessions[name]
-                self._ended[f"{name}.{session.secret}"] = how
+                shown = f"{name} {proof_of_end(session.secret)}" if session.proves else f"{name}.{session.secret}"
+                self._ended[shown] = how
                 if len(self._ended) > _REMEMBERED:
                     del self._ended[next(iter(self._ended))]
                 for tell in session.asked:

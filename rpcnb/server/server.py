@@ -325,11 +325,11 @@ class Server(SessionHost):
             log.debug("%s: %s did not finish its handshake in time", self.name, connection.peer)
             connection.close()
 
-    def admits(self, text: str, address: tuple[Any, ...]) -> bool:
-        """Tell whether a client with this key text may enter."""
-        if self._jobs is not None and self._jobs.any and self.gate.lets_visit(text):
+    def admits(self, text: str, *, proved: bool = False) -> bool:
+        """Tell whether a client with this key text may enter; with ``proved`` it has proved the token."""
+        if self._jobs is not None and self._jobs.any and self.gate.lets_visit(text, proved=proved):
             return True
-        return self.gate.admits(text)
+        return self.gate.admits(text, proved=proved)
 
     def is_visit(self, key: KeyText) -> bool:
         """Tell whether a client may look after jobs only, and needs no place."""

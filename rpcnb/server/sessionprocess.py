@@ -69,9 +69,11 @@ class _HandedOver(Connection):
         super().__init__(host, sock, tuple(facts["address"]))
         self.rest = base64.b64decode(facts["rest"])
         self.lane = facts["lane"]
+        self.proof = None if facts["proof"] is None else tuple(facts["proof"])
 
-    def _answer(self, options: dict[str, str]) -> None:
+    def _answer(self, options: dict[str, str]) -> str:
         """Nothing: the server did."""
+        return ""
 
 
 class SessionProcess(SessionHost):
