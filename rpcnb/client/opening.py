@@ -12,9 +12,10 @@ from rpcnb.client.session import Session
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import Dialer
 from rpcnb.link.interrupt import Guard
+from rpcnb.protocol.proof import hidden
 from rpcnb.transport.address import DEFAULT_PORT, parse_address
 from rpcnb.transport.deadline import Deadline
-from rpcnb.transport.runfiles import token_for
+from rpcnb.transport.runfiles import find_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,7 @@ def _make_dialer(
     depth: int | None,
     headers: Mapping[str, str] | None,
     limits: Limits | None,
+    plain_token: bool,
 ) -> Dialer:
     if limits is not None:
         limits = replace(limits, call=max(limits.call, limits.text + _BESIDE_TEXT))
@@ -50,13 +52,17 @@ def _make_dialer(
     constructor = tuple(session_constructor_args or ())
     make: Callable[..., Dialer] | None = parts.find(f"scheme {address.scheme}")
     if make is not None:
+        if plain_token:
+            raise ValueError("plain_token=True: whoever offers a board at a tracker would get the token")
         return make(
             address, 1, session_timeout, 5, constructor, token, extensions, lanes=lanes, depth=depth, limits=limits
         )
 
     def find_key() -> ClientKey:
-        found = token_for(address.host, address.port, address.key, token)
-        return ClientKey(address.key, session_timeout, found, extensions, limits)
+        found = token
+        if found is None and extensions:
+            found = hidden(find_token(address.host, address.port, address.key))
+        return ClientKey(address.key, session_timeout, found, extensions, limits, plain_token=plain_token)
 
     return Dialer(address, find_key(), constructor, lanes, depth, find_key)
 
@@ -83,6 +89,7 @@ def connect(
     depth: int | None = None,
     headers: Mapping[str, str] | None = None,
     limits: Limits | None = None,
+    plain_token: bool = False,
 ) -> Session:
     """Open a session with an RPC server, rpcnb's or stock TVM's.
 
@@ -95,7 +102,8 @@ def connect(
         session_constructor_args: Name and arguments of a session constructor of the server, for example
             ``["rpc.Connect", "inner-host", 9090, "key"]`` to go on to another server through this one.
         enable_logging: Log every operation at level DEBUG.
-        token: The server's token; one of a server of this user on this machine is found without it.
+        token: The server's token; one of a server of this user on this machine is found without it. It is proved, not
+            sent, and the server must prove that it knows it too.
         timeout: Seconds for resolving, connecting, handshake and init together; None for no limit. Waiting for a
             tracker's board takes as long as it takes (:meth:`TrackerSession.request` has a limit for that too).
         extensions: Offer rpcnb's extensions; False makes us stock to the byte.
@@ -109,15 +117,17 @@ def connect(
             hub.
         limits: What the server may send at most: ``rpcnb.Limits(text=64 << 20)`` for results that are longer texts than
             16 MiB, ``bytes_argument`` for bytes over 1 GiB. A longer result is an error of its call.
+        plain_token: Send the token in clear: to an rpcnb server older than proofs, or through what must repeat it.
 
     Raises:
         ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are
             NotAnRpcServer, KeyMismatch (wrong key or token), DuplicateKey and VersionMismatch.
         RemoteError: The session constructor failed.
-        ValueError: ``url`` is not an address.
+        ValueError: ``url`` is not an address; or the token could only be sent in clear.
     """
+    token, args = hidden(token), session_constructor_args
     dialer = _make_dialer(
-        url, port, key, session_timeout, session_constructor_args, token, extensions, lanes, depth, headers, limits
+        url, port, key, session_timeout, args, token, extensions, lanes, depth, headers, limits, plain_token
     )
     session = open_session(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
     if enable_logging:
@@ -163,10 +173,12 @@ async def connect_async(
     depth: int | None = None,
     headers: Mapping[str, str] | None = None,
     limits: Limits | None = None,
+    plain_token: bool = False,
 ) -> AsyncSession:
     """Open an awaited session in the running event loop; arguments and errors as :func:`connect`."""
+    token, args = hidden(token), session_constructor_args
     dialer = _make_dialer(
-        url, port, key, session_timeout, session_constructor_args, token, extensions, lanes, depth, headers, limits
+        url, port, key, session_timeout, args, token, extensions, lanes, depth, headers, limits, plain_token
     )
     session = await open_session_async(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
     if enable_logging:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, IsolationFailed, RpcError
+from rpcnb.protocol.proof import Secret
 from rpcnb.transport.terminal import PrintableFormatter, printable
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def _peer_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--key", default="", help="key that the server serves")
     parser.add_argument("--token-file", metavar="FILE", help="file that holds the server's token")
+    parser.add_argument("--plain-token", action="store_true", help="send it in clear, to an rpcnb older than proofs")
     parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds for connecting and calling")
 
 
@@ -155,7 +157,7 @@ def _read_token(path: str | None) -> str | None:
     if path is None:
         return None
     with open(path) as file:
-        return file.read().strip()
+        return Secret(file.read().strip())
 
 
 def _argument(text: str) -> Any:
@@ -170,7 +172,10 @@ def _argument(text: str) -> Any:
 def _connect(options: argparse.Namespace) -> Any:
     from rpcnb.client.opening import connect
 
-    return connect(options.address, key=options.key, token=_read_token(options.token_file), timeout=options.timeout)
+    token = _read_token(options.token_file)
+    return connect(
+        options.address, key=options.key, token=token, timeout=options.timeout, plain_token=options.plain_token
+    )
 
 
 def _call(options: argparse.Namespace) -> int:

@@ -15,9 +15,10 @@ from rpcnb.farm.messages import is_word, request_board
 from rpcnb.farm.trackerlink import TrackerLink, converse
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import OPEN_SECONDS, Dialer
+from rpcnb.protocol.proof import hidden
 from rpcnb.transport.address import Address, show_address
 from rpcnb.transport.deadline import Deadline
-from rpcnb.transport.runfiles import token_for
+from rpcnb.transport.runfiles import find_token
 from rpcnb.transport.terminal import printable
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class TrackedDialer(Dialer):
         self._priority = priority
         self._session_timeout = session_timeout
         self._max_retry = max_retry
-        self._token = token
+        self._token = hidden(token)
         self._extensions = extensions
         self._told = told
         self._failed = self._wrong_keys = 0
@@ -152,7 +153,9 @@ class TrackedDialer(Dialer):
             raise ConnectFailed(
                 str(self.tracker), "queue", f"address or match key of a board at {host[:40]!r} is not one"
             )
-        token = token_for(host, port, self.tracker.key, self._token)
+        token = self._token
+        if token is None and self._extensions:
+            token = hidden(find_token(host, port, self.tracker.key))
         self.address = Address(host, port, self.tracker.key)
         self.key = ClientKey(match_key, self._session_timeout, token, self._extensions, self.key.limits)
 

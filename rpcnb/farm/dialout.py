@@ -51,14 +51,17 @@ class _Dialled(Connection):
 
     def _accept(self, text: str) -> None:
         key, gate = KeyText.parse(text), self.server.gate
-        self._settle("paired")  # before anything that may end the connection
-        if gate.needs_token and gate.can_prove(key):
-            self.challenge(str(gate.token), {}, lambda: self.begin(key, {}, self.why_full(key)))
+        if gate.can_prove(key):
+            self.challenge(str(gate.token), {}, lambda: self._paired(key, self.why_full(key)))
             return
         refusal = self.why_full(key)
         if not gate.has_token(text):
             self.note_refusal(f"refused a client behind {self.peer}: {WRONG_TOKEN}")
             refusal = WRONG_TOKEN
+        self._paired(key, refusal)
+
+    def _paired(self, key: KeyText, refusal: str) -> None:
+        self._settle("paired")  # before anything that may end the connection
         self.begin(key, {}, refusal)
 
     def _answer(self, options: dict[str, str]) -> str:
@@ -75,7 +78,7 @@ class _Dialled(Connection):
 
     def close(self) -> None:
         super().close()
-        self._settle("closed")
+        self._settle("paired" if self.text else "closed")
 
 
 class DialOut:

@@ -21,6 +21,7 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 from rpcnb.errors import CellError, KeyMismatch, RpcError
 from rpcnb.jupyter.serving import kernel_server, paste_lines, serve, share_lines, stop_serving
 from rpcnb.jupyter.sessions import BOOK
+from rpcnb.protocol.proof import Secret, hidden
 from rpcnb.transport.address import parse_address, show_address
 from rpcnb.transport.terminal import printable
 
@@ -77,6 +78,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @argument("address", nargs="?", default=None, help="HOST:PORT, a URL (rpc, tracker, ws, wss), or demo")
     @argument("--key", default="", help="key that the server serves")
     @argument("--token-file", help="file that holds the server's token")
+    @argument("--plain-token", action="store_true", help="send it in clear, to an rpcnb older than proofs")
     @argument("--via", metavar="HOST:PORT", help="go on to the address from this server")
     @argument("--timeout", type=float, default=10.0, help="seconds for connecting")
     @argument("--session-timeout", type=float, default=0, help="seconds after which the server ends the session")
@@ -87,7 +89,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         options = parse_argstring(self.rpc_connect, line)
         if options.name is not None and not options.name.isidentifier():
             raise UsageError(f"--as expects a variable's name, got {options.name!r}")
-        token = Path(options.token_file).expanduser().read_text().strip() if options.token_file else None
+        token = Secret(Path(options.token_file).expanduser().read_text().strip()) if options.token_file else None
         address, key, onward = options.address or _default_address(), options.key, None
         if options.via:
             inner = parse_address(address, None, key)
@@ -103,6 +105,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
                 timeout=options.timeout,
                 session_timeout=options.session_timeout,
                 session_constructor_args=onward,
+                plain_token=options.plain_token,
             )
 
         try:
@@ -213,7 +216,7 @@ def _ask_token(address: str) -> str | None:
         return None
     BOOK.asked.add(address)
     try:
-        return getpass.getpass(f"token of {address}: ").strip() or None
+        return hidden(getpass.getpass(f"token of {address}: ").strip() or None)
     except (EOFError, NotImplementedError):  # a front end without input
         return None
 

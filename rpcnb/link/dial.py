@@ -32,7 +32,7 @@ from rpcnb.errors import (
 from rpcnb.protocol.codes import MAGIC_DUPLICATE, VERSION, Limits, Role
 from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text
 from rpcnb.protocol.peerlimits import extension
-from rpcnb.protocol.proof import NONCE, WRONG_TOKEN, Proof, new_nonce, proof_of_end
+from rpcnb.protocol.proof import NONCE, WRONG_TOKEN, Proof, Secret, new_nonce, proof_of_end
 from rpcnb.transport.sockets import tune
 
 if TYPE_CHECKING:
@@ -98,12 +98,13 @@ class ClientKey:
         self._options: dict[str, str] = {}
         if session_timeout:
             self._options["-timeout"] = str(session_timeout)
-        plain = plain_token or not extensions
-        if token and plain:
+        if token and not (plain_token or extensions):
+            raise ValueError("a token is proved by an extension: leave extensions=False out, or give plain_token=True")
+        if token and plain_token:
             self._options["-token"] = token
         if extensions:
             self._options["-rpcnb"] = extension(EXTENSION, self.limits)
-        self._secret = "" if plain else token or ""
+        self._secret = Secret("" if plain_token else token or "")
         self.text = self._compose()
 
     @classmethod
@@ -121,7 +122,7 @@ class ClientKey:
         made = cls("", limits=limits)
         made._options["-session"] = ticket.name if ticket.proved else f"{ticket.name}.{ticket.secret}"
         made._options.update(options)
-        made._secret = ticket.secret if ticket.proved and "-lane" in options else ""
+        made._secret = Secret(ticket.secret if ticket.proved and "-lane" in options else "")
         made.text = made._compose()
         return made
 

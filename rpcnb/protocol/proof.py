@@ -13,6 +13,7 @@ from __future__ import annotations
 import hmac
 import secrets
 import struct
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rpcnb.errors import KeyMismatch
@@ -21,18 +22,32 @@ from rpcnb.protocol.flows import Send, Wait, result_of
 from rpcnb.protocol.messages import Syscall, encode_packet
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
     from typing import Any
 
     from rpcnb.protocol.flows import Flow
 
-__all__ = ["NONCE", "WRONG_TOKEN", "Challenge", "Proof", "new_nonce", "proof_of_end", "proving"]
+__all__ = ["NONCE", "WRONG_TOKEN", "Challenge", "Proof", "Secret", "hidden", "new_nonce", "proof_of_end", "proving"]
 
 NONCE = "-nonce"
 WRONG_TOKEN = "wrong key or token"  # what a server says behind the handshake, where it cannot refuse there
 _PREFIX = "rpcnb.prove."
 _LENGTH = struct.Struct("<Q")
 _INIT = 1 << 16  # bytes of kInitServer before the proof
+
+
+class Secret(str):
+    """A text that does not show itself: tracebacks print what local variables hold."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def hidden(token: str | None) -> Secret | None:
+    """Return a token that does not show itself."""
+    return None if token is None else Secret(token)
 
 
 def new_nonce() -> str:
@@ -127,17 +142,13 @@ def proving(flow: Flow[Any], proof: Proof, address: str) -> Flow[Any]:
 
 def _rest(flow: Flow[Any], value: Any) -> Generator[Any, Any, Any]:
     """Go on with a flow whose step has been done."""
-    try:
-        step = flow.send(value)
-    except StopIteration as end:
-        return end.value
+    advance: Callable[[], Any] = partial(flow.send, value)
     while True:
         try:
-            value = yield step
-        except BaseException as error:
-            step = flow.throw(error)
-            continue
-        try:
-            step = flow.send(value)
+            step = advance()
         except StopIteration as end:
             return end.value
+        try:
+            advance = partial(flow.send, (yield step))
+        except BaseException as error:
+            advance = partial(flow.throw, error)

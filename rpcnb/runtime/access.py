@@ -87,7 +87,7 @@ class Gate:
         self.key = key
         self.token = token
         self._match_keys: set[str] | None = set() if tracked else None
-        self.needs_token = token is not None and not (tracked and trusts_tracker)
+        self._needs_token = token is not None and not (tracked and trusts_tracker)
 
     def admits(self, text: str, *, proved: bool = False) -> bool:
         """Tell whether a client with this key text may enter; with ``proved`` it has proved the token."""
@@ -104,7 +104,7 @@ class Gate:
     def asks_for_proof(self, text: str) -> bool:
         """Tell whether a client with this key text has the right key, and is to prove the token."""
         key = KeyText.parse(text)
-        return self.can_prove(key) and (self.is_visit(key) or (self.needs_token and self._knows(text)))
+        return self.can_prove(key) and (self.is_visit(key) or self._knows(text))
 
     def can_prove(self, key: KeyText) -> bool:
         """Tell whether a client offers to prove the token, if there is one, instead of giving it."""
@@ -112,7 +112,7 @@ class Gate:
 
     def has_token(self, text: str) -> bool:
         """Tell whether a client with this key text has the token, if it needs one."""
-        if not self.needs_token or self.token is None:
+        if not self._needs_token or self.token is None:
             return True
         given = KeyText.parse(text).options.get("-token", "")
         return hmac.compare_digest(given.encode(), self.token.encode())

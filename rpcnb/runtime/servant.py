@@ -198,9 +198,7 @@ class Servant:
         self._cancel_init: Callable[[], object] | None = None
         self._constructing = ""  # name of the session constructor that runs
         self._process = os.getpid()
-        self.proof: tuple[str, str] | None = (
-            None  # the look-up that was the proof, and what answers it
-        )
+        self.proof: tuple[str, str] | None = None  # the look-up that was the proof, and what answers it
         endpoint.sink_for = self._sink_for
 
     # -- driving -------------------------------------------------------------------------------------------------

@@ -346,7 +346,7 @@ class Connection:
         """Let a client in that has the right to, as soon as there is a place."""
         server = self.server
         if not server.admits(self.text, proved=proved):
-            self._refuse_guess("wrong key or token")
+            self._refuse_guess(WRONG_TOKEN)
             return
         if not (server.full_for(key) and server.waits_for_place(lambda: self._guarded(lambda: self._enter(key)))):
             self._enter(key)
@@ -391,7 +391,7 @@ class Connection:
                 self.server.lanes.prove(self, proof.lanes)
             self._proved()
         else:
-            self._refuse_guess("wrong token")
+            self._refuse_guess(WRONG_TOKEN)
 
     def why_full(self, key: KeyText) -> str:
         """Return what to say to a client for whom there is no room; empty if there is."""
@@ -507,7 +507,7 @@ class Connection:
         """Say that it may not enter, unless it has gone meanwhile."""
         if self.closed:
             return
-        if self._challenge is not None:  # it is in a conversation already
+        if self._challenge is not None or self.proof is not None:  # it is in a conversation already
             self._guarded(lambda: self.converse(WRONG_TOKEN))
         else:
             self._send_last(refusal())

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb import parts
 from rpcnb.errors import AccessDenied
 from rpcnb.protocol.codes import Limits
+from rpcnb.protocol.proof import Secret
 from rpcnb.runtime.access import Gate, Guesses, check_token, new_token
 from rpcnb.runtime.libraries import load_at_start
 from rpcnb.runtime.tvmruntime import NEVER
@@ -171,6 +172,7 @@ class Server(SessionHost):
         if is_proxy:
             tracker_addr = None  # the proxy registers it; TVM's takes the address too, and does nothing with it
         self._proxy = parse_address(host, port) if is_proxy else None
+        token = Secret(token) if isinstance(token, str) else token
         self.token = self._choose_token(host if self._proxy is None else self._proxy.host, token, insecure)
         if allow_exec and (self.token is None or trust_tracker) and not insecure:
             raise AccessDenied(

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rpcnb.transport.address import is_loopback
+from rpcnb.transport.tcptable import may_listen
 
-__all__ = ["find_token", "list_servers", "publish", "runtime_directory", "token_for", "write_atomically"]
+__all__ = ["find_token", "list_servers", "publish", "runtime_directory", "write_atomically"]
 
 
 def runtime_directory() -> Path:
@@ -51,7 +52,7 @@ def publish(port: int, content: dict[str, Any]) -> Path | None:
         if not _private(folder):
             return None
         path = folder / f"server-{port}-{os.getpid()}.json"
-        write_atomically(path, content)
+        write_atomically(path, {**content, "started": _started(os.getpid())})
         return path
     except OSError:
         return None
@@ -79,37 +80,55 @@ def list_servers() -> list[dict[str, Any]]:
                 continue
             content = json.loads(path.read_text())
             if isinstance(content, dict) and isinstance(content.get("pid"), int):
-                if _alive(content["pid"]):
+                if _alive(content["pid"], content.get("started")):
                     found.append((path.stat().st_mtime, content))
                 else:
                     path.unlink()
     return [content for _, content in sorted(found, key=lambda item: -item[0])]
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: int, started: object) -> bool:
+    """Tell whether a process lives, and is the one that started then: numbers are used again."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
         return True
-    return True
+    return started is None or _started(pid) in (None, started)
 
 
-def token_for(host: str, port: int, key: str, given: str | None) -> str | None:
-    """Return the token that was given, else that of this user's own server on this machine, if it is one."""
-    return find_token(port, key) if given is None and is_loopback(host) else given
+def _started(pid: int) -> int | None:
+    """Return when a process has started, in ticks since the machine has; None where that cannot be seen."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
-def find_token(port: int, key: str = "") -> str | None:
-    """Return the token of this user's own server on ``port``, if there is one.
+def find_token(host: str, port: int, key: str = "") -> str | None:
+    """Return the token of this user's own server that is reached at an address of this machine, if there is one.
 
-    Behind a proxy's port there may be servers of others: there the key must be the same, or a token would get about.
+    Only the process that has published it may have it: one that still lives, and listens there. Behind a proxy's port
+    there may be servers of others: there the key must be the same.
     """
-    for server in list_servers():
-        if port in (server.get("port"), server.get("web_port")) and (
-            not server.get("proxy") or server.get("key") == key
-        ):
+    for server in list_servers() if is_loopback(host) else []:
+        if port not in (server.get("port"), server.get("web_port")) or not _is_reached(host, str(server.get("host"))):
+            continue
+        proxied = bool(server.get("proxy"))
+        if server.get("key") == key if proxied else may_listen(server["pid"], port):
             token = server.get("token")
             return token if isinstance(token, str) and token else None
     return None
+
+
+def _is_reached(dialled: str, listening: str) -> bool:
+    """Tell whether who dials an address of this machine reaches who listens on another."""
+    return bool(_numbers(dialled) & _numbers(listening)) or listening in ("", "::") or (
+        listening == "0.0.0.0" and ":" not in dialled
+    )  # fmt: skip
+
+
+def _numbers(host: str) -> set[str]:
+    return {"127.0.0.1", "::1"} if host == "localhost" else {host}

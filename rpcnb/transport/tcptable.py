@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["both_ends_are_here", "ends_of", "established"]
+__all__ = ["both_ends_are_here", "ends_of", "established", "may_listen"]
 
-_ESTABLISHED = "01"
+_ESTABLISHED, _LISTENS = "01", "0A"
 _INODE = 9  # words of a line before it
 
 
@@ -60,12 +60,30 @@ def both_ends_are_here(sock: Any) -> bool:
     with contextlib.suppress(OSError, IndexError):
         inodes = {words[_INODE] for words in _lines() if f"{words[1]} {words[2]}" == other}
         if inodes:
-            return any(_inode(name) in inodes for name in os.listdir("/proc/self/fd"))
+            return _has_one(os.getpid(), inodes)
     return False
 
 
-def _inode(name: str) -> str:
+def may_listen(pid: int, port: int) -> bool:
+    """Tell whether a process listens on a port of this machine; True where that cannot be seen."""
     try:
-        return os.readlink(f"/proc/self/fd/{name}").removeprefix("socket:[").removesuffix("]")
+        inodes = {words[_INODE] for words in _lines() if words[3] == _LISTENS and words[1].endswith(f":{port:04X}")}
+        return _has_one(pid, inodes)
+    except (OSError, IndexError):
+        return True
+
+
+def _has_one(pid: int, inodes: set[str]) -> bool:
+    """Tell whether a process has one of these sockets.
+
+    Raises:
+        OSError: That cannot be seen.
+    """
+    return any(_inode(pid, name) in inodes for name in os.listdir(f"/proc/{pid}/fd"))
+
+
+def _inode(pid: int, name: str) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{name}").removeprefix("socket:[").removesuffix("]")
     except OSError:
         return ""

@@ -310,10 +310,10 @@ def test_a_token_is_found_for_ones_own_key_behind_a_proxy_only(tmp_path: Path, m
     monkeypatch.setenv("RPCNB_RUNTIME_DIR", str(tmp_path / "run"))
     entry = {"host": "127.0.0.1", "port": 4711, "pid": os.getpid(), "token": "mine"}
     publish(4711, {**entry, "key": "mine", "proxy": "127.0.0.1:4711"})
-    assert find_token(4711, "mine") == "mine"
-    assert find_token(4711, "another's") is None
-    assert find_token(4711) is None
-    assert find_token(4712, "mine") is None
+    assert find_token("127.0.0.1", 4711, "mine") == "mine"
+    assert find_token("127.0.0.1", 4711, "another's") is None
+    assert find_token("127.0.0.1", 4711) is None
+    assert find_token("127.0.0.1", 4712, "mine") is None
 
 
 # -- with a tracker ------------------------------------------------------------------------------------------------

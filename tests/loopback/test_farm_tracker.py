@@ -394,7 +394,7 @@ def test_a_spent_or_guessed_match_key_is_of_no_use(
 
 @pytest.mark.parametrize(
     ("trusts", "given", "enters"),
-    [(False, None, False), (False, "wrong", False), (False, "right", True), (True, None, True), (True, "wrong", True)],
+    [(False, None, False), (False, "wrong", False), (False, "right", True), (True, None, True), (True, "wrong", False)],
 )
 def test_s5_a_token_is_asked_for_behind_a_tracker_too(
     tracker: rpcnb.Tracker,

@@ -132,7 +132,9 @@ REACHABLE: dict[str, tuple[Callable[[Any], Any], bool, bool]] = {
     "builtins": (lambda session: session.call("builtins.eval", "1"), False, False),
     "unregistered constructor": (
         lambda session: rpcnb.connect(
-            session.peer, session_constructor_args=["rpc.PopenSession", "true"], token=CANARY
+            session.peer,
+            session_constructor_args=["rpc.PopenSession", "true"],
+            token=session._dialer.key._secret or None,
         ).close(),
         False,
         False,
@@ -271,7 +273,7 @@ def test_s14_run_files_are_the_owners_only(serve: Serve, monkeypatch: pytest.Mon
     server = serve(token=CANARY)
     before = os.umask(0)
     try:
-        path = publish(server.port, {"port": server.port, "pid": os.getpid(), "token": CANARY})
+        path = publish(server.port, {"host": "127.0.0.1", "port": server.port, "pid": os.getpid(), "token": CANARY})
     finally:
         os.umask(before)
     assert path is not None
@@ -280,7 +282,7 @@ def test_s14_run_files_are_the_owners_only(serve: Serve, monkeypatch: pytest.Mon
     with rpcnb.connect(server.address) as session:  # finds the token by itself
         assert session.call("rpc.test.addone", 1) == 2
     path.chmod(0o644)
-    assert find_token(server.port) is None
+    assert find_token("127.0.0.1", server.port) is None
     path.chmod(0o600)
     runtime_directory().chmod(0o755)
     assert list_servers() == []

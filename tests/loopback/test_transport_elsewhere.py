@@ -100,8 +100,8 @@ def test_run_files_are_private_and_those_of_the_dead_go(tmp_path: Path, monkeypa
     assert path is not None
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert runfiles.find_token(1234) == "t"
-    assert runfiles.find_token(1) is None
+    assert runfiles.find_token("127.0.0.1", 1234) == "t"
+    assert runfiles.find_token("127.0.0.1", 1) is None
     dead = folder / "server-1-2.json"
     runfiles.write_atomically(dead, {"port": 1, "pid": 2**22 + 1})
     (folder / "server-9-9.json").write_text("no json")

@@ -38,4 +38,4 @@ def test_a_directory_that_cannot_be_read_has_no_servers(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "glob", refuse)
     assert runfiles.list_servers() == []
-    assert runfiles.find_token(9090) is None
+    assert runfiles.find_token("127.0.0.1", 9090) is None
