@@ -12,7 +12,7 @@ from rpcnb.client.session import Session
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import Dialer
 from rpcnb.link.interrupt import Guard
-from rpcnb.protocol.proof import hidden
+from rpcnb.protocol.secret import hidden
 from rpcnb.transport.address import DEFAULT_PORT, parse_address
 from rpcnb.transport.deadline import Deadline
 from rpcnb.transport.runfiles import find_token

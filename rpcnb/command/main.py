@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, IsolationFailed, RpcError
-from rpcnb.protocol.proof import Secret
+from rpcnb.protocol.secret import TOKEN_ON_LINE, Secret
 from rpcnb.transport.terminal import PrintableFormatter, printable
 
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     add("--port-end", type=int, default=9199, help="last port to try, exclusive")
     add("--key", default="", help="key that clients must name")
     add("--token-file", metavar="FILE", help="file that holds the token (default: a fresh token)")
-    add("--token", help="the token itself; a file keeps it out of the process list")
     add("--no-token", action="store_true", help="let anybody in who can reach the port")
     add("--insecure", action="store_true", help="allow --no-token beyond this machine")
     add("--allow-native", action="store_true", help="let clients load compiled code without a token")
@@ -230,7 +229,10 @@ def _print(text: str) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse; a pattern or arguments may stand behind options, where argparse itself does not look for them."""
     parser = _parser()
-    options, extra = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if any(word == "--token" or word.startswith("--token=") for word in words):
+        parser.error(TOKEN_ON_LINE)
+    options, extra = parser.parse_known_args(words)
     if extra and not any(word.startswith("--") for word in extra):
         if options.command == "call":
             options.args += extra

@@ -121,7 +121,7 @@ def parse_size(text: str) -> int:
 def _make_server(
     options: argparse.Namespace, ffi_names: frozenset[str], runner: Runner | None, isolation: Isolation | None
 ) -> Server:
-    token: str | bool | None = options.token
+    token: str | bool | None = None
     if options.token_file:
         token = Path(options.token_file).read_text().strip()
     if options.no_token:

@@ -15,7 +15,7 @@ from rpcnb.farm.messages import is_word, request_board
 from rpcnb.farm.trackerlink import TrackerLink, converse
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import OPEN_SECONDS, Dialer
-from rpcnb.protocol.proof import hidden
+from rpcnb.protocol.secret import hidden
 from rpcnb.transport.address import Address, show_address
 from rpcnb.transport.deadline import Deadline
 from rpcnb.transport.runfiles import find_token

@@ -21,7 +21,7 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 from rpcnb.errors import CellError, KeyMismatch, RpcError
 from rpcnb.jupyter.serving import kernel_server, paste_lines, serve, share_lines, stop_serving
 from rpcnb.jupyter.sessions import BOOK
-from rpcnb.protocol.proof import Secret, hidden
+from rpcnb.protocol.secret import TOKEN_ON_LINE, Secret, hidden
 from rpcnb.transport.address import parse_address, show_address
 from rpcnb.transport.terminal import printable
 
@@ -51,6 +51,8 @@ def plain_errors(function: Callable[[Any, str], Any]) -> Callable[[Any, str], An
 
     @wraps(function)
     def call(self: Any, line: str) -> Any:
+        if any(word == "--token" or word.startswith("--token=") for word in line.split()):
+            raise UsageError(TOKEN_ON_LINE)
         if line.split()[:1] in (["-h"], ["--help"]):
             say(function.__doc__ or "")
             return None

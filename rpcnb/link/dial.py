@@ -32,7 +32,8 @@ from rpcnb.errors import (
 from rpcnb.protocol.codes import MAGIC_DUPLICATE, VERSION, Limits, Role
 from rpcnb.protocol.handshake import EXTENSION, Handshake, KeyText, hello, key_text
 from rpcnb.protocol.peerlimits import extension
-from rpcnb.protocol.proof import NONCE, WRONG_TOKEN, Proof, Secret, new_nonce, proof_of_end
+from rpcnb.protocol.proof import NONCE, WRONG_TOKEN, Proof, new_nonce, proof_of_end
+from rpcnb.protocol.secret import Secret
 from rpcnb.transport.sockets import tune
 
 if TYPE_CHECKING:

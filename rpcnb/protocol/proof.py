@@ -27,27 +27,13 @@ if TYPE_CHECKING:
 
     from rpcnb.protocol.flows import Flow
 
-__all__ = ["NONCE", "WRONG_TOKEN", "Challenge", "Proof", "Secret", "hidden", "new_nonce", "proof_of_end", "proving"]
+__all__ = ["NONCE", "WRONG_TOKEN", "Challenge", "Proof", "new_nonce", "proof_of_end", "proving"]
 
 NONCE = "-nonce"
 WRONG_TOKEN = "wrong key or token"  # what a server says behind the handshake, where it cannot refuse there
 _PREFIX = "rpcnb.prove."
 _LENGTH = struct.Struct("<Q")
 _INIT = 1 << 16  # bytes of kInitServer before the proof
-
-
-class Secret(str):
-    """A text that does not show itself: tracebacks print what local variables hold."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
-
-
-def hidden(token: str | None) -> Secret | None:
-    """Return a token that does not show itself."""
-    return None if token is None else Secret(token)
 
 
 def new_nonce() -> str:

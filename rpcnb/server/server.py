@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb import parts
 from rpcnb.errors import AccessDenied
 from rpcnb.protocol.codes import Limits
-from rpcnb.protocol.proof import Secret
+from rpcnb.protocol.secret import Secret
 from rpcnb.runtime.access import Gate, Guesses, check_token, new_token
 from rpcnb.runtime.libraries import load_at_start
 from rpcnb.runtime.tvmruntime import NEVER

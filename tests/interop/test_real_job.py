@@ -161,9 +161,11 @@ def start_board(board_python: str, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def board(start_board: Callable[..., int]) -> int:
+def board(start_board: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> int:
     """Port of a board whose clients are trusted by a token."""
-    return start_board("--key", "board", "--token", TOKEN)
+    file = tmp_path_factory.mktemp("token") / "token"
+    file.write_text(TOKEN)
+    return start_board("--key", "board", "--token-file", str(file))
 
 
 def connect(port: int) -> Session:

@@ -166,7 +166,7 @@ def test_a_shaped_link_takes_its_time(serving: Any) -> None:
         (["serve", "--load", "missing/file.py"], 1, "no such file"),
         (["serve", "--session", "nobody"], 2, "no session constructor"),
         (["serve", "--port", "0", "--link", "fast"], 2, "expected RATE,LATENCY"),
-        (["serve", "--port", "0", "--token", "a b"], 2, "letters, digits"),
+        (["serve", "--port", "0", "--token-file", __file__], 2, "letters, digits"),
         (["serve", "--port", "70000"], 2, "0 to 65535"),
     ],
 )
@@ -348,3 +348,11 @@ def test_control_characters_of_strangers_reach_no_terminal(
             text = said.out + said.err
             assert not set("\x1b\x07\r\u202e") & set(text), args
             assert r"\x1b]52" in text or r"\u001b]52" in text, args
+
+
+@pytest.mark.parametrize("args", [["serve", "--token", "canary"], ["call", "x:1", "f", "--token=canary"]])
+def test_a_token_on_the_line_is_refused_and_not_repeated(args: list[str]) -> None:
+    done = run(*args)
+    assert done.returncode == 2
+    assert "--token-file FILE" in done.stderr
+    assert "canary" not in done.stderr

@@ -171,6 +171,9 @@ def test_errors_are_one_line_and_help_is_help(cell: Cell, address: str, caplog: 
     assert "unrecognized arguments" in cell.err
     cell("%rpc_connect --help")
     assert "--token-file" in cell.out
+    cell(f"%rpc_connect {address} --token canary")
+    assert "use a file" in cell.err
+    assert "canary" not in cell.err
 
 
 def test_a_token_comes_from_a_file(

@@ -8,6 +8,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,10 +134,12 @@ def test_a_burst_behind_a_parked_request_does_not_hold_up_other_sessions(serve: 
         thread.join(10)
 
 
-def test_a_no_token_beside_a_token_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_no_token_beside_a_token_is_wrong_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from rpcnb.command.main import main
 
-    assert main(["serve", "--port", "0", "--no-token", "--token", "abc"]) == 2
+    file = tmp_path / "token"
+    file.write_text("abc")
+    assert main(["serve", "--port", "0", "--no-token", "--token-file", str(file)]) == 2
     assert "exclude each other" in capsys.readouterr().err
 
 

@@ -14,7 +14,8 @@ from rpcnb.protocol import flows
 from rpcnb.protocol.codes import Code
 from rpcnb.protocol.flows import Send, Wait
 from rpcnb.protocol.messages import InitServer, Raised, Return, Syscall, encode_packet
-from rpcnb.protocol.proof import Challenge, Proof, Secret, hidden, new_nonce, proof_of_end, proving
+from rpcnb.protocol.proof import Challenge, Proof, new_nonce, proof_of_end, proving
+from rpcnb.protocol.secret import Secret, hidden
 
 CLIENT, SERVER = "client:k -rpcnb=1.0 -nonce=a", "server:k -rpcnb=1.0,lanes -nonce=b"
 PROOF = Proof("token", CLIENT, SERVER)
