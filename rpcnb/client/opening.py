@@ -12,7 +12,7 @@ from rpcnb.client.session import Session
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import Dialer
 from rpcnb.link.interrupt import Guard
-from rpcnb.protocol.secret import hidden
+from rpcnb.protocol.secret import Secret, hidden
 from rpcnb.transport.address import DEFAULT_PORT, parse_address
 from rpcnb.transport.deadline import Deadline
 from rpcnb.transport.runfiles import find_token
@@ -50,6 +50,10 @@ def _make_dialer(
         limits = replace(limits, call=max(limits.call, limits.text + _BESIDE_TEXT))
     address = parse_address(url, port if port != DEFAULT_PORT or "://" not in url else None, key, headers)
     constructor = tuple(session_constructor_args or ())
+    given = [word for word in address.key.split(" ")[1:] if word.startswith("-token=")]
+    if given:  # as TVM's client is given it
+        address = replace(address, key=address.key.replace(f" {given[0]}", ""))
+        token = token or Secret(given[0].partition("=")[2])
     make: Callable[..., Dialer] | None = parts.find(f"scheme {address.scheme}")
     if make is not None:
         if plain_token:

@@ -1,7 +1,8 @@
 """Proving a token without sending it, to each other.
 
 Both key texts carry a nonce, ``-nonce=``. The client's first request behind kInitServer looks up the global function
-``rpcnb.prove.<its proof>``; the answer is the server's proof, a text. Nothing else is served before. A proof is an HMAC
+``rpcnb.prove.<its proof>``; the answer is the server's proof, a text. Nothing else is served before. (A kInitServer of
+more than 64 KiB, with a program, say, stands behind the proof: a stranger's is not kept.) A proof is an HMAC
 under a key that is derived from the token and both key texts, so that it holds for one connection, its features and
 its match key; the two directions have labels of their own. Further connections of the session prove likewise, with a
 key derived from the first one's in the token's place. Without encryption a relay that passes everything on learns
@@ -99,6 +100,10 @@ class Challenge:
         if nbytes > _INIT:
             return False
         begin = _LENGTH.size + nbytes
+        if begin == len(self._expected) <= len(self.data) and hmac.compare_digest(
+            bytes(self.data[:begin]), self._expected
+        ):
+            return True
         given = bytes(self.data[begin : begin + len(self._expected)])
         if len(given) < len(self._expected):
             return None if self._expected[: _LENGTH.size].startswith(given[: _LENGTH.size]) else False
@@ -112,10 +117,16 @@ def proving(flow: Flow[Any], proof: Proof, address: str) -> Flow[Any]:
         KeyMismatch: The server does not know the token, or does not take ours.
     """
     step: Any = next(flow)
-    opened = yield Send(step.request if isinstance(step, Send) else step)
-    asked = yield Send(Syscall(Code.GET_GLOBAL_FUNC, (proof.name,)))
-    reply = yield Wait(opened)
+    init = step.request if isinstance(step, Send) else step
+    look_up = Syscall(Code.GET_GLOBAL_FUNC, (proof.name,))
+    if sum(map(len, encode_packet(init))) <= _INIT:
+        opened = yield Send(init)
+        asked = yield Send(look_up)
+    else:
+        asked = yield Send(look_up)
+        opened = yield Send(init)
     try:
+        reply = yield Wait(opened)
         result_of(reply)
         values = result_of((yield Wait(asked)))
         if len(values) != 1 or not hmac.compare_digest(str(values[0]).encode(), proof.answer.encode()):

@@ -562,11 +562,11 @@ class Servant:
         )
 
     def _syscall(self, message: Syscall) -> None:
-        session = self._ready()
         if self.proof is not None and message.args == (self.proof[0],):
             self._answer(Return((self.proof[1],)))
             self.proof = None
             return
+        session = self._ready()
         if message.code is Code.DEV_STREAM_SYNC:
             device, stream = message.args
             self._begin(

@@ -278,9 +278,9 @@ def test_a_wrong_key_is_refused_by_a_stock_server(free_port: int) -> None:
         rpcnb.connect("127.0.0.1", free_port, key="other")
 
 
-def test_a_token_is_not_in_the_way_at_a_stock_server(free_port: int) -> None:
-    with rpcnb.connect("127.0.0.1", free_port, key="free", token="abc") as session:
-        assert session.call("rpc.test.addone", 1) == 2
+def test_a_stock_server_cannot_prove_a_token_and_the_user_is_told(free_port: int) -> None:
+    with pytest.raises(rpcnb.KeyMismatch, match="a stock server needs none: leave token= out"):
+        rpcnb.connect("127.0.0.1", free_port, key="free", token="abc")
 
 
 def test_a_failed_call_keeps_the_functions_it_has_looked_up(serve: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import rpcnb
 from rpcnb.runtime.registry import Registry
 from rpcnb.server import host as host_module
 from rpcnb.server.workers import WorkerPool
-from rpcnb.transport import runfiles
+from rpcnb.transport import runfiles, tcptable
 from rpcnb.transport.address import Address, is_loopback, parse_address, show_address
 from rpcnb.transport.shaper import parse_link
 from rpcnb.transport.watcher import LoopWatcher, make_watcher
@@ -96,11 +97,10 @@ def test_devices_have_tvms_names(serve: Serve) -> None:
 def test_run_files_are_private_and_those_of_the_dead_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     monkeypatch.setenv("RPCNB_RUNTIME_DIR", str(folder))
-    path = runfiles.publish(1234, {"port": 1234, "pid": os.getpid(), "token": "t"})
+    path = runfiles.publish(1234, {"host": "127.0.0.1", "port": 1234, "pid": os.getpid(), "token": "t"})
     assert path is not None
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert runfiles.find_token("127.0.0.1", 1234) == "t"
     assert runfiles.find_token("127.0.0.1", 1) is None
     dead = folder / "server-1-2.json"
     runfiles.write_atomically(dead, {"port": 1, "pid": 2**22 + 1})
@@ -114,6 +114,56 @@ def test_run_files_are_private_and_those_of_the_dead_go(tmp_path: Path, monkeypa
     os.chmod(folder, 0o755)
     assert runfiles.list_servers() == []
     assert runfiles.publish(1, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("published", "dialled", "found"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "localhost", True),
+        ("localhost", "127.0.0.1", True),
+        ("0.0.0.0", "127.0.0.1", True),
+        ("0.0.0.0", "::1", False),
+        ("::", "::1", True),
+        ("127.0.0.1", "127.0.0.2", False),
+        ("127.0.0.2", "127.0.0.1", False),
+        ("127.0.0.1", "10.0.0.5", False),
+        ("192.168.0.7", "127.0.0.1", False),
+    ],
+)
+def test_a_token_found_by_itself_is_for_the_address_that_was_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: str, dialled: str, found: bool
+) -> None:
+    monkeypatch.setenv("RPCNB_RUNTIME_DIR", str(tmp_path / "run"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        runfiles.publish(port, {"host": published, "port": port, "pid": os.getpid(), "token": "t"})
+        assert runfiles.find_token(dialled, port) == ("t" if found else None)
+        assert runfiles.find_token(dialled, port + 1) is None
+    assert runfiles.find_token(dialled, port) is None, "who does not listen there any more"
+
+
+def test_a_token_is_not_for_another_process_of_the_same_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPCNB_RUNTIME_DIR", str(tmp_path / "run"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        path = runfiles.publish(port, {"host": "127.0.0.1", "port": port, "pid": os.getpid(), "token": "t"})
+        assert path is not None
+        content = json.loads(path.read_text())
+        assert runfiles.find_token("127.0.0.1", port) == "t"
+        runfiles.write_atomically(path, {**content, "started": content["started"] - 1})
+        assert runfiles.find_token("127.0.0.1", port) is None
+        assert not path.exists()
+
+
+def test_where_processes_cannot_be_looked_at_the_rest_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise OSError
+
+    monkeypatch.setattr(tcptable, "_lines", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
+    assert tcptable.may_listen(os.getpid(), 1)
+    assert runfiles._started(os.getpid()) is None
 
 
 def test_the_runtime_directory_follows_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

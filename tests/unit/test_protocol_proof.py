@@ -65,6 +65,12 @@ def test_a_secret_does_not_show_itself() -> None:
 # -- the server's side -----------------------------------------------------------------------------------------------
 
 
+def test_a_proof_may_stand_before_a_long_init() -> None:
+    challenge = Challenge(PROOF)
+    assert challenge.receive_data(LOOK_UP[:20]) is None
+    assert challenge.receive_data(LOOK_UP[20:] + struct.pack("<Q", 1 << 20)) is True
+
+
 @pytest.mark.parametrize("cut", [1, 7, 8, 9, len(INIT), len(INIT) + 8, len(INIT) + 20])
 def test_a_proof_may_come_in_any_cut(cut: int) -> None:
     challenge = Challenge(PROOF)
@@ -81,11 +87,11 @@ def test_a_proof_may_come_in_any_cut(cut: int) -> None:
         INIT + b"".join(encode_packet(Syscall(Code.GET_GLOBAL_FUNC, (PROOF.name[:-1],)))),
         INIT + b"".join(encode_packet(Syscall(Code.GET_GLOBAL_FUNC, ("rpc.PopenSession",)))),
         INIT + INIT + LOOK_UP,
-        LOOK_UP + INIT,
+        LOOK_UP[:-1] + b"x" + INIT + INIT + INIT + INIT + INIT + INIT,
         struct.pack("<Q", 1 << 17),
         struct.pack("<Q", (1 << 64) - 1),
     ],
-    ids=["wrong", "truncated", "another call", "later", "alone", "long", "longest"],
+    ids=["wrong", "truncated", "another call", "later", "wrong one first", "long", "longest"],
 )
 def test_anything_else_proves_nothing(data: bytes) -> None:
     assert Challenge(PROOF).receive_data(data) is False
@@ -133,6 +139,12 @@ def test_a_flow_goes_on_behind_the_proof(tickets: bool, last: Any) -> None:
     assert result == ("none" if isinstance(last, LookupError) else last)
     assert [type(one).__name__ for one in sent] == ["InitServer", "Syscall", "Syscall"]
     assert sent[1].args == (PROOF.name,)
+
+
+def test_a_long_init_follows_its_proof() -> None:
+    flow = proving(flows.initialize(("c", b"x" * (1 << 17))), PROOF, "board")
+    sent, _ = drive(flow, [Return(), Return((PROOF.answer,))])
+    assert [type(one).__name__ for one in sent] == ["Syscall", "InitServer"]
 
 
 def test_a_flow_may_end_with_the_proof() -> None:
