@@ -26,7 +26,7 @@ from rpcnb.runtime.current import cancelled
 from rpcnb.runtime.devices import DeviceTensor
 from rpcnb.runtime.libraryfile import check_library, check_object, undefined_symbols
 from rpcnb.runtime.served import Module
-from rpcnb.runtime.tvmruntime import NEVER, find_runtime, load_runtime
+from rpcnb.runtime.tvmruntime import NEVER, find_package, find_runtime, load_runtime
 from rpcnb.values import Device, DType
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _SLOT = re.compile(rb"\0(__TVM[A-Za-z0-9_]+)(?=\0)")
 _MISSING = re.compile(
     r"undefined symbol: (\w+)|(\S+): cannot open shared object file|created using \{(\S+)\} but a loader"
 )
+_HEADER = re.compile(r"fatal error: '?([\w./+-]+)'?(?:: No such file| file not found)")
 _HOW = "start the server with --runtime auto, or with --runtime and the path of libtvm_runtime.so"
 _WHERE = "pip install apache-tvm there, or take that out of its wheel: rpcnb runtime FOLDER --from WHEEL"
 _LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
@@ -150,12 +151,33 @@ def link_library(path: Path) -> Path:
         linker = _plain_linker(objects)
         failed = None if linker is None else _run([linker, "-shared", "--eh-frame-hdr", "-o", linked, *sources])
         if linker is None or failed is not None:
-            failed = _run([command, "-shared", "-fPIC", "-O2", "-o", linked, *sources])
+            includes = [f"-I{folder}" for folder in _headers()] if any(one.suffix != ".o" for one in objects) else []
+            failed = _run([command, "-shared", "-fPIC", "-O2", *includes, "-o", linked, *sources])
         if failed is not None:
-            last = failed.strip().splitlines()[-1:] or ["no message"]
-            raise LibraryError(f"cannot link {path.name}: {last[0]}")
+            raise LibraryError(f"cannot link {path.name}: {_why(failed.replace(f'{folder}/', ''))}")
         os.replace(linked, target)
     return target
+
+
+def _headers() -> list[Path]:
+    """Return the folders of the headers that sources made by TVM include: what is here of them."""
+    from tvm_ffi.libinfo import find_include_path
+
+    found = [Path(find_include_path())]
+    tvm = find_package()
+    return [*found, tvm / "include"] if tvm is not None else found
+
+
+def _why(failed: str) -> str:
+    """Return the line of a compiler's words that says most."""
+    header = _HEADER.search(failed)
+    if header is not None:
+        return (
+            f"its source needs {header[1]}, which is not here: send it compiled (export_library('x.so')), "
+            "or pip install apache-tvm there"
+        )
+    lines = failed.strip().splitlines() or ["no message"]
+    return next((line for line in lines if " error: " in line), lines[-1])
 
 
 def _plain_linker(objects: list[Path]) -> str | None:

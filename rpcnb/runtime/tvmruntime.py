@@ -42,13 +42,19 @@ def runtime_names() -> frozenset[str]:
     return _names
 
 
+def find_package() -> Path | None:
+    """Return the folder of an installed apache-tvm; None if there is none. Nothing is imported."""
+    spec = importlib.util.find_spec("tvm")
+    places = (spec.submodule_search_locations or ()) if spec is not None else ()
+    return next(map(Path, places), None)
+
+
 def find_runtime() -> Path | None:
     """Return the runtime of an installed apache-tvm; None if there is none. Nothing is imported."""
-    spec = importlib.util.find_spec("tvm")
-    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for folder in (Path(place) / "lib", Path(place)):
-            if (folder / _MAIN).is_file():
-                return folder / _MAIN
+    place = find_package()
+    for folder in (place / "lib", place) if place is not None else ():
+        if (folder / _MAIN).is_file():
+            return folder / _MAIN
     return None
 
 

@@ -347,6 +347,26 @@ def test_where_the_linker_alone_fails_the_compiler_links(tmp_path: Path, monkeyp
     assert ctypes.CDLL(str(link_library(compile_to(tmp_path / "m.o", "", "-c"))))["__tvm_ffi_inc"]
 
 
+def test_sources_find_tvms_headers(tmp_path: Path) -> None:
+    source = b'#include "tvm/ffi/c_api.h"\n#include "tvm/runtime/c_backend_api.h"\nextern "C" int f(void) { return 5; }'
+    assert ctypes.CDLL(str(link_library(archive(tmp_path / "m.tar", {"m.cc": source}))))["f"]() == 5
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (b'#include "tvm/runtime/c_backend_api.h"', "needs tvm/runtime/c_backend_api.h, which is not here: send it"),
+        (b"int f(void) { return nobody; }", r"cannot link m\.tar: 0\.c:1.* error: .*nobody"),
+    ],
+)
+def test_what_a_source_lacks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: bytes, words: str
+) -> None:
+    monkeypatch.setattr(libraries, "find_package", lambda: None)
+    with pytest.raises(LibraryError, match=words):
+        link_library(archive(tmp_path / "m.tar", {"m.c": source}))
+
+
 def test_the_compiler_that_was_named_links_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "g++")
     assert libraries._plain_linker([compile_to(tmp_path / "m.o", "", "-c")]) is None
