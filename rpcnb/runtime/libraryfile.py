@@ -196,6 +196,8 @@ def undefined_symbols(path: Path) -> frozenset[bytes] | None:
     (at,) = struct.unpack_from(order + ("Q" if wide else "I"), data, 40 if wide else 32)
     each, count = struct.unpack_from(order + "HH", data, 58 if wide else 46)
     form = order + ("4xI16xQQI" if wide else "4xI8xIII")  # type, offset, size, link
+    if each < struct.calcsize(form):
+        return None
     sections = [struct.unpack_from(form, data, at + number * each) for number in range(count)]
     tables = [section for section in sections if section[0] == _SYMBOLS]
     if len(tables) != 1 or tables[0][3] >= count:

@@ -129,6 +129,8 @@ class Lanes(Generic[C]):
         for name, session in self._sessions.items():
             if session.main is connection:
                 del self._sessions[name]
+                if not session.secret:  # it never was one: nothing is to be remembered of it
+                    return []
                 shown = f"{name} {proof_of_end(session.secret)}" if session.proves else f"{name}.{session.secret}"
                 self._ended[shown] = how
                 if len(self._ended) > _REMEMBERED:

@@ -189,6 +189,18 @@ def test_a_proof_is_awaited_as_long_as_a_handshake_and_takes_no_place(serve: Ser
     eventually(lambda: not server._connections, "nothing that is left of it")
 
 
+def test_who_proves_nothing_leaves_nothing(isolated: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
+    """The ends of sessions are remembered, of so many; strangers must not fill that."""
+    server = isolated()
+    for _ in range(5):
+        with RawClient((server.host, server.port)) as client:
+            answer_to(client, OFFER)
+    eventually(lambda: not server._connections, "their end")
+    assert not server.lanes._ended
+    assert not server.lanes._sessions
+    caplog.clear()
+
+
 def test_a_proof_that_was_heard_is_of_no_use_again(
     serve: Serve, relay: Callable[..., Relay], caplog: pytest.LogCaptureFixture
 ) -> None:

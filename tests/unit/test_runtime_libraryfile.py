@@ -121,7 +121,16 @@ def test_an_object_file_says_what_it_leaves_to_others(tmp_path: Path, bits: int,
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"text" * 20, mach(1) + bytes(40), object_file(tables=0), object_file(tables=2), object_file(link=3)]
+    "data",
+    [
+        b"",
+        b"text" * 20,
+        mach(1) + bytes(40),
+        object_file(tables=0),
+        object_file(tables=2),
+        object_file(link=3),
+        object_file()[:58] + b"\1\0\xff\xff" + object_file()[62:],
+    ],
 )
 def test_what_does_not_say_it_plainly_says_nothing(tmp_path: Path, data: bytes) -> None:
     assert undefined_symbols(file(tmp_path, data)) is None
