@@ -177,11 +177,11 @@ class SessionHost(StaysHere):
         """Note that a connection is gone."""
         if self._connections.pop(connection, connection) is connection:
             return
+        for lane in self.lanes.leave(connection):
+            lane.close()
         if connection.servant is None or connection.refused:
             self._never_opened(connection)
             return
-        for lane in self.lanes.leave(connection):
-            lane.close()
         if connection.lane:
             return
         self._note_end(connection)

@@ -189,12 +189,17 @@ def test_a_proof_is_awaited_as_long_as_a_handshake_and_takes_no_place(serve: Ser
     eventually(lambda: not server._connections, "nothing that is left of it")
 
 
-def test_who_proves_nothing_leaves_nothing(isolated: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("isolate", [False, True], ids=["shared", "isolated"])
+@pytest.mark.parametrize("behind", [b"", INIT[:9], INIT, INIT + look_up("rpcnb.prove.wrong")])
+def test_who_proves_nothing_leaves_nothing(
+    serve: Serve, isolated: Callable[[], Any], isolate: bool, behind: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     """The ends of sessions are remembered, of so many; strangers must not fill that."""
-    server = isolated()
+    server = isolated() if isolate else serve(token=TOKEN)
     for _ in range(5):
         with RawClient((server.host, server.port)) as client:
             answer_to(client, OFFER)
+            client.send(behind)
     eventually(lambda: not server._connections, "their end")
     assert not server.lanes._ended
     assert not server.lanes._sessions
