@@ -373,6 +373,8 @@ class Connection:
         """Answer the client's key, let it prove that it knows ``secret``, and go on with ``proved`` then."""
         text = self._answer({**options, NONCE: new_nonce()})
         self._challenge, self._proved = Challenge(Proof(secret, self.text, text)), proved
+        if self.deadline is None:  # it has been dialled, and has waited for a client as long as that took
+            self.deadline = self.server.io_loop.call_later(self.server.limits.handshake_timeout, self.close)
         self._take_proof(self.rest)
 
     def _take_proof(self, data: bytes) -> None:

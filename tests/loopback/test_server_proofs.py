@@ -206,6 +206,21 @@ def test_who_proves_nothing_leaves_nothing(
     caplog.clear()
 
 
+def test_behind_a_proxy_who_proves_nothing_does_not_keep_the_board(serve: Serve) -> None:
+    with rpcnb.Proxy(port=0, silent=True) as proxy:
+        limits = rpcnb.Limits(handshake_timeout=0.3)
+        server = serve(host="127.0.0.1", port=proxy.port, key="x", is_proxy=True, token=TOKEN, limits=limits)
+        eventually(lambda: server.registered, "the server's wait")
+        with RawClient(("127.0.0.1", proxy.port)) as client:
+            client.send(hello("client:x -rpcnb=1.0 -nonce=n"))
+            client.greeted()
+            client.send(INIT)
+            eventually(lambda: server.registered and proxy.waiting == 1, "its next wait")
+            with rpcnb.connect("127.0.0.1", proxy.port, "x", token=TOKEN) as session:
+                assert session.call("rpc.test.addone", 1) == 2
+        server.close()
+
+
 def test_a_proof_that_was_heard_is_of_no_use_again(
     serve: Serve, relay: Callable[..., Relay], caplog: pytest.LogCaptureFixture
 ) -> None:
