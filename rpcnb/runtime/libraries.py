@@ -8,6 +8,7 @@ registered before a library is loaded, and every slot is looked at afterwards (d
 from __future__ import annotations
 
 import ctypes
+import gzip
 import os
 import re
 import shutil
@@ -16,11 +17,20 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import LibraryError
-from rpcnb.runtime.backend import compiler, ffi, ffi_global_names, find_global, install_backend, measuring_backend
+from rpcnb.runtime.backend import (
+    compiler,
+    ffi,
+    ffi_global_names,
+    find_global,
+    install_backend,
+    measuring_backend,
+    runtime_is_loaded,
+)
 from rpcnb.runtime.completion import call_cancelled
 from rpcnb.runtime.current import cancelled
 from rpcnb.runtime.devices import DeviceTensor
@@ -40,9 +50,11 @@ _SLOT = re.compile(rb"\0(__TVM[A-Za-z0-9_]+)(?=\0)")
 _MISSING = re.compile(
     r"undefined symbol: (\w+)|(\S+): cannot open shared object file|created using \{(\S+)\} but a loader"
 )
+_LINKERS = re.compile(r"\S*\bld(\.\w+)?:")
 _HEADER = re.compile(r"fatal error: '?([\w./+-]+)'?(?:: No such file| file not found)")
 _HOW = "start the server with --runtime auto, or with --runtime and the path of libtvm_runtime.so"
 _WHERE = "pip install apache-tvm there, or take that out of its wheel: rpcnb runtime FOLDER --from WHEEL"
+_LACKS = ", but the runtime that is loaded here does not have it: is it of another version?"
 _LIBRARY_SUFFIXES = (".so", ".dylib", ".dll")
 # What the linker makes itself, and functions that every version of libc has once. An object that leaves open only these
 # and the names of TVM becomes the same library without a compiler, whose start takes most of the time.
@@ -68,10 +80,15 @@ def load_library(path: Path, pin: Callable[[Path], Path] | None = None, runtime:
     try:
         return _load(path, pin)
     except _NeedsRuntime as error:
+        if runtime_is_loaded():
+            raise LibraryError(f"{error}{_LACKS}") from None
         if runtime or find_runtime() is None:
             raise LibraryError(f"{error}; {_HOW if runtime == NEVER else _WHERE}") from None
         load_runtime()
+    try:
         return _load(path, pin)
+    except _NeedsRuntime as error:
+        raise LibraryError(f"{error}{_LACKS}") from None
 
 
 class _NeedsRuntime(LibraryError):
@@ -177,7 +194,7 @@ def _why(failed: str) -> str:
             "or pip install apache-tvm there"
         )
     lines = failed.strip().splitlines() or ["no message"]
-    return next((line for line in lines if " error: " in line), lines[-1])
+    return next((line for line in lines if " error: " in line or _LINKERS.match(line)), lines[-1])
 
 
 def _plain_linker(objects: list[Path]) -> str | None:
@@ -236,8 +253,9 @@ def _extract(path: Path, folder: Path) -> list[Path]:
                     target = folder / f"{index}{suffix}"
                     target.write_bytes(source.read())
                     objects.append(target)
-    except tarfile.TarError as error:
-        raise LibraryError(f"cannot read {path.name}: {str(error).splitlines()[0].rstrip(':')}") from None
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        why = str(error).splitlines()[0].rstrip(":.")
+        raise LibraryError(f"cannot read {path.name}: {why}; upload it again") from None
     if not objects:
         raise LibraryError(f"archive {path.name} holds no object files")
     return objects

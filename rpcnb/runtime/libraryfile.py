@@ -190,7 +190,7 @@ def undefined_symbols(path: Path) -> frozenset[bytes] | None:
         path: A file that :func:`check_object` has passed: its tables lie within it.
     """
     data = path.read_bytes()
-    if len(data) < 52 or not data.startswith(b"\x7fELF"):
+    if len(data) < 52 or not data.startswith(b"\x7fELF") or b".gnu.lto_" in data:  # what that needs a compiler knows
         return None
     order, wide = _order(data), data[4] == 2
     (at,) = struct.unpack_from(order + ("Q" if wide else "I"), data, 40 if wide else 32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gzip
 import os
 import shutil
 import subprocess
@@ -347,6 +348,32 @@ def test_where_the_linker_alone_fails_the_compiler_links(tmp_path: Path, monkeyp
     assert ctypes.CDLL(str(link_library(compile_to(tmp_path / "m.o", "", "-c"))))["__tvm_ffi_inc"]
 
 
+def test_an_object_of_a_link_time_optimizer_is_the_compilers(tmp_path: Path) -> None:
+    path = compile_to(tmp_path / "m.o", "", "-c", "-flto")
+    assert libraries._plain_linker([path]) is None
+    assert ctypes.CDLL(str(link_library(path)))["__tvm_ffi_inc"]
+
+
+def test_the_linkers_own_words_are_told(tmp_path: Path) -> None:
+    (tmp_path / "bad.o").write_text("no object")
+    with pytest.raises(LibraryError, match=r"cannot link bad\.o: .*ld:.*(not recognized|syntax error)"):
+        link_library(tmp_path / "bad.o")
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_what_also_the_runtime_lacks_is_told(monkeypatch: pytest.MonkeyPatch, loaded: bool) -> None:
+    def needs(path: Path, pin: Any) -> Any:
+        raise libraries._NeedsRuntime("cannot load m.so: it needs TVMNope, of TVM's runtime")
+
+    monkeypatch.setattr(libraries, "_load", needs)
+    monkeypatch.setattr(libraries, "runtime_is_loaded", lambda: loaded)
+    monkeypatch.setattr(libraries, "find_runtime", lambda: Path("runtime"))
+    monkeypatch.setattr(libraries, "load_runtime", lambda: None)
+    with pytest.raises(LibraryError, match=r"needs TVMNope.*, but the runtime that is loaded here") as told:
+        load_library(Path("m.so"), runtime="")
+    assert type(told.value) is LibraryError
+
+
 def test_sources_find_tvms_headers(tmp_path: Path) -> None:
     source = b'#include "tvm/ffi/c_api.h"\n#include "tvm/runtime/c_backend_api.h"\nextern "C" int f(void) { return 5; }'
     assert ctypes.CDLL(str(link_library(archive(tmp_path / "m.tar", {"m.cc": source}))))["f"]() == 5
@@ -375,6 +402,11 @@ def test_the_compiler_that_was_named_links_everything(tmp_path: Path, monkeypatc
 def test_an_archive_without_objects_or_broken_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LibraryError, match=r"archive a\.tar holds no object files"):
         link_library(archive(tmp_path / "a.tar", {"readme.txt": b"text"}))
+    whole = gzip.compress(archive(tmp_path / "c.tar", {"m.o": bytes(range(256)) * 64}).read_bytes())
+    for damaged in (whole[:-20], whole[:40], whole[:30] + bytes(20) + whole[50:]):
+        (tmp_path / "c.tar").write_bytes(damaged)
+        with pytest.raises(LibraryError, match=r"cannot read c\.tar: .*; upload it again"):
+            link_library(tmp_path / "c.tar")
     (tmp_path / "b.tar").write_bytes(b"no archive at all")
     with pytest.raises(LibraryError, match=r"cannot read b\.tar"):
         link_library(tmp_path / "b.tar")
