@@ -33,7 +33,8 @@ def measure(clients: dict[str, Client], rounds: int, quick: bool, cases: Sequenc
                 if name in clients:
                     found = clients[name].ask(case, counts[case])
                     ratios.add(f"{case} {name}", found["p50"])
-                    ratios.add(f"{case} {name} p99", found["p99"])
+                    for part in ("p10", "p99"):
+                        ratios.add(f"{case} {name} {part}", found[part])
     return ratios
 
 

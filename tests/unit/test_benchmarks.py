@@ -103,6 +103,17 @@ def test_twice_as_bad_as_committed_is_a_disaster(ratios: Ratios, committed: dict
     assert [text for _, text in disasters(ratios, (NULL, COPY, IDLE), committed)] == said
 
 
+def test_a_disaster_shows_in_the_quick_tenth_too(ratios: Ratios) -> None:
+    """A process that wakes all the time on the same CPU disturbs most calls, and those of one peer more than others'."""
+    ratios.add("calls/ours p10", 9e-6)
+    ratios.add("calls/stock p10", 9e-6)
+    assert committable(ratios, (NULL,)) == {"calls: null call": 1.0}
+    assert disasters(ratios, (NULL,), {"calls: null call": 0.51}) == []
+    assert [text for _, text in disasters(ratios, (NULL,), {"calls: null call": 0.49})] == [
+        "calls: null call: 1.00 x stock, committed 0.49"
+    ]
+
+
 def test_a_watched_case_that_was_not_measured_is_a_disaster_too() -> None:
     assert [text for _, text in disasters(Ratios(), (NULL,), {"calls: null call": 1.0})] == [
         "calls: null call: not measured"
