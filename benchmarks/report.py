@@ -77,7 +77,7 @@ def _measure(case: Case) -> Bar:
 def _steady(ratios: Ratios, case: Case) -> float | None:
     """Return a watched case's ratio, of the quick tenths where they were measured.
 
-    A process that wakes every 100 us on the same CPU makes the median of awaited calls 5 times a raw socket's (1.7 alone).
+    A process that wakes every 100 us on the same CPU makes the median of awaited calls 5 times raw (1.7 alone).
     """
     bar = _measure(case)
     quick = value_of(ratios, replace(case, figure=f"{case.figure} p10"), replace(bar, of=f"{bar.of} p10"))

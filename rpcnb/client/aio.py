@@ -80,6 +80,7 @@ class AsyncSession(AsyncCellMethods, SessionBase):
         progress: Any = None,
         queued: bool = False,
         on_output: Callable[[bytes], object] | None = None,
+        ordered: bool = True,
     ) -> Any:
         limit = self.timeout if timeout is None else timeout
         ops = self._ops

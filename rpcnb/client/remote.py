@@ -48,8 +48,15 @@ __all__ = [
 CLOSE = "CloseRPCConnection"  # TVM's clients have this function, which ends the session
 
 
+def fill(target: Any, array: Any) -> None:
+    """Copy an array into a local one that :func:`writable` does not show."""
+    from rpcnb.runtime import dlpack
+
+    dlpack.fill(target, array)
+
+
 def writable(target: Any) -> Any:
-    """Return a numpy array over a local array's memory, to be written; None if its own ``copyfrom`` is needed.
+    """Return a numpy array over a local array's memory, to be written; None if :func:`fill` is needed.
 
     Raises:
         TypeError: It is no array that can be written.
@@ -59,7 +66,9 @@ def writable(target: Any) -> Any:
     if isinstance(target, np.ndarray):
         return target
     if hasattr(target, "__dlpack__"):
-        array = np.from_dlpack(target)
+        from rpcnb.runtime.dlpack import from_dlpack
+
+        array = from_dlpack(target)
         if array.flags.writeable:
             return array
         if hasattr(target, "copyfrom"):
@@ -588,7 +597,7 @@ class RemoteTensor(_Tensor):
             return target.copyfrom(self, timeout=timeout)
         into = writable(target)
         if into is None:
-            target.copyfrom(self.numpy(timeout=timeout))
+            fill(target, self.numpy(timeout=timeout))
         else:
             self.numpy(into, timeout=timeout)
         return target
@@ -650,7 +659,7 @@ class AsyncRemoteTensor(_Tensor):
             return await target.copyfrom(self, timeout=timeout)
         into = writable(target)
         if into is None:
-            target.copyfrom(await self.numpy(timeout=timeout))
+            fill(target, await self.numpy(timeout=timeout))
         else:
             await self.numpy(into, timeout=timeout)
         return target

@@ -120,11 +120,16 @@ class Session(CellMethods, SessionBase):
         moving: Moving | None = None,
         progress: Callable[[Any], object] | None = None,
         on_output: Callable[[bytes], object] | None = None,
+        ordered: bool = False,
     ) -> Any:
         if timeout is None:
             timeout = self.timeout
         ops = self._operations()
         flow = make(ops)
+        if ordered and not iothread.IO_THREAD.is_current():  # other threads' operations on the same things wait
+            pending = Pending(self, Work(ops, flow, what, names_of(uses)), timeout)
+            pending.start()
+            return wait_or_cancel(pending)
         if on_output is not None:
             pending = Pending(self, Work(ops, flow, what, may_overlap=True, on_output=on_output), timeout)
             return self._wait_with_output(pending)

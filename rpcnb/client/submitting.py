@@ -16,7 +16,7 @@ from rpcnb.link.order import names_of
 from rpcnb.values import is_array
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from rpcnb.client.owner import Owner
     from rpcnb.protocol.flows import Flow
@@ -27,9 +27,12 @@ _OVERLAPPING = ("call", "run_cell", "status")  # methods that call one function,
 
 
 class _Recorded(Exception):  # not an error: it carries the operation out of the method
-    def __init__(self, make: Callable[[Any], Flow[Any]], what: str, moving: Any, on_output: Any) -> None:
+    def __init__(
+        self, make: Callable[[Any], Flow[Any]], what: str, uses: Iterable[Any], moving: Any, on_output: Any
+    ) -> None:
         self.make = make
         self.what = what
+        self.uses = uses
         self.moving = moving
         self.on_output = on_output
 
@@ -61,8 +64,9 @@ class _Recorder:
         moving: Any = None,
         progress: Any = None,
         on_output: Any = None,
+        ordered: bool = True,
     ) -> Any:
-        raise _Recorded(make, what, moving, on_output)
+        raise _Recorded(make, what, uses, moving, on_output)
 
 
 def work_of_call(ops: Any, function: RemoteFunction, args: tuple[Any, ...]) -> Work:
@@ -88,7 +92,6 @@ def record(session: Owner, operation: Callable[..., Any], args: tuple[Any, ...],
         raise TypeError(f"expected a method of this session or of something of it, got {operation!r}")
     if isinstance(owner, RemoteFunction) and (owner is operation or operation.__name__ == "__call__"):
         return work_of_call(ops, owner, args)
-    names = names_of((owner, *args))
     try:
         operation.__func__(_Recorder(owner), *args, **options)  # type: ignore[attr-defined]  # a bound method
     except _Recorded as recorded:
@@ -97,6 +100,7 @@ def record(session: Owner, operation: Callable[..., Any], args: tuple[Any, ...],
             flow = _then(flow, owner)
         elif operation.__name__ == "map" and not options.get("return_errors"):
             flow = _raising(flow)
+        names = names_of((owner, *args, *recorded.uses))
         bulk = moving is not None and moving.total >= BULK
         overlaps = operation.__name__ in _OVERLAPPING
         return Work(ops, flow, recorded.what, names, overlaps, bulk, moving=moving, on_output=recorded.on_output)

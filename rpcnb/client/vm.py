@@ -1,7 +1,8 @@
 """Relax's virtual machine on the device, driven from here; TVM is not needed on this side.
 
 A function is called by ``set_input``, ``invoke_stateful``, ``get_output_arity`` and ``get_output``, which every server
-with TVM's runtime has, and which travel together: one round trip, a second one for a tuple's fields.
+with TVM's runtime has, and which travel together: one round trip, a second one for a tuple's fields. The machine keeps
+arguments and results between them, so operations of one machine wait for each other, whoever begins them.
 
 Source:
     python/tvm/runtime/vm.py, src/runtime/vm/vm.cc.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.client.profile import Profile
@@ -21,7 +23,7 @@ from rpcnb.protocol.messages import CallFunc
 from rpcnb.values import CPU, StaysHere, is_array
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from rpcnb.client.operations import Operations
     from rpcnb.protocol.flows import Flow
@@ -30,6 +32,7 @@ __all__ = ["VM", "AsyncVM", "VMFunction", "open_vm"]
 
 _NAIVE, _POOLED = 1, 2  # allocators
 _MOST_FIELDS = 4096  # of one tuple
+_TENSOR = "a tensor of the session: session.array(x)"
 
 
 def open_vm(ops: Operations, library: Any, devices: Any, memory_cfg: Any) -> Flow[tuple[Any, list[Any]]]:
@@ -99,6 +102,8 @@ class VM(StaysHere):
         self.module = module
         self.devices = list(devices)
         self._names: dict[str, list[str]] = {}  # of parameters, by function
+        self._given: dict[str, list[Any]] = {}  # arguments by set_input, of each function
+        self._replaced: set[str] = set()  # where a call has replaced them since
 
     def __repr__(self) -> str:
         where = ", ".join(f"{device.name}:{device.index}" for device in self.devices)
@@ -109,15 +114,19 @@ class VM(StaysHere):
 
     def set_input(self, func_name: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         """Give a function its arguments; :meth:`invoke_stateful` calls it."""
-        return self.session._run(lambda ops: self._set_input(ops, func_name, args, kwargs), timeout, "set_input")
+        make = lambda ops: self._set_input(ops, func_name, args, kwargs)  # noqa: E731
+        return self.session._run(make, timeout, "set_input", self._uses(args, kwargs), ordered=True)
 
     def invoke_stateful(self, func_name: str, *, timeout: float | None = None) -> Any:
         """Call a function with the arguments it was given."""
-        return self.session._run(lambda ops: self._do(ops, "invoke_stateful", func_name), timeout, func_name)
+        return self.session._run(
+            lambda ops: self._invoke(ops, func_name), timeout, func_name, self._uses(), ordered=True
+        )
 
     def get_outputs(self, func_name: str, *, timeout: float | None = None) -> Any:
-        """Return what a function has returned: a tensor, or (nested) tuples of them."""
-        return self.session._run(lambda ops: self._outputs(ops, func_name), timeout, "get_outputs")
+        """Return what a function has returned: a tensor, or (nested) tuples of them; of the last call, whoever's."""
+        make = lambda ops: self._outputs(ops, func_name)  # noqa: E731
+        return self.session._run(make, timeout, "get_outputs", self._uses(), ordered=True)
 
     invoke = invoke_stateful
     outputs = get_outputs
@@ -131,9 +140,9 @@ class VM(StaysHere):
         timeout: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Keep a function with its arguments under another name, to be measured; as in TVM."""
+        """Keep a function with its arguments under another name, to be measured or called without any; as in TVM."""
         make = lambda ops: self._save(ops, func_name, saved_name, include_return, args, kwargs)  # noqa: E731
-        return self.session._run(make, timeout, "save_function")
+        return self.session._run(make, timeout, "save_function", self._uses(args, kwargs), ordered=True)
 
     def time_evaluator(self, func_name: str, dev: Any = None, *numbers: Any, **options: Any) -> Any:
         """Return a function that measures ``func_name`` at the server; options as :meth:`Session.time_evaluator`."""
@@ -153,7 +162,11 @@ class VM(StaysHere):
             FunctionNotFound: Only rpcnb's servers do that.
         """
         make = lambda ops: self._profile(ops, func_name, runs, args, kwargs)  # noqa: E731
-        return self.session._run(make, timeout, f"profile {func_name}")
+        return self.session._run(make, timeout, f"profile {func_name}", self._uses(args, kwargs), ordered=True)
+
+    def _uses(self, args: Iterable[Any] = (), named: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+        """Return what an operation holds as long as it goes on: the machine, and the arguments."""
+        return [self.module, *args, *named.values()]
 
     # -- flows -------------------------------------------------------------------------------------------------------
 
@@ -198,38 +211,66 @@ class VM(StaysHere):
 
     @staticmethod
     def _argument(ops: Operations, index: int, value: Any) -> Flow[Any]:
-        if is_array(value):
-            raise ArgumentError(index, "an array of this process", "a tensor of the session: session.array(x)")
         if isinstance(value, (list, tuple)):
             raise ArgumentError(index, "a tuple", "one tensor each: RPC carries no tuples to a virtual machine")
+        if is_array(value) or hasattr(value, "__dlpack__"):
+            raise ArgumentError(index, "an array of this process", _TENSOR)
         if isinstance(value, (bool, int, float)):
             import numpy as np
 
             kind = "float32" if isinstance(value, float) else "int32"
             return (yield from ops.tensor(np.array(value, kind), CPU))
+        if value is None:
+            raise ArgumentError(index, "None", _TENSOR)
+        try:
+            ops.argument(index, value)
+        except ArgumentError as error:
+            raise ArgumentError(index, error.seen, _TENSOR) from None
         return value
 
     def _set_input(self, ops: Operations, name: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Flow[None]:
         values = yield from self._arguments(ops, name, args, named)
         yield from self._do(ops, "set_input", name, *values)
+        self._given[name] = values
+        self._replaced.discard(name)
+
+    def _invoke(self, ops: Operations, name: str) -> Flow[Any]:
+        if name in self._replaced and name in self._given:
+            yield from self._do(ops, "set_input", name, *self._given[name])
+            self._replaced.discard(name)
+        return (yield from self._do(ops, "invoke_stateful", name))
 
     def _call(self, ops: Operations, name: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Flow[Any]:
         values = yield from self._arguments(ops, name, args, named)
         steps = []
+        unknown: FunctionNotFound | None = None
         for step in ("set_input", "invoke_stateful", "get_output_arity", "get_output"):
             steps.append((yield from self._function(ops, step)))  # noqa: PERF401  # it yields
         first, *others = steps
+        self._replaced.add(name)
         try:
             found = yield from _together(ops, [(first, (name, *values)), *((one, (name,)) for one in others)], spared=1)
         except RemoteError as error:
-            if "Unknown function" in error.message or "Cannot find" in error.message:
-                raise FunctionNotFound(f"the virtual machine has no function {name!r}: {_first(error)}") from None
-            raise
+            if "Unknown function" not in error.message and "Cannot find" not in error.message:
+                raise
+            unknown = FunctionNotFound(f"the virtual machine has no function {name!r}: {_first(error)}")
+        if unknown is not None:
+            return (yield from self._call_saved(ops, name, values, unknown))
         if found[2] == -1:
             if isinstance(found[3], RemoteError):
                 raise found[3]
             return found[3]
         return (yield from self._fields(ops, name, (), found[2]))
+
+    def _call_saved(self, ops: Operations, name: str, values: list[Any], why: FunctionNotFound) -> Flow[Any]:
+        """Call what ``save_function`` has kept; ``why`` tells that it is none of the executable's functions."""
+        try:
+            saved = yield from self._function(ops, name)
+        except FunctionNotFound:
+            raise why from None
+        if values:
+            raise TypeError(f"{name}() was saved with its arguments; it takes none, got {len(values)}")
+        return (yield from ops.call(saved, ()))
 
     def _outputs(self, ops: Operations, name: str, place: tuple[int, ...] = ()) -> Flow[Any]:
         """Return the output at a place of nested tuples, or all below it."""
@@ -335,7 +376,7 @@ class VMFunction(StaysHere):
             TypeError: Names do not fit the parameters.
         """
         make = lambda ops: self.machine._call(ops, self.name, args, named)  # noqa: E731
-        return self.session._run(make, timeout, self.name, (*args, *named.values()))
+        return self.session._run(make, timeout, self.name, self.machine._uses(args, named), ordered=True)
 
     def submit(self, *args: Any, timeout: float | None = None, **named: Any) -> Any:
         """Start a call and return at once: a Pending; arguments as for a call."""

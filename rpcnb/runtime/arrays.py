@@ -16,7 +16,7 @@ import numpy as np
 from rpcnb.errors import CopyMismatch
 from rpcnb.values import DType, dtype
 
-__all__ = ["as_wire_array", "dtype_of", "numpy_dtype", "pack", "plain_array", "unpack", "wire_bytes"]
+__all__ = ["TensorView", "as_wire_array", "dtype_of", "numpy_dtype", "pack", "plain_array", "unpack", "wire_bytes"]
 
 _WIDEST = 16  # bytes; of more bits the wire's byte cannot tell (long complex numbers)
 _KINDS = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
@@ -133,6 +133,21 @@ def wire_bytes(array: np.ndarray[Any, Any], kind: DType) -> memoryview:
 def byte_view(array: np.ndarray[Any, Any]) -> memoryview:
     """Return the memory of a C-contiguous array as bytes."""
     return memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
+
+
+class TensorView(np.ndarray[Any, Any]):
+    """A tensor of a type that numpy does not have as it lies in memory: packed elements, lanes.
+
+    Attributes:
+        tensor: The tensor, for compiled code.
+    """
+
+    tensor: Any = None
+
+
+def is_exact(array: np.ndarray[Any, Any], kind: DType) -> bool:
+    """Tell whether an array's memory and type are a tensor's of this type."""
+    return kind.lanes == 1 and kind.bits >= 8 and dtype_of(array) == kind
 
 
 def array_view(data: np.ndarray[Any, Any], kind: DType, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

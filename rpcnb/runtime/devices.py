@@ -92,10 +92,38 @@ class DeviceTensor:
         """
         if self.memory.device.type != 1:
             raise DeviceError(f"a tensor on {self.memory.device} has no view in the server's own memory")
-        from rpcnb.runtime.arrays import array_view
+        from rpcnb.runtime.arrays import TensorView, array_view, is_exact
 
+        array = array_view(self.bytes(), self.meta.dtype, self.meta.shape)
+        if is_exact(array, self.meta.dtype):
+            return array
+        view = array.view(TensorView)
+        view.tensor = self
+        return view
+
+    def bytes(self) -> np.ndarray[Any, Any]:
+        """Return its bytes of CPU memory, as they lie there."""
         start = self.meta.byte_offset
-        return array_view(self.memory.storage[start : start + self.meta.nbytes], self.meta.dtype, self.meta.shape)
+        storage: np.ndarray[Any, Any] = self.memory.storage
+        return storage[start : start + self.meta.nbytes]
+
+    @classmethod
+    def of_array(cls, array: Any) -> DeviceTensor:
+        """Wrap an array of this process; copied only if the wire could not read or write it as it is."""
+        import numpy as np
+
+        from rpcnb.runtime.arrays import as_wire_array, dtype_of, pack, plain_array
+
+        array = plain_array(array)
+        kind = dtype_of(array)
+        ready = as_wire_array(array)
+        if kind.bits < 8:
+            data = pack(ready, kind)
+        else:
+            if not ready.flags.writeable:
+                ready = ready.copy()
+            data = ready.reshape(-1).view(np.uint8)
+        return cls(Memory(Device(1, 0), data.nbytes, data), array.shape, kind)
 
 
 class DeviceAPI:

@@ -7,6 +7,7 @@ registered before a library is loaded, and every slot is looked at afterwards (d
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gzip
 import os
@@ -21,7 +22,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import LibraryError
+from rpcnb.errors import CopyMismatch, LibraryError
 from rpcnb.runtime.backend import (
     compiler,
     ffi,
@@ -37,7 +38,7 @@ from rpcnb.runtime.devices import DeviceTensor
 from rpcnb.runtime.libraryfile import check_library, check_object, undefined_symbols
 from rpcnb.runtime.served import Module
 from rpcnb.runtime.tvmruntime import NEVER, find_package, find_runtime, load_runtime
-from rpcnb.values import Device, DType
+from rpcnb.values import Device, DType, is_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -336,7 +337,7 @@ def _to_ffi(value: Any) -> Any:
     if kind in (int, float, str, bytes, bool, type(None)):
         return value
     package = ffi()
-    if kind.__module__ == "numpy":
+    if is_array(value):
         return _tensor(package, value)
     if isinstance(value, DeviceTensor):
         from rpcnb.runtime.tvmdevices import to_ffi_tensor
@@ -356,25 +357,32 @@ def _to_ffi(value: Any) -> Any:
 
 
 def _tensor(package: Any, array: Any) -> Any:
-    try:
-        return package.from_dlpack(array)
-    except (BufferError, TypeError, ValueError, RuntimeError):
-        pass
-    if not array.flags.writeable:
-        return package.from_dlpack(array.copy())
-    raise LibraryError(f"an array of type {array.dtype} cannot be passed to compiled code")
+    """Return an array as compiled code takes it: its own memory, unless that is read-only or has a byte per int4."""
+    from rpcnb.runtime.dlpack import Exported
+
+    tensor = getattr(array, "tensor", None)
+    if tensor is None:
+        try:
+            return package.from_dlpack(array)
+        except (BufferError, TypeError, ValueError, RuntimeError):
+            pass
+        with contextlib.suppress(CopyMismatch):
+            tensor = DeviceTensor.of_array(array) if array.dtype.isnative else None
+        if tensor is None:
+            raise LibraryError(f"an array of type {array.dtype} cannot be passed to compiled code")
+    return package.from_dlpack(Exported(tensor.bytes(), tensor.meta.dtype, tensor.meta.shape))
 
 
 def _from_ffi(value: Any) -> Any:
     package = ffi()
     if isinstance(value, package.Tensor):
+        from rpcnb.runtime.dlpack import from_dlpack
+
         if value.device.dlpack_device_type() != _CPU:
             from rpcnb.runtime.tvmdevices import from_ffi_tensor
 
             return from_ffi_tensor(value)
-        import numpy as np
-
-        return np.from_dlpack(value)
+        return from_dlpack(value)
     if isinstance(value, package.Function):
         return FFIFunction(value)
     if isinstance(value, package.Module):

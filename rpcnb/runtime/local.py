@@ -288,7 +288,7 @@ class LocalServingSession(ServingSession):
         if isinstance(value, DeviceTensor):
             return self._encode_tensor(value)
         if is_array(value):
-            return self._encode_tensor(_own_array(value))
+            return self._encode_tensor(DeviceTensor.of_array(value))
         if type(value).__module__.partition(".")[0] in ("numpy", "ml_dtypes"):
             import numpy as np
 
@@ -669,24 +669,6 @@ def _finish(done: Done) -> Callable[[BaseException | None], None]:
             done.error(error)
 
     return finished
-
-
-def _own_array(array: Any) -> DeviceTensor:
-    """Wrap a function's array result as a tensor; copied only if the wire could not read or write it as it is."""
-    import numpy as np
-
-    from rpcnb.runtime.arrays import as_wire_array, dtype_of, pack, plain_array
-
-    array = plain_array(array)
-    kind = dtype_of(array)
-    ready = as_wire_array(array)
-    if kind.bits < 8:
-        data = pack(ready, kind)
-    else:
-        if not ready.flags.writeable:
-            ready = ready.copy()
-        data = ready.reshape(-1).view(np.uint8)
-    return DeviceTensor(Memory(Device(1, 0), data.nbytes, data), array.shape, kind)
 
 
 def _legacy_async(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from rpcnb.errors import DeviceError, LibraryError
+from rpcnb.errors import CopyMismatch, DeviceError, LibraryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,9 +49,11 @@ def _cpu(array: Any) -> Any:
 
     if isinstance(array, np.ndarray):
         return array
+    from rpcnb.runtime.dlpack import from_dlpack
+
     try:
-        return np.from_dlpack(array)
-    except (TypeError, AttributeError, BufferError, RuntimeError):
+        return from_dlpack(array)
+    except (AttributeError, CopyMismatch):
         raise DeviceError(f"expected a tensor in the CPU's memory, got {array!r}") from None
 
 

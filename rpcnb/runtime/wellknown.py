@@ -288,31 +288,47 @@ def find_well_known(session: HandleSession, name: str) -> ServedFunction | None:
         cells = session.environment.cells
         return ServedFunction(name, _no_cells) if cells is None else cells.serve(session, name)
     environment = session.environment
-    of_runtime = name in _of_runtime()
-    found = WELL_KNOWN.get(name)
-    if found is not None and not (of_runtime and environment.native and name in STAND_INS):
-        function, run = found
+    if name in STAND_INS and environment.native and _runtime_is_here():
+        own = _of_ffi(session, name)
+        if own is not None:
+            return own
+    if name in WELL_KNOWN:
+        function, run = WELL_KNOWN[name]
         return ServedFunction(name, functools.partial(function, session), "plain", run)
     trusted = environment.native and name.startswith(_FFI_TRUSTED)
-    if name in _FFI_ALLOWED or of_runtime or trusted or name in environment.ffi_names or environment.expose_ffi:
-        from rpcnb.runtime.libraries import find_ffi_global
+    known = name in _FFI_ALLOWED or name in _of_runtime() or name in environment.ffi_names
+    return _of_ffi(session, name) if known or trusted or environment.expose_ffi else None
 
-        function_of_ffi = find_ffi_global(name)
-        if function_of_ffi is not None:
-            open_to_all = name in _FFI_ALLOWED or environment.expose_ffi or environment.native
-            return ServedFunction(name, function_of_ffi if open_to_all else functools.partial(_closed, session, name))
-    return None
+
+def _of_ffi(session: HandleSession, name: str) -> ServedFunction | None:
+    """Return a global function of apache-tvm-ffi, which refuses clients without native code unless it is for all."""
+    from rpcnb.runtime.libraries import find_ffi_global
+
+    function = find_ffi_global(name)
+    if function is None:
+        return None
+    open_to_all = name in _FFI_ALLOWED or session.environment.expose_ffi or session.environment.native
+    return ServedFunction(name, function if open_to_all else functools.partial(_closed, session, name))
 
 
 def keeps_state_by_thread() -> bool:
     """Tell whether TVM's runtime is here: its threads, streams and current devices are each thread's own."""
-    return "tvm" in sys.modules or bool(_of_runtime())
+    return "tvm" in sys.modules or _runtime_is_here()
 
 
 def _of_runtime() -> frozenset[str]:
     """Return what TVM's runtime has registered, if it was loaded here."""
     runtime = sys.modules.get("rpcnb.runtime.tvmruntime")
     return frozenset() if runtime is None else runtime.runtime_names()
+
+
+def _runtime_is_here() -> bool:
+    """Tell whether TVM's runtime is in this process: loaded by us, with the package ``tvm``, or as any library."""
+    if "tvm_ffi" not in sys.modules:
+        return False
+    from rpcnb.runtime.backend import runtime_is_loaded
+
+    return runtime_is_loaded()
 
 
 def _closed(session: HandleSession, name: str, *_: Any) -> None:

@@ -27,6 +27,18 @@ def adder() -> Any:
     return te.create_prim_func([given, made]).with_attr("global_symbol", "main")
 
 
+NARROW = ("float16", "bfloat16", "float8_e4m3fn", "int4")
+
+
+def compile_copies(folder: str) -> None:
+    """Compile a kernel for each narrow type, which copies."""
+    for dtype in NARROW:
+        given = te.placeholder((32,), dtype=dtype, name="given")
+        made = te.compute((32,), lambda i: given[i], name="made")  # noqa: B023  # called at once
+        function = te.create_prim_func([given, made]).with_attr("global_symbol", "main")
+        tvm.compile(function, target="llvm").export_library(os.path.join(folder, f"{dtype}.so"))
+
+
 def random_fill(kind: str, port: int, key: str) -> None:
     """Fill tensors on the board, as tuners do before they measure."""
     rpc, tensors = choose(kind)

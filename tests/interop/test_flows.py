@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 from conftest import eventually
 from test_relax import board
@@ -53,6 +55,23 @@ def test_random_fill(board: Callable[..., Any], stock: Peer, client: str, flags:
 def test_thread_pool_settings(board: Callable[..., Any], stock: Peer, client: str, flags: tuple[str, ...]) -> None:
     _, port = board(*flags)
     stock.run(flow, "thread_pool", client, port, key_for(client))
+
+
+@SERVERS
+def test_kernels_take_types_that_numpy_lacks(
+    board: Callable[..., Any], stock: Peer, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    stock.run(flow, "compile_copies", str(tmp_path), seconds=60)
+    address, _ = board(*flags)
+    with rpcnb.connect(address, token=TOKEN) as session:
+        for path in sorted(tmp_path.glob("*.so")):
+            session.upload(path)
+            values = np.arange(-16, 16).astype(getattr(ml_dtypes, path.stem, path.stem))
+            given, made = session.array(values), session.empty((32,), path.stem)
+            copy = session.load_module(path.name)["main"]
+            copy(given, made)
+            assert (made.numpy() == values).all(), path.stem
+            assert session.load_module(path.name).time_evaluator("main", session.cpu(), number=3)(given, made).mean > 0
 
 
 @CLIENTS

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from test_relax import W, X, board, model
@@ -105,6 +106,11 @@ def use_both(address: str, model: str) -> None:
         assert (back.numpy() == X).all()
         there.copyfrom(package.runtime.tensor(-X))
         assert (there.numpy() == -X).all()
+        for kind in ("bfloat16", "float8_e4m3fn", "int4"):
+            values = np.array([1, 2, -3]).astype(getattr(ml_dtypes, kind))
+            local = package.runtime.empty((3,), kind)
+            assert session.array(values).copyto(local) is local
+            assert (session.array(local).numpy() == values).all(), kind
         with pytest_raises(rpcnb.errors.CopyMismatch):
             there.copyto(package.runtime.empty((2, 2), "float32"))
 

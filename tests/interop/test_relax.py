@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import pytest
 from conftest import eventually
 
 import rpcnb
+from rpcnb.runtime.tvmruntime import find_runtime
 
 if TYPE_CHECKING:
     from stock_peer import Peer
@@ -92,7 +94,36 @@ def check(session: Any, vm: Any) -> None:
     assert np.allclose(pending.result(10).numpy(), X @ W, atol=1e-5)
     vm.save_function("main", "saved", x, w, include_return=False)
     assert vm.time_evaluator("saved", number=3, repeat=2)().mean > 0
+    assert vm["saved"]() is None
+    vm.save_function("main", "kept", x, w)
+    assert np.allclose(vm["kept"]().numpy(), X @ W, atol=1e-5)
+    with pytest.raises(TypeError, match=r"kept\(\) was saved with its arguments; it takes none, got 1"):
+        vm["kept"](x)
+    check_overlapping(session, vm)
     assert vm.time_evaluator("main", session.cpu(), number=2)(x, w).mean > 0
+
+
+def check_overlapping(session: Any, vm: Any) -> None:
+    """A machine keeps arguments and results between the requests of a call: calls that overlap do not mix them."""
+    columns = [np.full(4, value, "float32") for value in range(12)]
+    given = [session.array(one) for one in columns]
+
+    def expect(results: list[Any]) -> None:
+        for column, (a, (b, c)) in zip(columns, results, strict=True):
+            for found, expected in ((a, 2 * column), (b, column**2), (c, column - column**2)):
+                assert np.array_equal(found.numpy(), expected)
+
+    nested = vm["nested"]
+    expect([pending.result(30) for pending in [nested.submit(one) for one in given]])
+    with ThreadPoolExecutor(4) as pool:
+        expect(list(pool.map(nested, given)))
+    submitted = [nested.submit(one) for one in given[:6]]
+    blocked = [nested(one) for one in given[6:]]
+    expect([one.result(30) for one in submitted] + blocked)
+    vm.set_input("nested", given[3])
+    assert np.array_equal(nested(given[5])[0].numpy(), 2 * columns[5])
+    vm.invoke("nested")
+    assert np.array_equal(vm.outputs("nested")[0].numpy(), 2 * columns[3]), "what set_input gave is still there"
 
 
 @pytest.mark.parametrize("kind", BOARDS)
@@ -148,7 +179,13 @@ def test_the_awaited_twin(board: Start, model: str) -> None:
             await vm.save_function("main", "saved", x, w)
             measure = await vm.time_evaluator("saved", number=2)
             assert (await measure()).mean > 0
+            assert (await vm["saved"]()).shape == (4, 3)
             assert (await vm.profile("main", x, w, runs=1)).runs == 1
+            columns = [await session.array(np.full(4, value, "float32")) for value in range(8)]
+            found = await asyncio.gather(*(vm["nested"](one) for one in columns))
+            for value, (a, (_, c)) in enumerate(found):
+                assert (await a.numpy()).tolist() == [2 * value] * 4
+                assert (await c.numpy()).tolist() == [value - value**2] * 4
 
     asyncio.run(story())
 
@@ -183,6 +220,13 @@ def test_a_model_runs_behind_a_proxy_that_speaks_websocket(hidden_board: rpcnb.P
     assert np.allclose(product, X @ W, atol=1e-5)
 
 
+class Foreign:
+    """A tensor of another library in this process."""
+
+    def __dlpack__(self) -> None:
+        raise AssertionError("nobody looks at it")
+
+
 def test_what_is_wrong_is_told_in_one_line(board: Start, model: str, tmp_path: Path) -> None:
     address, _ = board()
     with rpcnb.connect(address, token=TOKEN) as session:
@@ -194,6 +238,17 @@ def test_what_is_wrong_is_told_in_one_line(board: Start, model: str, tmp_path: P
                 rpcnb.ArgumentError,
                 r"argument 0 is an array of this process.*session\.array",
             ),
+            (
+                lambda: vm["main"](x, Foreign()),
+                rpcnb.ArgumentError,
+                r"argument 1 is an array of this process.*session\.array",
+            ),
+            (
+                lambda: vm.set_input("main", x, object()),
+                rpcnb.ArgumentError,
+                "argument 1 is of type object; expected a ten",
+            ),
+            (lambda: vm["main"](x, None), rpcnb.ArgumentError, "argument 1 is None; expected a tensor"),
             (lambda: vm["main"]((x, w)), rpcnb.ArgumentError, "argument 0 is a tuple"),
             (lambda: vm["main"](x, v=w), TypeError, r"main\(x, w\) got no parameter 'v'"),
             (lambda: vm["main"](x, w, x=x), TypeError, r"main\(x, w\) got 3 arguments"),
@@ -231,10 +286,14 @@ def test_the_runtime_is_for_those_who_are_trusted(board: Start, tmp_path: Path) 
                 function("/bin/true")
 
 
-@pytest.mark.parametrize("kind", ["lean", "runtime"])
+@pytest.mark.parametrize("kind", [*BOARDS, "library"])
 def test_what_others_ask_a_board_for(board: Start, kind: str) -> None:
-    address, _ = board(*BOARDS[kind])
+    flags = BOARDS[kind] if kind in BOARDS else ["--load-library", str(find_runtime())]
+    address, _ = board(*flags)
     with rpcnb.connect(address, token=TOKEN) as session:
+        session.call("runtime.config_threadpool", 1, 77)
+        own = session.call("runtime.NumThreads")
+        assert own == 77 if kind == "lean" else own < 77, "TVM's own, where its runtime is, however that was loaded"
         session.call("runtime.config_threadpool", 1, 2)
         assert session.call("runtime.NumThreads") in (1, 2)
         out = session.empty((1000,))

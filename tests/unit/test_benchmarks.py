@@ -104,7 +104,7 @@ def test_twice_as_bad_as_committed_is_a_disaster(ratios: Ratios, committed: dict
 
 
 def test_a_disaster_shows_in_the_quick_tenth_too(ratios: Ratios) -> None:
-    """A process that wakes all the time on the same CPU disturbs most calls, and those of one peer more than others'."""
+    """A process that wakes all the time on the same CPU disturbs most calls, one peer's more than another's."""
     ratios.add("calls/ours p10", 9e-6)
     ratios.add("calls/stock p10", 9e-6)
     assert committable(ratios, (NULL,)) == {"calls: null call": 1.0}
