@@ -34,8 +34,10 @@ def board(kind: str) -> Iterator[tuple[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready"
         flag = "--isolate" if kind == "isolated" else "--shared-state"
-        command = [sys.executable, "-m", "rpcnb", "serve", "--port", "0", "--token", TOKEN, "--demo", "--silent", flag]
-        with subprocess.Popen([*command, "--ready-file", str(ready)]) as process:
+        secret = Path(folder) / "token"
+        secret.write_text(TOKEN)
+        command = [sys.executable, "-m", "rpcnb", "serve", "--port", "0", "--token-file", str(secret), "--demo", flag]
+        with subprocess.Popen([*command, "--silent", "--ready-file", str(ready)]) as process:
             while not ready.exists():
                 time.sleep(0.02)
             yield f"127.0.0.1:{json.loads(ready.read_text())['port']}", process.pid

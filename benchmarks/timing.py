@@ -50,7 +50,9 @@ tvm.compile(module, target="llvm").export_library(sys.argv[1])
 def ours(runtime: str, folder: str) -> Iterator[Any]:
     """A session with a server of ours."""
     ready = Path(folder) / f"ready-{runtime}-{time.monotonic_ns()}"
-    command = [sys.executable, "-m", "rpcnb", "serve", "--port", "0", "--token", TOKEN, "--silent"]
+    secret = Path(folder) / "token"
+    secret.write_text(TOKEN)
+    command = [sys.executable, "-m", "rpcnb", "serve", "--port", "0", "--token-file", str(secret), "--silent"]
     with subprocess.Popen([*command, "--runtime", runtime, "--ready-file", str(ready)]) as process:
         while not ready.exists():
             time.sleep(0.02)

@@ -3,6 +3,9 @@
  * Built where the server has a compiler; rpcnb/runtime/backend.py has the same in Python, 30 times slower.
  * Source: TVM's c_backend_api.h (TVMBackend*, TVMParallelGroupEnv), apache-tvm-ffi's c_api.h (TVMFFIAny).
  */
+#ifdef __linux__
+#define _GNU_SOURCE
+#endif
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -28,6 +31,8 @@
 
 #define MOST 256              /* threads */
 #define SPINS 20000           /* looks before a thread sleeps: the next launch of a loop comes within that time */
+#define SOON 256              /* looks before the launching thread asks whether a worker waits for its CPU */
+#define YIELD 2048            /* looks before a thread offers its CPU: the one it waits for may need that */
 #define KEPT 4                /* workspaces that a thread keeps */
 #define KEPT_BYTES (64 << 20) /* of all of them */
 
@@ -40,6 +45,9 @@ typedef void (*raise_function)(const char* kind, const char* message);
 
 typedef struct {
   _Alignas(64) atomic_uint ticket; /* counts the launches that this thread takes part in */
+  atomic_uint done;                /* the last one that it has ended */
+  atomic_int cpu;                  /* where it ran last; -1: not known */
+  int avoids;                      /* where it does not run; -1: anywhere */
   int index;
   pthread_t thread;
 } worker;
@@ -62,6 +70,42 @@ static atomic_int arrived;
 static atomic_uint phase;
 static _Thread_local int inside;
 
+/* Look again in a moment; `looks` are those before. */
+static inline void wait_a_little(int looks) {
+  if (looks % YIELD == YIELD - 1) sched_yield();
+  else RELAX();
+}
+
+static inline int this_cpu(void) {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+/* Have a worker run elsewhere than on the launching thread's CPU: it would wait there until the system moves it, which
+ * takes milliseconds. It may run where the launching thread may, but for this CPU. */
+static void send_away(worker* one, int here) {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (one->avoids == here || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+  CPU_CLR(here, &allowed);
+  if (CPU_COUNT(&allowed) && !pthread_setaffinity_np(one->thread, sizeof allowed, &allowed)) one->avoids = here;
+#else
+  (void)one, (void)here;
+#endif
+}
+
+/* Send those workers away that have not ended their tasks yet. */
+static void send_late_ones_away(int count) {
+  int here = this_cpu();
+  for (int index = 1; index < count && here >= 0; index++) {
+    worker* one = &workers[index];
+    if (atomic_load(&one->done) != atomic_load(&one->ticket)) send_away(one, here);
+  }
+}
+
 static void* serve(void* argument) {
   worker* self = argument;
   unsigned seen = 0;
@@ -70,7 +114,7 @@ static void* serve(void* argument) {
     int spins = 0;
     while (atomic_load(&self->ticket) == seen) {
       if (++spins < SPINS) {
-        RELAX();
+        wait_a_little(spins);
         continue;
       }
       pthread_mutex_lock(&sleeping);
@@ -80,7 +124,9 @@ static void* serve(void* argument) {
       pthread_mutex_unlock(&sleeping);
     }
     seen = atomic_load(&self->ticket);
+    atomic_store(&self->cpu, this_cpu());
     if (run(self->index, &env, closure) != 0) atomic_store(&failed, 1);
+    atomic_store(&self->done, seen);
     atomic_fetch_sub(&left, 1);
   }
   return NULL;
@@ -99,6 +145,9 @@ static int have(int count) {
     worker* one = &workers[started];
     pthread_attr_t attributes;
     atomic_store(&one->ticket, 0);
+    atomic_store(&one->done, 0);
+    atomic_store(&one->cpu, -1);
+    one->avoids = -1;
     one->index = started;
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
@@ -135,7 +184,12 @@ int TVMBackendParallelLaunch(task_function function, void* data, int count) {
   atomic_store(&failed, 0);
   atomic_store(&arrived, 0);
   atomic_store(&left, count - 1);
-  for (int index = 1; index < count; index++) atomic_fetch_add(&workers[index].ticket, 1);
+  int here = this_cpu();
+  for (int index = 1; index < count; index++) {
+    worker* one = &workers[index];
+    if (here >= 0 && atomic_load(&one->cpu) == here) send_away(one, here);
+    atomic_fetch_add(&one->ticket, 1);
+  }
   if (atomic_load(&sleepers)) {
     pthread_mutex_lock(&sleeping);
     pthread_cond_broadcast(&woken);
@@ -144,9 +198,9 @@ int TVMBackendParallelLaunch(task_function function, void* data, int count) {
   inside = 1;
   int result = function(0, &env, data);
   inside = 0;
-  for (int spins = 0; atomic_load(&left); spins++) {
-    if (spins < SPINS) RELAX();
-    else sched_yield();
+  for (int looks = 0; atomic_load(&left); looks++) {
+    if (looks == SOON) send_late_ones_away(count);
+    wait_a_little(looks);
   }
   int others = atomic_load(&failed);
   pthread_mutex_unlock(&launching);
@@ -158,7 +212,6 @@ int TVMBackendParallelLaunch(task_function function, void* data, int count) {
 }
 
 int TVMBackendParallelBarrier(int task, group_env* of) {
-  (void)task;
   if (of->sync_handle == NULL) return 0; /* its tasks run in turn */
   unsigned now = atomic_load(&phase);
   if (atomic_fetch_add(&arrived, 1) == of->num_task - 1) {
@@ -166,9 +219,9 @@ int TVMBackendParallelBarrier(int task, group_env* of) {
     atomic_fetch_add(&phase, 1);
     return 0;
   }
-  for (int spins = 0; atomic_load(&phase) == now; spins++) {
-    if (spins < SPINS) RELAX();
-    else sched_yield();
+  for (int looks = 0; atomic_load(&phase) == now; looks++) {
+    if (looks == SOON && task == 0) send_late_ones_away(of->num_task);
+    wait_a_little(looks);
   }
   return 0;
 }
