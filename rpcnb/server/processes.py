@@ -283,9 +283,13 @@ class Processes:
         if modules != self._warm:
             self._warm = modules
             self.tell_zygote({"warm": modules})
-            spare, self._spare = self._spare, None
-            if spare is not None and spare.pid:
-                self.tell_zygote({"kill": spare.pid})
+
+    def _warmed(self) -> None:
+        """Replace the process that waits for a session: it is from before the import, unless it is made just now."""
+        spare = self._spare
+        if spare is not None and spare.pid:
+            self._spare = None
+            self.tell_zygote({"kill": spare.pid})
             self._prepare()
 
     def make_directory(self) -> str:
@@ -310,6 +314,8 @@ class Processes:
                 process.child.forked(process)
         elif "failed" in words:
             self._note_failure(self._forking.pop(words["failed"]), words["why"])
+        elif "warmed" in words:
+            self._warmed()
         elif "ended" in words and words["ended"] in self._forked:
             self._note_end(self._forked.pop(words["ended"]), words["status"])
 

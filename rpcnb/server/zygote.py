@@ -77,6 +77,8 @@ class Zygote:
         self._pids: set[int] = set()
         self._over: set[int] = set()  # processes that have ended, of which something may be left
         self._restore = _blas_setters()
+        self._trying = 0  # the child that tries an import
+        self._wanted: list[str] = []  # what it imports
 
     def run(self) -> None:
         """Serve until the server has gone; then end all that is left."""
@@ -152,26 +154,32 @@ class Zygote:
         self._channel.send({"forked": number, "pid": pid})
 
     def _warm(self, names: list[str]) -> None:
-        """Import what sessions need, for those to come; a child tries first whether that ends well."""
-        try:
+        """Import what sessions need, for those to come; a child tries first whether that ends well, and nobody waits."""
+        with contextlib.suppress(OSError):
             pid = os.fork()
-        except OSError:
-            return
-        if pid == 0:
+            if pid:
+                self._trying, self._wanted = pid, names
+                return
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.set_wakeup_fd(-1)
             signal.alarm(_IMPORT)
             for name in names:
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
             os._exit(_GOOD if threads() == 1 else 1)
-        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != _GOOD:
+
+    def _tried(self, code: int) -> None:
+        """Import what a child could, and say so: processes that wait for a session are without it."""
+        self._trying = 0
+        if code != _GOOD:
             return
-        for name in names:
+        for name in self._wanted:
             with contextlib.suppress(Exception):  # who needs it is told
                 importlib.import_module(name)
         gc.collect()
         gc.freeze()
         self._restore = _blas_setters()
+        self._channel.send({"warmed": True})
 
     def _be_session(self, descriptor: int, *, check: bool) -> None:
         code = 70
@@ -226,6 +234,9 @@ class Zygote:
             if pid in self._pids:  # before it is reaped: its number is nobody else's yet
                 _kill_group(pid)
             _, status, usage = os.wait4(pid, 0)
+            if pid == self._trying:
+                with contextlib.suppress(OSError):  # the server has gone
+                    self._tried(os.waitstatus_to_exitcode(status))
             if pid in self._pids:
                 self._pids.discard(pid)
                 self._over.add(pid)
