@@ -154,7 +154,7 @@ class Zygote:
         self._channel.send({"forked": number, "pid": pid})
 
     def _warm(self, names: list[str]) -> None:
-        """Import what sessions need, for those to come; a child tries first whether that ends well, and nobody waits."""
+        """Import what sessions need, for those to come; a child tries first whether that ends well. Nobody waits."""
         with contextlib.suppress(OSError):
             pid = os.fork()
             if pid:
