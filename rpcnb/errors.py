@@ -134,6 +134,32 @@ class DuplicateKey(ConnectFailed):
     """A proxy already has a peer of this role and key waiting."""
 
 
+class CertificateUnknown(ConnectFailed):
+    """Nothing says that a server's certificate is the right one; nothing was sent to it."""
+
+    def __init__(self, address: str, seen: str) -> None:
+        super().__init__(address, "connect", f"its certificate is not trusted: {seen}")
+
+
+class CertificateChanged(CertificateUnknown):
+    """A server shows another certificate than it had: somebody may be in between.
+
+    Attributes:
+        shown: Its fingerprint.
+        expected: That of the one it had.
+    """
+
+    def __init__(self, address: str, shown: str, expected: str, *, kept: bool) -> None:
+        self.shown = shown
+        self.expected = expected
+        whence = "kept since the first visit (known_hosts)" if kept else "in the address"
+        super().__init__(
+            address,
+            f"it has the fingerprint sha256={shown}, expected sha256={expected}, {whence}; if its owner has renewed "
+            "it, connect once with the address that the server prints now; else somebody is in between",
+        )
+
+
 class VersionMismatch(ConnectFailed):
     """The server speaks another version of the protocol."""
 

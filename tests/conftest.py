@@ -31,6 +31,7 @@ def _lasting_things(tmp_path_factory: pytest.TempPathFactory) -> None:
     ensure_event_loop()  # on which jupyter_client's blocking methods run
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with SIG_IGN
     os.environ["RPCNB_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("runtime") / "rpcnb")
+    os.environ["RPCNB_CONFIG_DIR"] = str(tmp_path_factory.mktemp("config") / "rpcnb")
 
 
 def eventually(condition: Callable[[], object], what: str = "the condition", seconds: float = 10.0) -> None:

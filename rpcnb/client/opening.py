@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from rpcnb.client.aio import AsyncSession
     from rpcnb.protocol.codes import Limits
+    from rpcnb.transport.tls import Tls
 
 __all__ = ["connect", "connect_async", "open_session", "open_session_async"]
 
@@ -45,10 +46,15 @@ def _make_dialer(
     headers: Mapping[str, str] | None,
     limits: Limits | None,
     plain_token: bool,
+    tls: Tls | None,
 ) -> Dialer:
     if limits is not None:
         limits = replace(limits, call=max(limits.call, limits.text + _BESIDE_TEXT))
     address = parse_address(url, port if port != DEFAULT_PORT or "://" not in url else None, key, headers)
+    if tls is not None:
+        if address.scheme != "rpcs":
+            raise ValueError(f"tls= is for rpcs:// addresses, not for {url!r}")
+        address = replace(address, tls=tls)
     constructor = tuple(session_constructor_args or ())
     given = [word for word in address.key.split(" ")[1:] if word.startswith("-token=")]
     if given:  # as TVM's client is given it
@@ -94,12 +100,15 @@ def connect(
     headers: Mapping[str, str] | None = None,
     limits: Limits | None = None,
     plain_token: bool = False,
+    tls: Tls | None = None,
 ) -> Session:
     """Open a session with an RPC server, rpcnb's or stock TVM's.
 
     Args:
-        url: Host, ``host:port``, ``rpc://host:port/key``; ``tracker://host:port/key`` for a board that a tracker
-            hands out; ``ws://host:port/ws`` or ``wss://...`` for a server behind the web.
+        url: Host, ``host:port``, ``rpc://host:port/key``; ``rpcs://host:port/key#sha256=...`` for a server with TLS,
+            as it prints it (without the fingerprint where the server is known since, or its certificate signed);
+            ``tracker://host:port/key`` for a board that a tracker hands out; ``ws://host:port/ws`` or ``wss://...`` for
+            a server behind the web.
         port: Port, if the URL names none.
         key: Key that the server must serve, if the URL names none.
         session_timeout: Seconds after which the server ends the session; 0 for never.
@@ -122,6 +131,7 @@ def connect(
         limits: What the server may send at most: ``rpcnb.Limits(text=64 << 20)`` for results that are longer texts than
             16 MiB, ``bytes_argument`` for bytes over 1 GiB. A longer result is an error of its call.
         plain_token: Send the token in clear: to an rpcnb server older than proofs, or through what must repeat it.
+        tls: Certificates of one's own, for ``rpcs://``.
 
     Raises:
         ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are
@@ -131,7 +141,7 @@ def connect(
     """
     token, args = hidden(token), session_constructor_args
     dialer = _make_dialer(
-        url, port, key, session_timeout, args, token, extensions, lanes, depth, headers, limits, plain_token
+        url, port, key, session_timeout, args, token, extensions, lanes, depth, headers, limits, plain_token, tls
     )
     session = open_session(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
     if enable_logging:
@@ -178,11 +188,12 @@ async def connect_async(
     headers: Mapping[str, str] | None = None,
     limits: Limits | None = None,
     plain_token: bool = False,
+    tls: Tls | None = None,
 ) -> AsyncSession:
     """Open an awaited session in the running event loop; arguments and errors as :func:`connect`."""
     token, args = hidden(token), session_constructor_args
     dialer = _make_dialer(
-        url, port, key, session_timeout, args, token, extensions, lanes, depth, headers, limits, plain_token
+        url, port, key, session_timeout, args, token, extensions, lanes, depth, headers, limits, plain_token, tls
     )
     session = await open_session_async(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
     if enable_logging:

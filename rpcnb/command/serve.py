@@ -21,6 +21,7 @@ from rpcnb.transport.address import is_loopback, outside_address, parse_address,
 from rpcnb.transport.loopthread import call_in_loop
 from rpcnb.transport.runfiles import publish, write_atomically
 from rpcnb.transport.terminal import printable
+from rpcnb.transport.tls import Tls
 
 if TYPE_CHECKING:
     import argparse
@@ -167,8 +168,21 @@ def _make_server(
         trust_tracker=options.trust_tracker,
         allow_exec=runner or bool(options.allow_exec),
         isolate=isolation or False,
+        tls=_tls(options),
+        plain_port=options.plain_port,
         switch_interval=_SWITCH_INTERVAL,
     )
+
+
+def _tls(options: argparse.Namespace) -> bool | Tls:
+    """Return how the port is encrypted; False where it is not."""
+    if options.tls_key and not options.tls_cert:
+        raise ValueError("--tls-key is the key of a certificate: give --tls-cert FILE too")
+    if not (options.tls or options.tls_cert or options.tls_ca):
+        return False
+    if options.link:
+        raise ValueError("--link shapes a plain connection; leave out --tls")
+    return Tls(options.tls_cert, options.tls_key, options.tls_ca)
 
 
 def _shape(server: Server, options: argparse.Namespace) -> tuple[Any, int]:
@@ -206,6 +220,8 @@ def _announce(options: argparse.Namespace, server: Server, port: int) -> None:
     """Say where it listens, and what to paste."""
     host = server.host if options.proxy else options.custom_addr or outside_address(options.host)
     address = show_address(host, port)
+    if server.fingerprint is not None:
+        address = f"rpcs://{address}#{server.fingerprint}"
     if options.tracker:
         address = f"tracker://{options.tracker}/{options.key}"
     key, named = (
@@ -228,11 +244,14 @@ def _announce(options: argparse.Namespace, server: Server, port: int) -> None:
         f"  notebook:   %load_ext rpcnb, then %rpc_connect {address}{key}        (asks for the token where it must)",
         f"  Python:     rpcnb.connect({address!r}{named})",
     ]
-    if server.token is not None and not options.tracker:
-        lines.append(f"  stock TVM:  rpc.connect({host!r}, {port}, key={f'{options.key} -token={server.token}'!r})")
+    plain = port if server.fingerprint is None else server.plain_port
+    if server.token is not None and not options.tracker and plain is not None:
+        lines.append(f"  stock TVM:  rpc.connect({host!r}, {plain}, key={f'{options.key} -token={server.token}'!r})")
     if options.tracker and (server.token is None or options.trust_tracker):
         tracker = parse_pair(options.tracker, 9190)
         lines.append(f"  stock TVM:  rpc.connect_tracker{tracker!r}.request({options.key!r})")
+    if server.fingerprint is None and not options.proxy and not is_loopback(options.host):
+        lines.append("  encryption: none: who listens on the way hears everything; --tls, or ssh, hides it")
     sys.stdout.write(printable("\n".join(lines)) + "\n")
     sys.stdout.flush()
 

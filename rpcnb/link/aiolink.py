@@ -270,15 +270,20 @@ async def _connect_awaiting(address: Address, deadline: Deadline) -> Any:
         found = found_hosts(address, await within(_look_up(address), seconds))
         phase = "connect"
         sock = await _connect(found, address, deadline)
-        if not address.is_web:
+        if not (address.is_web or address.is_secure):
             return sock
         phase = "handshake"
         try:
-            seconds = deadline.left()
-            return await within(_upgrade(sock, address, deadline), seconds)
+            if address.is_secure:
+                seconds = deadline.left()
+                sock = await within(_secure(sock, address, deadline), seconds)
+            if address.is_web:
+                seconds = deadline.left()
+                return await within(_upgrade(sock, address), seconds)
         except BaseException:  # also what has not begun when it is cancelled
             sock.close()
             raise
+        return sock
     except (asyncio.TimeoutError, DeadlineExceeded):
         raise expired(str(address), phase, deadline.exceeded()) from None
 
@@ -324,30 +329,23 @@ async def _connect(found: list[Any], address: Address, deadline: Deadline) -> so
     raise ConnectFailed(str(address), "connect", last)
 
 
-async def _upgrade(sock: socket.socket, address: Address, deadline: Deadline) -> Any:
-    """Speak TLS where the address wants it, and ask for a WebSocket."""
+async def _upgrade(sock: socket.socket, address: Address) -> Any:
+    """Ask for a WebSocket."""
     from rpcnb.transport.websocket import WebSocket, check_answer, upgrade_request
 
-    loop = asyncio.get_running_loop()
-    try:
-        request, expected = upgrade_request(address)
-        if address.scheme == "wss":
-            sock = await _secure(sock, address, deadline)
-        await loop.sock_sendall(sock, request)
-        head = bytearray()
-        while not ends_head(sock, head, address):
-            await _readable(sock)
-        check_answer(address, bytes(head), expected)
-        return WebSocket(sock, client=True)
-    except BaseException:
-        sock.close()
-        raise
+    request, expected = upgrade_request(address)
+    await asyncio.get_running_loop().sock_sendall(sock, request)
+    head = bytearray()
+    while not ends_head(sock, head, address):
+        await _readable(sock)
+    check_answer(address, bytes(head), expected)
+    return WebSocket(sock, client=True)
 
 
 async def _secure(sock: socket.socket, address: Address, deadline: Deadline) -> socket.socket:
     from rpcnb.transport.tls import secure
 
-    return secured(address, await _reported(lambda report: secure(sock, address.host, deadline.left(), report)))
+    return secured(address, await _reported(lambda report: secure(sock, address, deadline.left(), report)))
 
 
 async def _readable(sock: socket.socket) -> None:

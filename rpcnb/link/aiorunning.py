@@ -87,7 +87,7 @@ async def open_link(
     where, key = str(address), key.again()
     sock, answer = await dial(address, key, deadline)
     try:
-        proof = key.proof(answer, where)
+        proof = key.proof(answer, where, getattr(sock, "fingerprint", ""))
         link = AsyncLink(make_wire(sock, answer, address, depth, key.limits))
     except BaseException:
         sock.close()

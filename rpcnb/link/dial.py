@@ -47,6 +47,7 @@ __all__ = ["ClientKey", "SessionTicket", "connect_socket", "explain_errno", "exp
 
 log = logging.getLogger(__name__)
 
+_ALERT = b"\x15\x03"  # TLS says that it has understood nothing
 _HEAD = 16384  # bytes of an HTTP answer's head
 _BUSY_HINT = (
     "it accepted the connection but does not answer; a stock TVM server does so while it serves another session"
@@ -137,8 +138,13 @@ class ClientKey:
         made.text = made._compose()
         return made
 
-    def proof(self, answer: KeyText, address: str) -> Proof | None:
+    def proof(self, answer: KeyText, address: str, fingerprint: str = "") -> Proof | None:
         """Return what is to be proved to a server that has answered so; None if there is nothing.
+
+        Args:
+            answer: The server's key text.
+            address: What was dialled.
+            fingerprint: Of the certificate that it has shown.
 
         Raises:
             KeyMismatch: It cannot prove that it knows the token; so it is not given to it.
@@ -152,7 +158,7 @@ class ClientKey:
                 "it does not prove that it knows the token (a stock server needs none: leave token= out; "
                 "for an rpcnb of an older version: plain_token=True, which sends it in clear)",
             )
-        return Proof(self._secret, self.text, answer.text)
+        return Proof(self._secret, self.text, answer.text, fingerprint)
 
     def __repr__(self) -> str:
         return f"ClientKey({self.key!r})"  # the text may hold a token
@@ -173,6 +179,8 @@ def greet(key: ClientKey, address: str) -> Generator[bytes | None, bytes, KeyTex
         data = yield None
         if not data:
             raise NotAnRpcServer(address, "handshake", "it closed the connection without an RPC answer")
+        if data[:2] == _ALERT:
+            raise NotAnRpcServer(address, "handshake", "it speaks TLS: connect to rpcs://HOST:PORT")
         try:
             found = handshake.receive_data(data)
         except RemoteProtocolError as error:
@@ -288,7 +296,18 @@ def connect_socket(address: Address, deadline: Deadline, guard: Guard) -> Any:
     """
     with no_resource(str(address), "connect"):
         sock = _connect(address, deadline, guard)
-        return _upgrade(sock, address, deadline, guard) if address.is_web else sock
+        if not (address.is_web or address.is_secure):
+            return sock
+        try:
+            if address.is_secure:
+                sock = _secure(sock, address, deadline, guard)
+            return _upgrade(sock, address, deadline, guard) if address.is_web else sock
+        except DeadlineExceeded as error:
+            sock.close()
+            raise expired(str(address), "handshake", error) from None
+        except BaseException:
+            sock.close()
+            raise
 
 
 def _connect(address: Address, deadline: Deadline, guard: Guard) -> socket.socket:
@@ -314,35 +333,26 @@ def _connect(address: Address, deadline: Deadline, guard: Guard) -> socket.socke
 
 
 def _upgrade(sock: socket.socket, address: Address, deadline: Deadline, guard: Guard) -> Any:
-    """Speak TLS where the address wants it, and ask for a WebSocket."""
+    """Ask for a WebSocket."""
     from rpcnb.transport.websocket import WebSocket, check_answer, upgrade_request
 
     poll = select.poll()
-    try:
-        request, expected = upgrade_request(address)
-        if address.scheme == "wss":
-            sock = _secure(sock, address, deadline, guard)
-        _send_all(sock, request, poll, deadline, guard)
-        head = bytearray()
-        while not ends_head(sock, head, address):
-            poll.register(sock, select.POLLIN)
-            while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
-                pass
-        check_answer(address, bytes(head), expected)
-        return WebSocket(sock, client=True)
-    except DeadlineExceeded as error:
-        sock.close()
-        raise expired(str(address), "handshake", error) from None
-    except BaseException:
-        sock.close()
-        raise
+    request, expected = upgrade_request(address)
+    _send_all(sock, request, poll, deadline, guard)
+    head = bytearray()
+    while not ends_head(sock, head, address):
+        poll.register(sock, select.POLLIN)
+        while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
+            pass
+    check_answer(address, bytes(head), expected)
+    return WebSocket(sock, client=True)
 
 
 def _secure(sock: socket.socket, address: Address, deadline: Deadline, guard: Guard) -> socket.socket:
     from rpcnb.transport.tls import secure
 
     answers: queue.SimpleQueue[socket.socket | OSError] = queue.SimpleQueue()
-    secure(sock, address.host, deadline.left(), answers.put)
+    secure(sock, address, deadline.left(), answers.put)
     while True:
         try:
             return secured(address, guard.wait(lambda limit: answers.get(timeout=limit), deadline.left()))
@@ -352,8 +362,10 @@ def _secure(sock: socket.socket, address: Address, deadline: Deadline, guard: Gu
 
 def secured(address: Address, found: socket.socket | OSError) -> socket.socket:
     """Return the plain end of a TLS connection, or raise ConnectFailed."""
+    if isinstance(found, RpcError):
+        raise found
     if isinstance(found, OSError):
-        reason = getattr(found, "verify_message", "") or found.strerror or str(found)
+        reason = found.strerror or str(found)
         raise ConnectFailed(str(address), "connect", f"TLS failed: {reason}") from None
     found.setblocking(False)
     return found

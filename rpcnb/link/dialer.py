@@ -115,7 +115,7 @@ class Dialer:
         sock = connect_socket(self.address, deadline, guard)
         try:
             answer = shake_hands(sock, key, where, deadline, guard)
-            proof = key.proof(answer, where)
+            proof = key.proof(answer, where, getattr(sock, "fingerprint", ""))
             with no_resource(where, "connect"):
                 link = Link(make_wire(sock, answer, self.address, self.depth, key.limits))
         except BaseException:

@@ -5,8 +5,8 @@ Both key texts carry a nonce, ``-nonce=``. The client's first request behind kIn
 more than 64 KiB, with a program, say, stands behind the proof: a stranger's is not kept.) A proof is an HMAC
 under a key that is derived from the token and both key texts, so that it holds for one connection, its features and
 its match key; the two directions have labels of their own. Further connections of the session prove likewise, with a
-key derived from the first one's in the token's place. Without encryption a relay that passes everything on learns
-nothing, but it hears, and may alter, what is said behind the proof.
+key derived from the first one's in the token's place. With TLS the certificate that the server shows is proved too.
+Without it a relay that passes everything on learns nothing, but it hears, and may alter, what is said behind the proof.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Proof:
         secret: The token; for a further connection of a session, the first one's ``lanes``.
         client: Key text of the client.
         server: Key text of the server.
+        fingerprint: Of the certificate that the server shows; empty without TLS. Who stands between shows another.
 
     Attributes:
         name: What the client looks up.
@@ -66,8 +67,8 @@ class Proof:
         lanes: The secret of the session's further connections.
     """
 
-    def __init__(self, secret: str, client: str, server: str) -> None:
-        key = _mac(secret.encode(), "rpcnb 1 connection", client, server)
+    def __init__(self, secret: str, client: str, server: str, fingerprint: str = "") -> None:
+        key = _mac(secret.encode(), "rpcnb 1 connection", client, server, fingerprint)
         self.name = _PREFIX + _mac(key, "client").hex()
         self.answer = _mac(key, "server").hex()
         self.lanes = _mac(key, "lanes").hex()

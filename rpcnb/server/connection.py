@@ -36,7 +36,7 @@ from rpcnb.server.lanes import ENDED, TICKET
 from rpcnb.server.workers import WorkerPool
 from rpcnb.transport.sockets import tune
 from rpcnb.transport.spin import receiving
-from rpcnb.transport.tcptable import both_ends_are_here
+from rpcnb.transport.tcptable import both_ends_are_here, ends_of
 from rpcnb.transport.watcher import READ, WRITE
 
 if TYPE_CHECKING:
@@ -182,6 +182,8 @@ class Connection:
         self.sock = sock
         self.address = address
         self.peer = f"{address[0]}:{address[1]}" if address else "local"
+        self.fingerprint: str = getattr(sock, "fingerprint", "")  # of the certificate that it was shown
+        self.ends: str = getattr(sock, "ends", "") or ends_of(sock)  # as the system writes them
         self.fd = sock.fileno()
         self.since = time.monotonic()
         self.key = KeyText("", "")
@@ -372,7 +374,7 @@ class Connection:
     def challenge(self, secret: str, options: dict[str, str], proved: Callable[[], object]) -> None:
         """Answer the client's key, let it prove that it knows ``secret``, and go on with ``proved`` then."""
         text = self._answer({**options, NONCE: new_nonce()})
-        self._challenge, self._proved = Challenge(Proof(secret, self.text, text)), proved
+        self._challenge, self._proved = Challenge(Proof(secret, self.text, text, self.fingerprint)), proved
         if self.deadline is None:  # it has been dialled, and has waited for a client as long as that took
             self.deadline = self.server.io_loop.call_later(self.server.limits.handshake_timeout, self.close)
         self._take_proof(self.rest)

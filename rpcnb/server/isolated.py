@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rpcnb import events
 from rpcnb.server.connection import ClientState, Connection
 from rpcnb.server.processes import Child, Processes
-from rpcnb.transport.tcptable import ends_of, established
+from rpcnb.transport.tcptable import established
 from rpcnb.transport.websocket import WebSocket
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class _Session(Child):
         self.visits = sessions.server.is_visit(connection.key)
         self.visitor = ""  # why it may only look after jobs
         self.gone = 0  # looks at which its client had gone
-        self.where = ends_of(connection.sock)
+        self.where = connection.ends
         self.asked: dict[int, Future[list[ClientState]]] = {}
         self._waiting: list[Connection] = []  # to be handed over once it is there
 

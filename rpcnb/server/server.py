@@ -41,6 +41,7 @@ from rpcnb.transport.address import is_loopback, parse_address, show_address, tr
 from rpcnb.transport.halfopen import HalfOpen, within_descriptors
 from rpcnb.transport.listen import Acceptor, listen
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
+from rpcnb.transport.tls import ServerTls, Tls
 
 if TYPE_CHECKING:
     import socket
@@ -113,6 +114,10 @@ class Server(SessionHost):
             functions; not in a notebook. :class:`rpcnb.Isolation` says more: modules, limits.
         runtime: TVM's runtime, which Relax models and its GPU drivers need: ``"auto"`` loads that of an installed
             apache-tvm at the start, a path that file; ``"none"`` never. By default when a library needs it.
+        tls: Speak TLS on ``port``: True with a certificate of this user's own, which is made at the first time and
+            known by its fingerprint; :class:`rpcnb.Tls` names others.
+        plain_port: With ``tls``: listen without it too, on this port, for peers that know no TLS (TVM's); 0 for any
+            free one.
         switch_interval: Seconds after which a thread that computes in Python lets the server go on, for the process and
             as long as the server is open; None leaves Python's 5 ms. With 0.0003 calls take less than 0.5 ms beside a
             busy main thread, which pays for each of them with a hand-over.
@@ -121,6 +126,7 @@ class Server(SessionHost):
         host: Where it listens (or the proxy is).
         port: Likewise; the real one.
         web_port: Likewise, of WebSockets; None if there is none.
+        plain_port: Likewise, without TLS beside ``port`` with it.
         token: What clients must present, or None.
         observers: Who is told of its events.
 
@@ -163,12 +169,20 @@ class Server(SessionHost):
         isolate: bool | Isolation = False,
         switch_interval: float | None = None,
         runtime: str | None = None,
+        tls: bool | Tls = False,
+        plain_port: int | None = None,
     ) -> None:
         if switch_interval is not None and switch_interval <= 0:
             raise ValueError(f"expected a switch interval of more than 0 s, got {switch_interval}")
         if not key.isprintable() or any(letter.isspace() for letter in key):
             raise ValueError(f"expected a key without white space, got {key!r}")
         self.custom_addr = custom_addr
+        if tls and (is_proxy or (tracker_addr and plain_port is None)):
+            raise ValueError(
+                "tls= is for clients that dial here; who comes through a tracker speaks without it: plain_port=PORT"
+            )
+        if plain_port is not None and not tls:
+            raise ValueError("plain_port= is for a server with tls=; without it port is plain")
         if is_proxy:
             tracker_addr = None  # the proxy registers it; TVM's takes the address too, and does nothing with it
         self._proxy = parse_address(host, port) if is_proxy else None
@@ -218,7 +232,9 @@ class Server(SessionHost):
             self.limits.exempt_loopback,
         )
         self._listeners: list[socket.socket] = []
-        self._acceptor: Acceptor | None = None
+        self._plain_listeners: list[socket.socket] = []
+        self._acceptors: list[Acceptor] = []
+        self._tls: ServerTls | None = None
         self._web: Any = None
         self._registration: Any = None
         self._dial_out: Any = None
@@ -241,8 +257,12 @@ class Server(SessionHost):
                 load_at_start(self.environment, libraries)
             if server_init_callback is not None:
                 server_init_callback()
+            if tls:
+                self._tls = ServerTls(self.io_loop, Tls() if tls is True else tls, self._tls_failed)
             if not is_proxy:
                 self._listeners = listen(host, port, port_end)
+            if plain_port is not None:
+                self._plain_listeners = listen(host, plain_port, plain_port + 1)
             self.host, self.port = (
                 (self._proxy.host, self._proxy.port)
                 if self._proxy is not None
@@ -251,7 +271,7 @@ class Server(SessionHost):
             tracker = None if tracker_addr is None else tracker_pair(tracker_addr)
             call_in_loop(self.io_loop, lambda: self._start(web_port, allow_origin, tracker))
         except BaseException:
-            for listener in self._listeners:
+            for listener in (*self._listeners, *self._plain_listeners):
                 listener.close()
             if self._processes is not None:
                 self._processes.close()
@@ -292,9 +312,14 @@ class Server(SessionHost):
             self._processes.listen()
         if web_port is not None:
             self._open_web(web_port, allow_origin)
-        self._acceptor = Acceptor(self.io_loop, self._listeners, self.name, self._admit, self._half_open.drop_oldest)
+        admit = self._admit if self._tls is None else self._admit_encrypted
+        self._acceptors = [
+            Acceptor(self.io_loop, listeners, self.name, function, self._half_open.drop_oldest)
+            for listeners, function in ((self._listeners, admit), (self._plain_listeners, self._admit))
+        ]
         if tracker is not None:
-            self._registration = parts.find("registration")(self, tracker, self.port, self.max_sessions or 1)
+            port = self.port if self.plain_port is None else self.plain_port
+            self._registration = parts.find("registration")(self, tracker, port, self.max_sessions or 1)
         if self._proxy is not None:
             self._dial_out = parts.find("dial out")(self, self._proxy)
 
@@ -314,6 +339,18 @@ class Server(SessionHost):
         self._connections[connection] = None
         self.watcher.add(connection.fd, connection.ready)
         connection.deadline = self.io_loop.call_later(self.limits.handshake_timeout, self._handshake_over, connection)
+
+    def _admit_encrypted(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        assert self._tls is not None
+        try:
+            plain = self._tls.wrap(sock, address)
+        except OSError:
+            return
+        self._admit(plain, address)
+
+    def _tls_failed(self, address: tuple[Any, ...], why: str) -> None:
+        """Note that a client has not come through the TLS handshake."""
+        self.refusals.note(str(address[0]), f"{self.name}: refused {address[0]}:{address[1]}: no TLS ({why})")
 
     def _open_web(self, port: int, allow_origin: Sequence[str]) -> None:
         from rpcnb.server.web import WebPort
@@ -492,14 +529,25 @@ class Server(SessionHost):
 
     @property
     def address(self) -> str:
-        """``host:port`` to connect to."""
-        return show_address(self.host, self.port)
+        """``host:port`` to connect to; with TLS ``rpcs://host:port#sha256=...``."""
+        address = show_address(self.host, self.port)
+        return address if self._tls is None else f"rpcs://{address}#{self.fingerprint}"
 
     @property
     def web_port(self) -> int | None:
         """Port of the WebSocket; None if there is none."""
         port: int | None = None if self._web is None else self._web.port
         return port
+
+    @property
+    def plain_port(self) -> int | None:
+        """Port without TLS beside the one with it; None if there is none."""
+        return int(self._plain_listeners[0].getsockname()[1]) if self._plain_listeners else None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of its certificate, ``sha256=...``; None if it speaks no TLS."""
+        return None if self._tls is None else f"sha256={self._tls.fingerprint}"
 
     def open_web_port(self, port: int = 0, allow_origin: Sequence[str] = ()) -> None:
         """Listen for WebSockets too, from now on; arguments as ``web_port`` and ``allow_origin`` of the class."""
@@ -512,8 +560,9 @@ class Server(SessionHost):
     def whereabouts(self) -> dict[str, Any]:
         """Where it is, as a run file says it; without the token."""
         found: dict[str, Any] = {"host": self.host, "port": self.port, "pid": os.getpid(), "key": self.key}
-        if self.web_port is not None:
-            found["web_port"] = self.web_port
+        for name in ("web_port", "plain_port", "fingerprint"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
         return found
 
     @property
@@ -547,8 +596,11 @@ class Server(SessionHost):
 
     def forked(self) -> None:
         """In a child that a function has forked: clients, listeners and the loop are the parent's."""
-        for listener in [*self._listeners, *([] if self._web is None else self._web.listeners)]:
+        web = [] if self._web is None else self._web.listeners
+        for listener in (*self._listeners, *self._plain_listeners, *web):
             listener.close()
+        if self._tls is not None:
+            self._tls.forked()
         if self._processes is not None:
             self._processes.forked()
         if self._jobs is not None:
@@ -556,7 +608,7 @@ class Server(SessionHost):
         super().forked()
 
     def _stop(self) -> None:
-        for part in (self._registration, self._dial_out, self._web, self._acceptor):
+        for part in (self._registration, self._dial_out, self._web, *self._acceptors):
             if part is not None:
                 part.close()
         if self._jobs is not None:
@@ -564,6 +616,8 @@ class Server(SessionHost):
         if self._processes is not None:
             self._processes.close()
         super()._stop()
+        if self._tls is not None:
+            self._tls.close()
 
     def __enter__(self) -> Server:
         return self

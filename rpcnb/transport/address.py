@@ -11,6 +11,8 @@ from urllib.parse import unquote
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from rpcnb.transport.tls import Tls
+
 __all__ = [
     "Address",
     "is_loopback",
@@ -22,7 +24,7 @@ __all__ = [
 ]
 
 DEFAULT_PORT = 9090
-PORTS = {"rpc": DEFAULT_PORT, "tracker": 9190, "ws": 80, "wss": 443}
+PORTS = {"rpc": DEFAULT_PORT, "rpcs": DEFAULT_PORT, "tracker": 9190, "ws": 80, "wss": 443}
 _WEB = ("ws", "wss")
 
 
@@ -34,9 +36,11 @@ class Address:
         host: Name or number.
         port: Of the server.
         key: That it serves.
-        scheme: ``rpc``, ``tracker``, ``ws`` or ``wss``.
+        scheme: ``rpc``, ``rpcs``, ``tracker``, ``ws`` or ``wss``.
         path: Of a WebSocket: the HTTP path, with a query if there is one.
         headers: Of a WebSocket: further HTTP headers; never shown, as they may hold secrets.
+        fingerprint: Of the certificate that the server must have; empty: a known or a signed one.
+        tls: Certificates of one's own.
     """
 
     host: str
@@ -45,6 +49,13 @@ class Address:
     scheme: str = "rpc"
     path: str = "/ws"
     headers: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    fingerprint: str = ""
+    tls: Tls | None = None
+
+    @property
+    def is_secure(self) -> bool:
+        """Tell whether TLS is spoken."""
+        return self.scheme in ("rpcs", "wss")
 
     @property
     def is_web(self) -> bool:
@@ -71,7 +82,7 @@ def parse_address(
 
     Args:
         text: ``host``, ``host:port``, ``[::1]:port``, or a URL: ``rpc://host:port/key``, ``tracker://host:port/key``,
-            ``ws://host:port/path`` or ``wss://``.
+            ``rpcs://host:port/key#sha256=fingerprint``, ``ws://host:port/path`` or ``wss://``.
         port: What holds where the text names none; by default that of the scheme.
         key: Likewise.
         headers: HTTP headers for a WebSocket.
@@ -79,14 +90,22 @@ def parse_address(
     Raises:
         ValueError: It is not one.
     """
-    rest = text.strip()
+    rest, fingerprint = text.strip(), ""
     scheme, path = "rpc", "/ws"
     before, separator, after = rest.partition("://")
     if separator:
         if before not in PORTS:
-            expected = "rpc://host:port/key, tracker://host:port/key, ws://host:port/ws or host:port"
+            expected = (
+                "rpc://host:port/key, rpcs://host:port/key, tracker://host:port/key, ws://host:port/ws or host:port"
+            )
             raise ValueError(f"address {text!r} has scheme {before!r}; expected {expected}")
         scheme = before
+        if scheme == "rpcs":
+            after, sign, pin = after.partition("#")
+            if sign:
+                from rpcnb.transport.certificates import read_fingerprint
+
+                fingerprint = read_fingerprint(pin)
         rest, slash, tail = after.partition("/")
         if scheme in _WEB:
             path = slash + tail if tail else path
@@ -100,7 +119,8 @@ def parse_address(
         if not number.isdecimal() or not 0 < int(number) < 65536:
             raise ValueError(f"address {text!r} has port {number!r}; expected 1 to 65535")
         port = int(number)
-    return Address(host, PORTS[scheme] if port is None else port, key, scheme, path, dict(headers or {}))
+    port = PORTS[scheme] if port is None else port
+    return Address(host, port, key, scheme, path, dict(headers or {}), fingerprint)
 
 
 def parse_pair(text: str, port: int) -> tuple[str, int]:

@@ -120,3 +120,18 @@ def test_packed_elements_are_written_where_another_library_has_them() -> None:
     assert from_dlpack(target).tolist() == [1, -2, 3]
     with pytest.raises(CopyMismatch, match=r"cannot copy uint4 of shape \(3,\) into int4 of shape \(3,\)"):
         fill(target, np.zeros(3, ml_dtypes.uint4))
+
+
+def test_a_tensor_with_a_way_of_its_own_to_be_written_goes_that_way() -> None:
+    class Own:
+        def copyfrom(self, array: Any) -> None:
+            self.array = array
+
+    target, array = Own(), np.ones(3, ml_dtypes.bfloat16)
+    fill(target, array)
+    assert target.array is array
+
+
+def test_numpy_takes_what_is_exported_of_a_type_that_it_has() -> None:
+    data = np.arange(4, dtype=np.uint8)
+    assert np.from_dlpack(Exported(data, dtype("int16"), (2,))).tolist() == data.view("<i2").tolist()

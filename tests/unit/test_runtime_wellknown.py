@@ -12,7 +12,7 @@ from runtime_wire import Client, function_of, handle_of, module_of, object_of
 
 from rpcnb.errors import DeviceError
 from rpcnb.protocol.messages import CallFunc, Shutdown
-from rpcnb.runtime import libraries
+from rpcnb.runtime import libraries, wellknown
 from rpcnb.runtime.environment import Environment
 from rpcnb.runtime.registry import Registry
 from rpcnb.runtime.served import Module
@@ -201,3 +201,13 @@ def test_containers_of_the_ffi_are_for_clients_with_native_code() -> None:
     assert trusting.local.get_function("ffi.ModuleGetKind")
     trusting.send(Shutdown())
     careful.send(Shutdown())
+
+
+def test_a_runtime_s_own_functions_win_where_it_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wellknown, "_runtime_is_here", lambda: True)
+    monkeypatch.setattr(libraries, "find_global", lambda name: (lambda: 42) if name == "runtime.NumThreads" else None)
+    client = Client(Environment(native=True))
+    assert client.call("runtime.NumThreads") == (1, 42)
+    tensor = client.tensor((4,), "float32")
+    assert client.call("tvm.contrib.random.uniform", 1.0, 2.0, tensor) == (0, None), "the main library alone lacks it"
+    client.send(Shutdown())
