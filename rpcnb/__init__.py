@@ -24,7 +24,7 @@ _PUBLIC = {
     "AsyncSession": "rpcnb.client.aio",
     "Isolation": "rpcnb.server.isolation",
     "Limits": "rpcnb.protocol.codes",
-    "Tls": "rpcnb.transport.tls",
+    "Tls": "rpcnb.transport.tlsfiles",
     "LocalServingSession": "rpcnb.runtime.local",
     "LocalSession": "rpcnb.client.local",
     "Module": "rpcnb.runtime.served",

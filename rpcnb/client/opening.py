@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from rpcnb.client.aio import AsyncSession
     from rpcnb.protocol.codes import Limits
-    from rpcnb.transport.tls import Tls
+    from rpcnb.transport.tlsfiles import Tls
 
 __all__ = ["connect", "connect_async", "open_session", "open_session_async"]
 
@@ -52,8 +52,8 @@ def _make_dialer(
         limits = replace(limits, call=max(limits.call, limits.text + _BESIDE_TEXT))
     address = parse_address(url, port if port != DEFAULT_PORT or "://" not in url else None, key, headers)
     if tls is not None:
-        if address.scheme != "rpcs":
-            raise ValueError(f"tls= is for rpcs:// addresses, not for {url!r}")
+        if not address.is_secure:
+            raise ValueError(f"tls= is for rpcs:// and wss:// addresses, not for {url!r}")
         address = replace(address, tls=tls)
     constructor = tuple(session_constructor_args or ())
     given = [word for word in address.key.split(" ")[1:] if word.startswith("-token=")]
@@ -131,7 +131,7 @@ def connect(
         limits: What the server may send at most: ``rpcnb.Limits(text=64 << 20)`` for results that are longer texts than
             16 MiB, ``bytes_argument`` for bytes over 1 GiB. A longer result is an error of its call.
         plain_token: Send the token in clear: to an rpcnb server older than proofs, or through what must repeat it.
-        tls: Certificates of one's own, for ``rpcs://``.
+        tls: Certificates of one's own, for ``rpcs://`` and ``wss://``.
 
     Raises:
         ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are

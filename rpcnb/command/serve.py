@@ -21,7 +21,7 @@ from rpcnb.transport.address import is_loopback, outside_address, parse_address,
 from rpcnb.transport.loopthread import call_in_loop
 from rpcnb.transport.runfiles import publish, write_atomically
 from rpcnb.transport.terminal import printable
-from rpcnb.transport.tls import Tls
+from rpcnb.transport.tlsfiles import Tls
 
 if TYPE_CHECKING:
     import argparse

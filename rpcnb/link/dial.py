@@ -411,7 +411,7 @@ def shake_hands(sock: socket.socket, key: ClientKey, address: str, deadline: Dea
     """Drive :func:`greet` over a connected socket."""
     poll = select.poll()
     steps = greet(key, address)
-    data = b""
+    data: bytes | None = b""
     try:
         while True:
             out = steps.send(data) if data else next(steps)
@@ -420,9 +420,12 @@ def shake_hands(sock: socket.socket, key: ClientKey, address: str, deadline: Dea
                 data = b""
                 continue
             poll.register(sock, select.POLLIN)
-            while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
-                pass
-            data = sock.recv(4096)
+            data = None
+            while data is None:
+                while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
+                    pass
+                with contextlib.suppress(BlockingIOError):  # what came was TLS's own
+                    data = sock.recv(4096)
             if not data:
                 steps.send(b"")
     except StopIteration as end:
@@ -441,4 +444,5 @@ def _send_all(sock: socket.socket, data: bytes, poll: select.poll, deadline: Dea
     while data:
         while not guard.wait(lambda limit: poll.poll(limit * 1000), deadline.left()):
             pass
-        data = data[sock.send(data) :]
+        with contextlib.suppress(BlockingIOError):  # TLS has not sent all that it has made of it
+            data = data[sock.send(data) :]

@@ -146,6 +146,7 @@ class Wire:
         self.is_in_step: Callable[[], bool] = self.lock._is_owned  # type: ignore[attr-defined]  # not in the stub
         self._send = sock.send
         self._receive = sock.recv_into
+        self._has_more: Callable[[], bool] | None = getattr(sock, "has_more", None)  # of TLS
         # For each wait of a moment what to call as `recv_into`; for the pump alone, without lock. None: it cannot wait.
         self.waits: Iterator[Callable[..., int]] | None = None
 
@@ -287,7 +288,19 @@ class Wire:
         return True
 
     def fill(self) -> bool:
-        """Receive once, and settle the tickets whose replies are complete; False if nothing had come."""
+        """Receive, and settle the tickets whose replies are complete; False if nothing had come."""
+        got = self._fill()
+        if self._has_more is not None:
+            self._fill_rest()
+        return got
+
+    def _fill_rest(self) -> None:
+        """Receive what is kept where no poll sees it."""
+        assert self._has_more is not None
+        while self.ended is None and self._has_more():
+            self._fill()
+
+    def _fill(self) -> bool:
         # A stock server has no TCP_NODELAY: each reply after the first waits for our delayed ACK (44 ms) without it.
         if self.is_stock and _QUICKACK is not None and len(self.tickets) != 1:
             with contextlib.suppress(OSError):  # not TCP: a program's; or it has just ended, which receiving tells
@@ -341,6 +354,8 @@ class Wire:
         else:
             self.bytes_received += count
             self._settle_plainly(value)
+        if self._has_more is not None:
+            self._fill_rest()
         return value
 
     def _settle_plainly(self, value: Any) -> None:

@@ -41,7 +41,8 @@ from rpcnb.transport.address import is_loopback, parse_address, show_address, tr
 from rpcnb.transport.halfopen import HalfOpen, within_descriptors
 from rpcnb.transport.listen import Acceptor, listen
 from rpcnb.transport.loopthread import LoopThread, call_in_loop
-from rpcnb.transport.tls import ServerTls, Tls
+from rpcnb.transport.tls import ServerTls
+from rpcnb.transport.tlsfiles import Tls
 
 if TYPE_CHECKING:
     import socket

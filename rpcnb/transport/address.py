@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import ipaddress
 import socket
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from urllib.parse import unquote
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from rpcnb.transport.tls import Tls
+    from rpcnb.transport.tlsfiles import Tls
 
 __all__ = [
     "Address",
@@ -19,6 +21,7 @@ __all__ = [
     "outside_address",
     "parse_address",
     "parse_pair",
+    "read_fingerprint",
     "show_address",
     "tracker_pair",
 ]
@@ -102,10 +105,7 @@ def parse_address(
         scheme = before
         if scheme == "rpcs":
             after, sign, pin = after.partition("#")
-            if sign:
-                from rpcnb.transport.certificates import read_fingerprint
-
-                fingerprint = read_fingerprint(pin)
+            fingerprint = read_fingerprint(pin) if sign else ""
         rest, slash, tail = after.partition("/")
         if scheme in _WEB:
             path = slash + tail if tail else path
@@ -121,6 +121,21 @@ def parse_address(
         port = int(number)
     port = PORTS[scheme] if port is None else port
     return Address(host, port, key, scheme, path, dict(headers or {}), fingerprint)
+
+
+def read_fingerprint(text: str) -> str:
+    """Read ``sha256=...``: base64url, or hexadecimal with or without colons, as others print it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    kind, _, value = text.partition("=")
+    plain = value.replace(":", "")
+    with contextlib.suppress(ValueError):
+        digest = bytes.fromhex(plain) if len(plain) == 64 else base64.urlsafe_b64decode(value.rstrip("=") + "=")
+        if kind == "sha256" and len(digest) == 32:
+            return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+    raise ValueError(f"expected the fingerprint of a certificate, sha256=..., got {text!r}")
 
 
 def parse_pair(text: str, port: int) -> tuple[str, int]:

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from rpcnb.transport.address import show_address
+from rpcnb.transport.address import read_fingerprint, show_address
 
 __all__ = [
     "config_directory",
@@ -29,7 +29,6 @@ __all__ = [
     "first_certificate",
     "known_fingerprint",
     "own_certificate",
-    "read_fingerprint",
     "remember",
 ]
 
@@ -65,21 +64,6 @@ def first_certificate(path: str) -> bytes:
         _, begin, rest = file.read().partition("-----BEGIN CERTIFICATE-----")
     body, end, _ = rest.partition("-----END CERTIFICATE-----")
     return ssl.PEM_cert_to_DER_cert(begin + body + end)
-
-
-def read_fingerprint(text: str) -> str:
-    """Read ``sha256=...``: base64url, or hexadecimal with or without colons, as others print it.
-
-    Raises:
-        ValueError: It is none.
-    """
-    kind, _, value = text.partition("=")
-    plain = value.replace(":", "")
-    with contextlib.suppress(ValueError):
-        digest = bytes.fromhex(plain) if len(plain) == 64 else base64.urlsafe_b64decode(value.rstrip("=") + "=")
-        if kind == "sha256" and len(digest) == 32:
-            return base64.urlsafe_b64encode(digest).decode().rstrip("=")
-    raise ValueError(f"expected the fingerprint of a certificate, sha256=..., got {text!r}")
 
 
 # -- servers that are known ------------------------------------------------------------------------------------------

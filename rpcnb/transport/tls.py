@@ -25,9 +25,10 @@ from rpcnb.transport.certificates import (
     remember,
 )
 from rpcnb.transport.tcptable import ends_of
+from rpcnb.transport.tlsfiles import Tls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from tornado.ioloop import IOLoop
 
@@ -36,39 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["PlainEnd", "Relay", "ServerTls", "Tls", "secure"]
 
 _PIECE = 256 << 10
+_RECORD = 16 << 10  # bytes that TLS encrypts as one
+_NOW: int = getattr(socket, "MSG_DONTWAIT", 0)
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")
 _NO_TLS = b"\x15\x03\x01\x00\x02\x02\x46"  # an alert, fatal: the version of the protocol
 _AT_ONCE = 16  # pieces that are moved each way before others have their turn
-
-
-@dataclass(frozen=True)
-class Tls:
-    """Certificates of one's own, for ``Server(tls=...)`` and ``connect("rpcs://...", tls=...)``.
-
-    Attributes:
-        cert: File of the certificate (and what it is signed by), PEM.
-        key: File of its private key; None: it is in ``cert``.
-        ca: File of the authorities that are trusted: by a client for servers' certificates; by a server for those of
-            clients, which it then asks for.
-    """
-
-    cert: str | None = None
-    key: str | None = None
-    ca: str | None = None
-
-    def load(self, context: ssl.SSLContext) -> None:
-        """Let a context have these.
-
-        Raises:
-            OSError: A file is not there, or not what it should be.
-        """
-        try:
-            if self.cert is not None:
-                context.load_cert_chain(self.cert, self.key)
-            if self.ca is not None:
-                context.load_verify_locations(self.ca)
-        except ssl.SSLError as error:
-            names = ", ".join(name for name in (self.cert, self.key, self.ca) if name)
-            raise OSError(error.errno, f"not certificates that go together: {error.reason or error}", names) from None
 
 
 class PlainEnd(socket.socket):
@@ -83,6 +56,175 @@ class PlainEnd(socket.socket):
     ends = ""
 
 
+class TlsSocket:
+    """A connected socket on which TLS is spoken; used like a socket.
+
+    What has been decrypted and did not fit is kept where no poll sees it: then ``has_more()`` is true, and receiving
+    again gives it. ``send`` counts bytes when they have left: who cannot send now offers the same bytes again.
+
+    Args:
+        sock: The socket below.
+        context: How.
+        host: Of the server, for a client; None at a server.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str | None = None) -> None:
+        self._sock = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=host is None, server_hostname=host)
+        self._lock = threading.Lock()  # one thread may send while another receives
+        self._unsent = memoryview(b"")  # encrypted
+        self._promised = 0  # bytes of the caller's that leave with it
+        self._full = False  # the last receiving has filled its buffer
+        self.fingerprint = ""  # of the server's certificate
+        self.ends = ends_of(sock)
+
+    def shake_hands(self) -> None:
+        """Go on with the handshake.
+
+        Raises:
+            ssl.SSLWantReadError: More must come.
+            OSError: It has failed.
+        """
+        try:
+            self._tls.do_handshake()
+        finally:
+            self._post()
+
+    def feed(self, data: bytes) -> None:
+        """Take what has been received below; nothing is the end of the stream."""
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def more(self) -> None:
+        """Receive more below.
+
+        Raises:
+            BlockingIOError: There is nothing now.
+        """
+        self.feed(self._sock.recv(_PIECE, _NOW))
+
+    def refuse(self) -> None:
+        """Tell a peer that speaks no TLS what this port is, in clear: OpenSSL does not."""
+        with contextlib.suppress(OSError):
+            self._sock.send(_NO_TLS, _NOW)
+
+    def certificate(self) -> bytes:
+        """Return the peer's certificate, DER."""
+        return self._tls.getpeercert(binary_form=True) or b""
+
+    def has_more(self) -> bool:
+        """Tell whether receiving again may give something at once."""
+        return self._full and bool(self._tls.pending() or self._incoming.pending)
+
+    # -- as a socket ---------------------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Return the descriptor of the socket below."""
+        return self._sock.fileno()
+
+    def detach(self) -> int:
+        """Give up the socket below without a word to the other side; returns its descriptor."""
+        return self._sock.detach()
+
+    def setblocking(self, flag: bool) -> None:
+        """Set the socket below."""
+        self._sock.setblocking(flag)
+
+    def gettimeout(self) -> float | None:
+        """Return the time limit of the socket below."""
+        return self._sock.gettimeout()
+
+    def setsockopt(self, *args: Any) -> None:
+        """Set an option of the socket below."""
+        self._sock.setsockopt(*args)
+
+    def getsockopt(self, *args: Any) -> Any:
+        """Return an option of the socket below."""
+        return self._sock.getsockopt(*args)
+
+    def shutdown(self, how: int) -> None:
+        """End the socket below."""
+        self._sock.shutdown(how)
+
+    def close(self) -> None:
+        """Close the socket below."""
+        self._sock.close()
+
+    def recv(self, count: int, flags: int = 0) -> bytes:
+        """Receive, as a socket does."""
+        buffer = bytearray(count)
+        return bytes(buffer[: self.recv_into(buffer, count, flags)])
+
+    def recv_into(self, buffer: Any, count: int = 0, flags: int = 0) -> int:
+        """Receive into ``buffer``, as a socket does: what is there, and what the socket below gives at once."""
+        view = memoryview(buffer)
+        view = view[:count] if count else view
+        while True:
+            with self._lock:
+                got = self._decrypt(view)
+            if got is not None:
+                return got
+            data = self._sock.recv(_PIECE, flags)
+            with self._lock:
+                self.feed(data)
+
+    def _decrypt(self, view: memoryview) -> int | None:
+        """Decrypt into ``view``; None if there is nothing to decrypt."""
+        got, read = 0, self._tls.read
+        self._full = False
+        try:
+            while got < len(view):
+                count = int(read(len(view) - got, view[got:]))
+                if not count:
+                    return got
+                got += count
+        except ssl.SSLWantReadError:
+            self._post()  # an answer to a change of keys
+            return got or None
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            return got
+        self._full = True
+        return got
+
+    def _post(self) -> None:
+        """Send what TLS has to say by itself, if it can be sent now."""
+        if self._outgoing.pending:
+            self._take_encrypted()
+            with contextlib.suppress(BlockingIOError):
+                self._flush(_NOW)
+
+    def _take_encrypted(self) -> None:
+        self._unsent = memoryview(b"".join((self._unsent, self._outgoing.read())))
+
+    def _flush(self, flags: int) -> None:
+        while self._unsent:
+            self._unsent = self._unsent[self._sock.send(self._unsent, flags) :]
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send, as a socket does."""
+        with self._lock:
+            if not self._promised:
+                self._promised = self._tls.write(memoryview(data).cast("B")[:_PIECE])
+                self._take_encrypted()
+            self._flush(flags)
+            sent, self._promised = self._promised, 0
+            return sent
+
+    def sendmsg(self, buffers: Iterable[Any], ancillary: Any = (), flags: int = 0) -> int:
+        """Send, as a socket does; small ones in one record."""
+        parts: list[Any] = []
+        size = 0
+        for one in buffers:
+            if parts and size + len(one) > _RECORD:
+                break
+            parts.append(one)
+            size += len(one)
+        return self.send(parts[0] if len(parts) == 1 else b"".join(parts), flags)
+
+
 def _pair() -> tuple[socket.socket, PlainEnd]:
     ours, theirs = socket.socketpair()
     return ours, PlainEnd(fileno=theirs.detach())
@@ -91,29 +233,31 @@ def _pair() -> tuple[socket.socket, PlainEnd]:
 # -- clients ---------------------------------------------------------------------------------------------------------
 
 
-def secure(
-    sock: socket.socket, address: Address, seconds: float | None, report: Callable[[PlainEnd | OSError], object]
-) -> None:
-    """Speak TLS over ``sock``, in a daemon thread that ends with the connection.
+def secure(sock: socket.socket, address: Address, seconds: float | None, report: Callable[[Any], object]) -> None:
+    """Speak TLS over ``sock``; in a daemon thread, as certificates are read and looked at.
 
     Args:
         sock: Connected; the thread owns it from now on.
         address: What was dialled: a name that the certificate must have, or the certificate's fingerprint.
         seconds: For the handshake.
-        report: Gets the plain socket, or why there is none; in that thread.
+        report: Gets what is used like a socket, or why there is none (an OSError); in that thread, which for ``wss://``
+            lives as long as the connection: there it is a plain socket.
     """
 
     def run() -> None:
         try:
             sock.settimeout(seconds)
-            encrypted, shown = _shake_hands(sock, address)
+            encrypted = _shake_hands(sock, address)
+            sock.setblocking(False)
         except (OSError, ValueError) as error:
             sock.close()
             report(error if isinstance(error, OSError) else OSError(str(error)))
             return
-        ours, theirs = _pair()
-        theirs.fingerprint = shown
-        with encrypted, ours:
+        if not address.is_web:
+            report(encrypted)
+            return
+        ours, theirs = socket.socketpair()
+        with sock, ours:
             report(theirs)
             with contextlib.suppress(OSError):
                 _run(Relay(encrypted, ours))
@@ -121,20 +265,28 @@ def secure(
     threading.Thread(target=run, name="rpcnb-tls", daemon=True).start()
 
 
-def _shake_hands(sock: socket.socket, address: Address) -> tuple[ssl.SSLSocket, str]:
-    """Return the encrypted socket of a server that is who it should be, and its certificate's fingerprint."""
-    context = ssl.create_default_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if address.tls is not None:
-        address.tls.load(context)
+def _shake_hands(sock: socket.socket, address: Address) -> TlsSocket:
+    """Greet a server, and make sure that it is who it should be."""
     expected = address.fingerprint
     if address.scheme == "rpcs" and not expected:
         expected = known_fingerprint(address.host, address.port)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     if expected:  # whoever has signed it, and whatever name it has
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+    else:
+        context.load_default_certs()
+    if address.tls is not None:
+        address.tls.load(context)
+    encrypted = TlsSocket(sock, context, address.host)
     try:
-        encrypted = context.wrap_socket(sock, server_hostname=address.host)
+        while True:
+            try:
+                encrypted.shake_hands()
+                break
+            except ssl.SSLWantReadError:
+                encrypted.feed(sock.recv(_PIECE))
     except ssl.SSLCertVerificationError as error:
         raise _unknown(address, error) from None
     except (ssl.SSLEOFError, ConnectionResetError):
@@ -142,19 +294,16 @@ def _shake_hands(sock: socket.socket, address: Address) -> tuple[ssl.SSLSocket, 
         raise ConnectFailed(
             str(address), "connect", f"it ended the TLS handshake; a server without TLS is reached by {plain}"
         ) from None
-    shown = encrypted.getpeercert(binary_form=True) or b""
+    shown = encrypted.certificate()
     seen = fingerprint_of(shown)
-    try:
-        if expected and seen != expected:
-            raise CertificateChanged(str(address), seen, expected, kept=not address.fingerprint)
-        if expected and expiry(shown).over:
-            raise CertificateUnknown(str(address), f"its certificate has expired on {expiry(shown)}")
-        if address.fingerprint:
-            remember(address.host, address.port, seen)
-    except BaseException:
-        encrypted.close()
-        raise
-    return encrypted, seen
+    if expected and seen != expected:
+        raise CertificateChanged(str(address), seen, expected, kept=not address.fingerprint)
+    if expected and expiry(shown).over:
+        raise CertificateUnknown(str(address), f"its certificate has expired on {expiry(shown)}")
+    if address.fingerprint:
+        remember(address.host, address.port, seen)
+    encrypted.fingerprint = seen
+    return encrypted
 
 
 def _unknown(address: Address, error: ssl.SSLCertVerificationError) -> ConnectFailed:
@@ -198,7 +347,7 @@ class Relay:
         plain: What is used like the connection.
     """
 
-    def __init__(self, encrypted: ssl.SSLSocket, plain: socket.socket) -> None:
+    def __init__(self, encrypted: TlsSocket, plain: socket.socket) -> None:
         encrypted.setblocking(False)
         plain.setblocking(False)
         self.encrypted = encrypted
@@ -229,11 +378,8 @@ class Relay:
                 continue
             try:
                 data = self.encrypted.recv(_PIECE)
-            except ssl.SSLWantReadError:
+            except BlockingIOError:
                 wants.encrypted |= select.POLLIN
-                return True
-            except ssl.SSLWantWriteError:
-                wants.encrypted |= select.POLLOUT
                 return True
             if not data:
                 return False
@@ -255,10 +401,7 @@ class Relay:
                 self._outward = memoryview(data)
             try:
                 self._outward = self._outward[self.encrypted.send(self._outward) :]
-            except ssl.SSLWantReadError:
-                wants.encrypted |= select.POLLIN
-                return True
-            except ssl.SSLWantWriteError:
+            except BlockingIOError:
                 wants.encrypted |= select.POLLOUT
                 return True
         wants.again = True
@@ -293,6 +436,7 @@ class ServerTls:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._context.options |= ssl.OP_NO_RENEGOTIATION
+        self._context.num_tickets = 0  # a session is not resumed, and what wakes a client is for it
         given.load(self._context)
         if given.ca is not None:
             self._context.verify_mode = ssl.CERT_REQUIRED
@@ -305,12 +449,12 @@ class ServerTls:
             OSError: There are no descriptors left; the socket is closed.
         """
         try:
-            encrypted = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            encrypted = TlsSocket(sock, self._context)
             ours, theirs = _pair()
         except BaseException:
             sock.close()
             raise
-        theirs.fingerprint, theirs.ends = self.fingerprint, ends_of(encrypted)
+        theirs.fingerprint, theirs.ends = self.fingerprint, encrypted.ends
         relay = _LoopRelay(self._io_loop, Relay(encrypted, ours), self._relays.discard)
         relay.failed = lambda why: self._failed(peer, why)
         self._relays.add(relay)
@@ -328,14 +472,6 @@ class ServerTls:
             relay.close()
 
 
-def _say_why_not(sock: ssl.SSLSocket, error: OSError) -> None:
-    """Tell a client that speaks no TLS what this port is; what has come is taken, as else its answer would be lost."""
-    with contextlib.suppress(OSError):
-        socket.socket.recv(sock, _PIECE)
-        if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):  # OpenSSL says nothing then
-            socket.socket.send(sock, _NO_TLS)
-
-
 class _LoopRelay:
     """A relay on a loop."""
 
@@ -347,7 +483,7 @@ class _LoopRelay:
         self._ended = ended
         self._greeted = False
         self._over = False
-        self._watched: dict[socket.socket, int] = {}  # sockets that the loop watches, and for what
+        self._watched: dict[Any, int] = {}  # sockets that the loop watches, and for what
 
     def step(self, *_: object) -> None:
         """Go on; the loop calls it when a socket is ready."""
@@ -358,7 +494,8 @@ class _LoopRelay:
         except OSError as error:
             if not self._greeted:
                 self.failed(getattr(error, "reason", None) or error.strerror or str(error))
-                _say_why_not(self._relay.encrypted, error)
+                if getattr(error, "reason", "") in _NOT_TLS:
+                    self._relay.encrypted.refuse()
             wants = None
         if wants is None:
             self.end()
@@ -373,16 +510,19 @@ class _LoopRelay:
         with contextlib.suppress(BlockingIOError):
             if not relay.plain.recv(1, socket.MSG_PEEK):  # the server does not wait any longer
                 return None
-        try:
-            relay.encrypted.do_handshake()
-        except ssl.SSLWantReadError:
-            return _Wants(encrypted=select.POLLIN, plain=select.POLLIN)
-        except ssl.SSLWantWriteError:
-            return _Wants(encrypted=select.POLLOUT, plain=select.POLLIN)
+        while True:
+            try:
+                relay.encrypted.shake_hands()
+                break
+            except ssl.SSLWantReadError:
+                try:
+                    relay.encrypted.more()
+                except BlockingIOError:
+                    return _Wants(encrypted=select.POLLIN, plain=select.POLLIN)
         self._greeted = True
         return relay.move()
 
-    def _watch(self, sock: socket.socket, events: int) -> None:
+    def _watch(self, sock: Any, events: int) -> None:
         loop, before = self._io_loop, self._watched.get(sock)
         mask = (loop.READ if events & select.POLLIN else 0) | (loop.WRITE if events & select.POLLOUT else 0)
         if mask == before:

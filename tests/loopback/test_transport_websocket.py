@@ -13,6 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -642,31 +643,25 @@ def secured(server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int,
     asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
 
 
-def test_a_session_over_tls(secured: tuple[int, trustme.CA], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_over_tls(secured: tuple[int, trustme.CA], tmp_path: Path) -> None:
     port, authority = secured
     url = f"wss://localhost:{port}/ws"
-    with pytest.raises(rpcnb.ConnectFailed, match=r"TLS failed: .*certificate"):
+    with pytest.raises(rpcnb.ConnectFailed, match=r"its certificate is not trusted: "):
         rpcnb.connect(url, key="web", token="secret-token")
-    make = ssl.create_default_context
-
-    def trusting(*args: Any, **options: Any) -> ssl.SSLContext:
-        context = make(*args, **options)
-        authority.configure_trust(context)
-        return context
-
-    monkeypatch.setattr(ssl, "create_default_context", trusting)
-    with rpcnb.connect(url, key="web", token="secret-token") as session:
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    tls = rpcnb.Tls(ca=str(tmp_path / "ca.pem"))
+    with rpcnb.connect(url, key="web", token="secret-token", tls=tls) as session:
         assert session.call("add", 1, 2) == 3
         array = np.arange(3_000_000, dtype="float32")
         assert (session.array(array).numpy() == array).all()
 
     async def story() -> None:
-        async with await rpcnb.connect_async(url, key="web", token="secret-token") as session:
+        async with await rpcnb.connect_async(url, key="web", token="secret-token", tls=tls) as session:
             assert await session.call("add", 1, 2) == 3
 
     asyncio.run(story())
-    with pytest.raises(rpcnb.ConnectFailed, match="TLS failed"):
-        rpcnb.connect(f"wss://127.0.0.1:{port}/ws", key="web", token="secret-token")
+    with pytest.raises(rpcnb.errors.CertificateUnknown, match="IP address mismatch"):
+        rpcnb.connect(f"wss://127.0.0.1:{port}/ws", key="web", token="secret-token", tls=tls)
 
 
 def test_a_plain_port_is_no_tls(server: Any) -> None:

@@ -13,13 +13,12 @@ import pytest
 import trustme
 
 from rpcnb.transport import certificates
-from rpcnb.transport.address import parse_address
+from rpcnb.transport.address import parse_address, read_fingerprint
 from rpcnb.transport.certificates import (
     expiry,
     fingerprint_of,
     known_fingerprint,
     own_certificate,
-    read_fingerprint,
     remember,
 )
 
