@@ -10,6 +10,7 @@ import argparse
 import ast
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,12 +232,36 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
+def _take_token(words: list[str], at: int, own: bool) -> list[str]:
+    """Take a token from the words of a script, which has no history; returns the words without it.
+
+    Of this process's own line (``own``) it is taken out for good, also of the list of processes: it begins anew.
+    """
+    word, _, token = words[at].partition("=")
+    end = at + 1
+    if not token and words[at] == word:
+        token, end = (words[end], end + 1) if end < len(words) else ("", end)
+    sys.stderr.write(f"rpcnb: {TOKEN_ON_LINE}\n")
+    sys.stderr.flush()
+    reading, writing = os.pipe()
+    os.write(writing, token.encode())
+    os.close(writing)
+    kept = [*words[:at], "--token-file", f"/dev/fd/{reading}", *words[end:]]
+    if own:
+        os.set_inheritable(reading, True)
+        os.execv(sys.executable, [*sys.orig_argv[: -len(words)], *kept])
+    return kept
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse; a pattern or arguments may stand behind options, where argparse itself does not look for them."""
     parser = _parser()
-    words = sys.argv[1:] if argv is None else argv
-    if any(word == "--token" or word.startswith("--token=") for word in words):
-        parser.error(TOKEN_ON_LINE)
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    at = next((at for at, word in enumerate(words) if word == "--token" or word.startswith("--token=")), None)
+    if at is not None:
+        if words[:1] != ["serve"] or any(one is not None and one.isatty() for one in (sys.stdin, sys.stdout)):
+            parser.error(TOKEN_ON_LINE)
+        words = _take_token(words, at, argv is None)
     options, extra = parser.parse_known_args(words)
     if extra and not any(word.startswith("--") for word in extra):
         if options.command == "call":

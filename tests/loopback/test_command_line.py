@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import eventually
 
@@ -350,9 +351,38 @@ def test_control_characters_of_strangers_reach_no_terminal(
             assert r"\x1b]52" in text or r"\u001b]52" in text, args
 
 
-@pytest.mark.parametrize("args", [["serve", "--token", "canary"], ["call", "x:1", "f", "--token=canary"]])
+@pytest.mark.parametrize("args", [["call", "x:1", "f", "--token", "canary"], ["call", "x:1", "f", "--token=canary"]])
 def test_a_token_on_the_line_is_refused_and_not_repeated(args: list[str]) -> None:
     done = run(*args)
     assert done.returncode == 2
     assert "--token-file FILE" in done.stderr
     assert "canary" not in done.stderr
+
+
+def test_at_a_terminal_serve_refuses_it_too() -> None:
+    master, slave = os.openpty()
+    command = [sys.executable, "-m", "rpcnb", "serve", "--port", "0", "--token", "canary"]
+    done = subprocess.run(command, stdin=slave, capture_output=True, text=True, timeout=30)
+    os.close(slave)
+    os.close(master)
+    assert done.returncode == 2
+    assert "--token-file FILE" in done.stderr
+    assert "canary" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--token", "canary-of-a-script"], ["--token=canary-of-a-script"]])
+def test_a_script_s_is_taken_out_of_the_list_of_processes(tmp_path: Path, words: list[str]) -> None:
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-m", "rpcnb", "serve", *words, "--port", "0", "--silent", "--ready-file", str(ready)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        eventually(ready.exists, "the server", 30)
+        content = json.loads(ready.read_text())
+        assert content["pid"] == process.pid
+        for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+            assert "canary" not in " ".join(one.cmdline())
+        with rpcnb.connect("127.0.0.1", content["port"], token="canary-of-a-script") as session:
+            assert session.call("rpc.test.addone", 1) == 2
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    assert b"--token-file FILE" in said
+    assert b"canary" not in said
