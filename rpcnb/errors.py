@@ -106,6 +106,10 @@ def _made_again(kind: type[RpcError], args: tuple[Any, ...], facts: dict[str, An
     return made
 
 
+class HostsUnreadable(RpcError, ValueError):
+    """The file with this user's servers, ``hosts.toml``, cannot be used as it is."""
+
+
 class ConnectFailed(RpcError, ConnectionError):
     """No session came about.
 

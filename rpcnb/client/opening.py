@@ -11,11 +11,11 @@ from rpcnb.client.base import SessionBase
 from rpcnb.client.session import Session
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import Dialer
+from rpcnb.link.hosts import find_host, find_secret
 from rpcnb.link.interrupt import Guard
 from rpcnb.protocol.secret import Secret, hidden
 from rpcnb.transport.address import DEFAULT_PORT, parse_address
 from rpcnb.transport.deadline import Deadline
-from rpcnb.transport.runfiles import find_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +50,9 @@ def _make_dialer(
 ) -> Dialer:
     if limits is not None:
         limits = replace(limits, call=max(limits.call, limits.text + _BESIDE_TEXT))
+    named = find_host(url)
+    if named is not None:
+        url, key = named.whole, key or named.key
     address = parse_address(url, port if port != DEFAULT_PORT or "://" not in url else None, key, headers)
     if tls is not None:
         if not address.is_secure:
@@ -64,6 +67,8 @@ def _make_dialer(
     if make is not None:
         if plain_token:
             raise ValueError("plain_token=True: whoever offers a board at a tracker would get the token")
+        if token is None and named is not None and named.token:
+            token = hidden(named.token)
         return make(
             address, 1, session_timeout, 5, constructor, token, extensions, lanes=lanes, depth=depth, limits=limits
         )
@@ -71,7 +76,7 @@ def _make_dialer(
     def find_key() -> ClientKey:
         found = token
         if found is None and extensions:
-            found = hidden(find_token(address.host, address.port, address.key))
+            found = find_secret(address, named)
         return ClientKey(address.key, session_timeout, found, extensions, limits, plain_token=plain_token)
 
     return Dialer(address, find_key(), constructor, lanes, depth, find_key)
@@ -105,18 +110,19 @@ def connect(
     """Open a session with an RPC server, rpcnb's or stock TVM's.
 
     Args:
-        url: Host, ``host:port``, ``rpc://host:port/key``; ``rpcs://host:port/key#sha256=...`` for a server with TLS,
-            as it prints it (without the fingerprint where the server is known since, or its certificate signed);
-            ``tracker://host:port/key`` for a board that a tracker hands out; ``ws://host:port/ws`` or ``wss://...`` for
-            a server behind the web.
+        url: A name of this user's file of hosts (docs/secrets.md); host, ``host:port``, ``rpc://host:port/key``;
+            ``rpcs://host:port/key#sha256=...`` for a server with TLS, as it prints it (without the fingerprint
+            where it is known since, or its certificate signed); ``tracker://host:port/key`` for a board that a tracker
+            hands out; ``ws://host:port/ws`` or ``wss://...`` for a server behind the web.
         port: Port, if the URL names none.
         key: Key that the server must serve, if the URL names none.
         session_timeout: Seconds after which the server ends the session; 0 for never.
         session_constructor_args: Name and arguments of a session constructor of the server, for example
             ``["rpc.Connect", "inner-host", 9090, "key"]`` to go on to another server through this one.
         enable_logging: Log every operation at level DEBUG.
-        token: The server's token; one of a server of this user on this machine is found without it. It is proved, not
-            sent, and the server must prove that it knows it too.
+        token: The server's token. It is proved, not sent, and the server must prove that it knows it too. Without it:
+            that of this user's own server on this machine, else ``RPCNB_TOKEN`` of the environment, else that of the
+            file of hosts.
         timeout: Seconds for resolving, connecting, handshake and init together; None for no limit. Waiting for a
             tracker's board takes as long as it takes (:meth:`TrackerSession.request` has a limit for that too).
         extensions: Offer rpcnb's extensions; False makes us stock to the byte.

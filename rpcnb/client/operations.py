@@ -700,11 +700,12 @@ def _local_array(source: Any, meta: TensorMeta | None = None) -> np.ndarray[Any,
     import numpy as np
 
     from rpcnb.runtime.arrays import plain_array
-    from rpcnb.runtime.dlpack import from_dlpack
 
     if isinstance(source, np.ndarray):
         return plain_array(source)
     if hasattr(source, "__dlpack__"):
+        from rpcnb.runtime.dlpack import from_dlpack
+
         return from_dlpack(source)
     if isinstance(source, (list, tuple)):
         source = [plain_array(one) if isinstance(one, np.ndarray) else one for one in source]

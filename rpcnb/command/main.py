@@ -223,6 +223,8 @@ def _servers(options: argparse.Namespace) -> int:
         _print("no server of this user is running; start one with: rpcnb serve")
     for server in found:
         address = show_address(str(server.get("host")), int(server.get("port", 0)))
+        if server.get("fingerprint"):
+            address = f"rpcs://{address}#{server['fingerprint']}"
         _print(f"{address:24} key {server.get('key')!r:12} pid {server.get('pid')}")
     return DONE
 

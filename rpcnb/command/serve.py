@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.command.until import until_signal
+from rpcnb.link.hosts import VARIABLE
 from rpcnb.runtime.backend import ffi_global_names
 from rpcnb.runtime.registry import REGISTRY
 from rpcnb.server.isolation import CAN_ISOLATE, Isolation
@@ -123,8 +124,11 @@ def _make_server(
     options: argparse.Namespace, ffi_names: frozenset[str], runner: Runner | None, isolation: Isolation | None
 ) -> Server:
     token: str | bool | None = None
+    given = os.environ.pop(VARIABLE, None)  # functions that are served need not see it
     if options.token_file:
         token = Path(options.token_file).read_text().strip()
+    elif given and not options.no_token:
+        token = given.strip()
     if options.no_token:
         if token is not None:
             raise ValueError("--no-token and a token exclude each other")

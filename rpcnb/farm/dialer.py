@@ -15,10 +15,10 @@ from rpcnb.farm.messages import is_word, request_board
 from rpcnb.farm.trackerlink import TrackerLink, converse
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import OPEN_SECONDS, Dialer
+from rpcnb.link.hosts import find_secret
 from rpcnb.protocol.secret import hidden
 from rpcnb.transport.address import Address, show_address
 from rpcnb.transport.deadline import Deadline
-from rpcnb.transport.runfiles import find_token
 from rpcnb.transport.terminal import printable
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class TrackedDialer(Dialer):
             )
         token = self._token
         if token is None and self._extensions:
-            token = hidden(find_token(host, port, self.tracker.key))
+            token = find_secret(Address(host, port, self.tracker.key))
         self.address = Address(host, port, self.tracker.key)
         self.key = ClientKey(match_key, self._session_timeout, token, self._extensions, self.key.limits)
 

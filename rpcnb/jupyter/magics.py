@@ -21,8 +21,10 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 from rpcnb.errors import CellError, KeyMismatch, RpcError
 from rpcnb.jupyter.serving import kernel_server, paste_lines, serve, share_lines, stop_serving
 from rpcnb.jupyter.sessions import BOOK
+from rpcnb.link.hosts import Host, remember_host
 from rpcnb.protocol.secret import TOKEN_ON_LINE, Secret, hidden
 from rpcnb.transport.address import parse_address, show_address
+from rpcnb.transport.certificates import config_directory
 from rpcnb.transport.terminal import printable
 
 if TYPE_CHECKING:
@@ -77,7 +79,9 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @line_magic  # IPython expands {port} in its line
     @plain_errors
     @magic_arguments()
-    @argument("address", nargs="?", default=None, help="HOST:PORT, a URL (rpc, tracker, ws, wss), or demo")
+    @argument(
+        "address", nargs="?", default=None, help="a known name, HOST:PORT, a URL (rpc, rpcs, tracker...), or demo"
+    )
     @argument("--key", default="", help="key that the server serves")
     @argument("--token-file", help="file that holds the server's token")
     @argument("--plain-token", action="store_true", help="send it in clear, to an rpcnb older than proofs")
@@ -86,6 +90,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @argument("--session-timeout", type=float, default=0, help="seconds after which the server ends the session")
     @argument("--new", action="store_true", help="open another session although one is open")
     @argument("--as", dest="name", help="name of the session, also bound as a variable")
+    @argument("--remember", metavar="NAME", help="keep address and token under this name, in a file of yours")
     def rpc_connect(self, line: str) -> Session | None:
         """Connect to a remote device: ``%rpc_connect HOST:PORT``, or ``%rpc_connect demo`` without any device."""
         options = parse_argstring(self.rpc_connect, line)
@@ -118,8 +123,12 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
                 raise
             session, word = open_session(asked)
             BOOK.tokens[address] = asked
+            options.remember = options.remember or _ask_name(session)
         to = "" if word == "reconnected" else "to "
         say(f"{word} {to}{describe(session)}{f', via {options.via}' if options.via else ''}")
+        if options.remember:
+            remember_host(Host(options.remember, address, key, str(token or BOOK.tokens.get(address, ""))))
+            say(f"from now on %rpc_connect {options.remember} is enough ({config_directory() / 'hosts.toml'})")
         if options.name:
             self.shell.user_ns[options.name] = session
         return session
@@ -223,6 +232,14 @@ def _ask_token(address: str) -> str | None:
         return None
 
 
+def _ask_name(session: Session) -> str:
+    """Ask under which name a server and its token are to be kept; empty for not at all."""
+    try:
+        return input(f"keep the token of {session.peer} for next time? Its name, or nothing: ").strip()
+    except (EOFError, NotImplementedError, RuntimeError):  # a front end without input
+        return ""
+
+
 def _default_address() -> str:
     """Return this kernel's server, else the newest one of this user, else the demo board."""
     from rpcnb.transport.runfiles import list_servers
@@ -233,5 +250,7 @@ def _default_address() -> str:
     board = BOOK.board.pid if BOOK.board is not None else 0
     for server in list_servers():
         if server.get("pid") != board and not server.get("proxy"):
-            return f"rpc://{show_address(server['host'], server['port'])}/{quote(str(server.get('key') or ''))}"
+            scheme, pin = ("rpcs", f"#{server['fingerprint']}") if server.get("fingerprint") else ("rpc", "")
+            where = show_address(server["host"], server["port"])
+            return f"{scheme}://{where}/{quote(str(server.get('key') or ''))}{pin}"
     return "demo"

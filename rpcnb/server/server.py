@@ -60,6 +60,7 @@ __all__ = ["Server", "all_servers"]
 log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds
+_SHORTEST = 22  # characters of a token that others than this machine may try: 128 bits
 _LATE = 8  # clients of one address that wait for being refused; of more the first is told at once
 _MOST_VISITS = 8  # sessions at once that need no place: they only look after jobs
 _MOST_CONNECTIONS = 1 << 20  # at once
@@ -289,6 +290,11 @@ class Server(SessionHost):
     @staticmethod
     def _choose_token(host: str, token: str | bool | None, insecure: bool) -> str | None:
         if isinstance(token, str):
+            if len(token) < _SHORTEST and not (is_loopback(host) or insecure):
+                raise AccessDenied(
+                    f"a token of {len(token)} characters can be guessed; expected {_SHORTEST} or more: leave it out, "
+                    "and one is made"
+                )
             return check_token(token)
         if is_loopback(host):
             return new_token() if token else None

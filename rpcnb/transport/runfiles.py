@@ -17,7 +17,7 @@ from typing import Any
 from rpcnb.transport.address import is_loopback
 from rpcnb.transport.tcptable import may_listen
 
-__all__ = ["find_token", "list_servers", "publish", "runtime_directory", "write_atomically"]
+__all__ = ["find_own", "find_token", "list_servers", "publish", "runtime_directory", "write_atomically"]
 
 
 def runtime_directory() -> Path:
@@ -107,20 +107,27 @@ def _started(pid: int) -> int | None:
         return None
 
 
-def find_token(host: str, port: int, key: str = "") -> str | None:
-    """Return the token of this user's own server that is reached at an address of this machine, if there is one.
+def find_own(host: str, port: int, key: str = "") -> dict[str, Any] | None:
+    """Return what is published of this user's own server that is reached at an address of this machine; None: no one.
 
-    Only the process that has published it may have it: one that still lives, and listens there. Behind a proxy's port
+    Only the process that has published it may be it: one that still lives, and listens there. Behind a proxy's port
     there may be servers of others: there the key must be the same.
     """
     for server in list_servers() if is_loopback(host) else []:
-        if port not in (server.get("port"), server.get("web_port")) or not _is_reached(host, str(server.get("host"))):
+        if port not in (server.get("port"), server.get("web_port"), server.get("plain_port")):
+            continue
+        if not _is_reached(host, str(server.get("host"))):
             continue
         proxied = bool(server.get("proxy"))
         if server.get("key") == key if proxied else may_listen(server["pid"], port):
-            token = server.get("token")
-            return token if isinstance(token, str) and token else None
+            return server
     return None
+
+
+def find_token(host: str, port: int, key: str = "") -> str | None:
+    """Return the token of this user's own server that is reached at an address of this machine, if there is one."""
+    token = (find_own(host, port, key) or {}).get("token")
+    return token if isinstance(token, str) and token else None
 
 
 def _is_reached(dialled: str, listening: str) -> bool:
