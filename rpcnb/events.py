@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +28,10 @@ __all__ = [
     "CallFinished",
     "CallSent",
     "ConnectionAccepted",
+    "ConnectionEnded",
     "ConnectionRejected",
     "Event",
+    "FunctionEnded",
     "MemoryAllocated",
     "MemoryFreed",
     "Observers",
@@ -171,9 +173,59 @@ class MemoryFreed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionAccepted(Event):
-    """A server opened a session for the client ``peer``."""
+    """A server has let a client in: a session, no lanes.
+
+    Attributes:
+        peer: Address of the client.
+        key: What it has named.
+        entry: How it has shown its right: ``proof``, ``token`` (in clear), ``match key`` of a tracker, ``open`` to all.
+        encrypted: It speaks TLS.
+        certificate: Fingerprint of the certificate that it has shown; empty for none.
+    """
 
     peer: str
+    key: str = ""
+    entry: str = "open"
+    encrypted: bool = False
+    certificate: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionEnded(Event):
+    """A session of a server is over.
+
+    Attributes:
+        peer: Address of the client.
+        how: ``closed``; or how its process has ended, as of :class:`~rpcnb.SessionCrashed`.
+        seconds: For which it was there.
+        received: Bytes of the client, on the session's connections.
+        sent: Bytes to it.
+    """
+
+    peer: str
+    how: str
+    seconds: float
+    received: int
+    sent: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionEnded(Event):
+    """A client's call of a server's function has ended; told by servers that keep a record (``audit=``).
+
+    Attributes:
+        peer: Address of the client.
+        function: Its name.
+        seconds: That it took.
+        outcome: ``ok``, ``cancelled``, or the type of its error.
+        details: What it was about: name and SHA-256 of a file that was uploaded, or of a cell's source; no values.
+    """
+
+    peer: str
+    function: str
+    seconds: float
+    outcome: str
+    details: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

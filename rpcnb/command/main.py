@@ -113,6 +113,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     add("--tls-key", metavar="FILE", help="private key of --tls-cert, if it is not in there")
     add("--tls-ca", metavar="FILE", help="ask clients for certificates that these authorities have signed")
     add("--plain-port", type=int, metavar="N", help="with --tls: listen without it too, for stock TVM; 0 for any port")
+    add("--audit", metavar="FILE", help="note each session, call, upload and refusal in this file, without values")
     add("--ready-file", metavar="PATH", help="write host, port, pid and key as JSON when listening")
     add("--until-eof", action="store_true", help="end when the standard input ends: with the process that holds it")
     add("--demo", action="store_true", help="serve the demo board's functions")

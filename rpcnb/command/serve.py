@@ -174,6 +174,7 @@ def _make_server(
         isolate=isolation or False,
         tls=_tls(options),
         plain_port=options.plain_port,
+        audit=options.audit,
         switch_interval=_SWITCH_INTERVAL,
     )
 

@@ -58,6 +58,7 @@ class Environment:
         jobs: Passes what a client asks of detached jobs on: words, bytes, and what is called with the answer's; None
             where there are none.
         visitor: Why the sessions here may only look after jobs: the board is taken by one. Empty: they may do all.
+        on_call: Told of each call that has ended: client, function, seconds, outcome, details; None where nobody is.
         status: Says how the server is, now or a moment later: what ``rpcnb.status()`` answers.
     """
 
@@ -79,6 +80,7 @@ class Environment:
     directory: str | None = None
     jobs: Callable[[dict[str, Any], bytes, Callable[[dict[str, Any], bytes], object]], object] | None = None
     visitor: str = ""
+    on_call: Callable[[str, str, float, str, dict[str, Any]], object] | None = None
     status: Callable[[Callable[[dict[str, Any]], object]], object] = lambda say: say({"state": "READY"})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import inspect
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ArgumentError, DeviceError, InvalidHandle, LimitExceeded, ResultError
@@ -20,6 +21,7 @@ from rpcnb.runtime.overlap import Calls
 from rpcnb.runtime.registry import Registered
 from rpcnb.runtime.served import Module, ServedFunction, Shape
 from rpcnb.runtime.serving import ServingSession
+from rpcnb.runtime.watched import watch
 from rpcnb.runtime.wellknown import JOBS, UPLOAD, find_well_known
 from rpcnb.values import (
     NULL,
@@ -79,6 +81,7 @@ class LocalServingSession(ServingSession):
         self._closed = False
         self._lock = threading.Lock()
         self._calls: Calls | None = None
+        self.peer = ""  # address of the client
 
     @property
     def calls(self) -> Calls:
@@ -110,6 +113,9 @@ class LocalServingSession(ServingSession):
         return self._issue(served)
 
     def _issue(self, served: ServedFunction) -> Pointer:
+        told = self.environment.on_call
+        if told is not None:
+            watch(self, served, partial(told, self.peer))
         return self.table.issue(HandleKind.FUNCTION, served, served.kind in ("coroutine", "callback"))
 
     def name_of(self, handle: int) -> str:
@@ -162,7 +168,7 @@ class LocalServingSession(ServingSession):
             tensor = self.tensor(value)
             return tensor.numpy() if value.device.type == 1 else tensor
         if isinstance(value, FunctionRef):
-            return self._function(value.handle).call
+            return self._function(value.handle).own
         if isinstance(value, ModuleRef):
             return self.table.find(value.handle, HandleKind.MODULE)
         if isinstance(value, ObjectRef):

@@ -198,6 +198,7 @@ class Servant:
         self._cancel_init: Callable[[], object] | None = None
         self._constructing = ""  # name of the session constructor that runs
         self._process = os.getpid()
+        self.peer = ""  # address of the client
         self.proof: tuple[str, str] | None = None  # the look-up that was the proof, and what answers it
         endpoint.sink_for = self._sink_for
 
@@ -632,6 +633,8 @@ class Servant:
                 made.shutdown()
         else:
             self.session = made
+            if self.shares is None and isinstance(made, LocalServingSession):
+                made.peer = self.peer
             if self.extended and isinstance(made, LocalServingSession):
                 made.calls.lanes[self.lane] = self
                 made.calls.takes = self.endpoint.takes.in_records()

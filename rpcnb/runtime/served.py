@@ -47,9 +47,14 @@ class Shape(tuple[int, ...]):
 
 
 class ServedFunction:
-    """A function that a client holds: how to call it, and where it runs."""
+    """A function that a client holds: how to call it, and where it runs.
 
-    __slots__ = ("__weakref__", "call", "context", "kind", "name", "run", "source")
+    Attributes:
+        call: What a request calls.
+        own: The function itself, where requests' calls are watched.
+    """
+
+    __slots__ = ("__weakref__", "_around", "call", "context", "kind", "name", "own", "run", "source")
 
     def __init__(
         self,
@@ -60,7 +65,8 @@ class ServedFunction:
         source: Registered | None = None,
     ) -> None:
         self.name = name
-        self.call = call
+        self.call = self.own = call
+        self._around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
         self.kind = kind
         self.run = run if kind == "plain" else "loop"
         self.source = source
@@ -69,4 +75,11 @@ class ServedFunction:
     def follow(self, entry: Registered) -> None:
         """Serve what a notebook's cell has registered anew, if it is of the same kind: the handle tells that."""
         if entry.kind == self.kind:
-            self.call, self.context, self.source = entry.call, entry.context, entry
+            self.own, self.context, self.source = entry.call, entry.context, entry
+            self.call = self.own if self._around is None else self._around(self.own)
+
+    def watch(self, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Let requests call what ``around`` makes of the function; at the first time."""
+        if self._around is None:
+            self._around = around
+            self.call = around(self.own)

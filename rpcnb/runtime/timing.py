@@ -112,15 +112,15 @@ def make_evaluator(
     def measure(args: tuple[Any, ...]) -> Generator[Any, Any, bytes]:
         """Yield awaitables and pauses; both drivers below run it."""
         start = time.perf_counter()
-        yield target.call(*args)
+        yield target.own(*args)
         if api is not None:
             yield _Sync(api, device)
-        compiled = getattr(target.call, "measured", None)
+        compiled = getattr(target.own, "measured", None)
         run = None if compiled is None else _Pieces(compiled(args), time.perf_counter() - start)
         calls, results = number, []
         for index in range(repeat):
             if before is not None:
-                yield before.call(*args)
+                yield before.own(*args)
             zeros = 0
             while True:
                 flush()
@@ -131,7 +131,7 @@ def make_evaluator(
                 if run is None or api is not None:
                     start = time.perf_counter()
                     for _ in range(calls if run is None else 0):
-                        yield target.call(*args)
+                        yield target.own(*args)
                     if api is not None:
                         yield _Sync(api, device)  # the work that the calls have only begun counts too
                     seconds += time.perf_counter() - start
@@ -214,7 +214,7 @@ def _awaitable(function: ServedFunction) -> ServedFunction:
     def call(*args: Any) -> Awaitable[Any]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        function.call(_FutureDone(loop, future), *args)
+        function.own(_FutureDone(loop, future), *args)
         return future
 
     return ServedFunction(function.name, call, "coroutine")

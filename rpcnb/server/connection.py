@@ -183,6 +183,7 @@ class Connection:
         self.address = address
         self.peer = f"{address[0]}:{address[1]}" if address else "local"
         self.fingerprint: str = getattr(sock, "fingerprint", "")  # of the certificate that it was shown
+        self.received = self.sent = 0  # bytes
         self.ends: str = getattr(sock, "ends", "") or ends_of(sock)  # as the system writes them
         self.fd = sock.fileno()
         self.since = time.monotonic()
@@ -211,6 +212,21 @@ class Connection:
             sock.setblocking(True)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _HOT_TIME)
         self._waits = receiving(sock.recv_into)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Who it is, for those who keep a record."""
+        token = self.server.gate.token
+        proved, given = self.proof is not None, "-token" in self.key.options
+        entry = "open" if not token else "proof" if proved else "token" if given else "match key"
+        shown: str = getattr(self.sock, "certificate", "")
+        return {
+            "peer": self.peer,
+            "key": self.key.key,
+            "entry": entry,
+            "encrypted": bool(self.fingerprint),
+            "certificate": shown,
+        }
 
     def describe(self) -> ClientState:
         """Return what this client's session is doing; from any thread."""
@@ -483,7 +499,7 @@ class Connection:
             shares=self._session_of_lane if self.lane else None,
             lane=self.lane,
         )
-        servant.proof = self.proof
+        servant.proof, servant.peer = self.proof, self.peer
         servant.extended = key.features is not None
         servant.endpoint.takes = PeerLimits.told_by(key.features)
         self.servant = servant
@@ -583,6 +599,7 @@ class Connection:
         if count == 0:
             self.ended = True
             return 0
+        self.received += count
         endpoint.received(count)
         return count
 
@@ -605,6 +622,7 @@ class Connection:
                     output.clear()
                     self.ended = True
                     return True
+                self.sent += sent
                 output.consume(sent)
         return True
 
@@ -769,12 +787,14 @@ class Connection:
             if not count:
                 self.ended = True
                 return False
+            self.received += count
             reply, served = quickly(view, count) if idle else (b"", 0)
             if reply:
                 try:
                     sent = send(reply, _NOW)
                 except OSError:
                     sent = 0  # the general way finds out why
+                self.sent += sent
                 if sent < len(reply):
                     with servant.lock:
                         if not servant.over:  # else the session's last words are out already

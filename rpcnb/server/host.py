@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,31 @@ log = logging.getLogger(__name__)
 _LOOK = 0.5  # seconds
 
 
+class Tally:
+    """Calls that have ended, by outcome: how many, and their seconds; from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: dict[str, tuple[int, float]] = {}
+
+    def add(self, outcome: str, count: int, seconds: float) -> None:
+        """Count some."""
+        with self._lock:
+            before = self._found.get(outcome, (0, 0.0))
+            self._found[outcome] = before[0] + count, before[1] + seconds
+
+    def take(self) -> dict[str, tuple[int, float]]:
+        """Return all, and begin anew."""
+        with self._lock:
+            found, self._found = self._found, {}
+        return found
+
+    def copy(self) -> dict[str, tuple[int, float]]:
+        """Return all so far."""
+        with self._lock:
+            return dict(self._found)
+
+
 class SessionHost(StaysHere):
     """Connections, their sessions and what these share, on a loop.
 
@@ -64,6 +90,8 @@ class SessionHost(StaysHere):
         self.observers = events.Observers(events.observers)
         self.refusals = Refusals(log, time.monotonic)
         self.draining: dict[Connection, Draining] = {}
+        self.tally = Tally()
+        self._tells_calls = False
         self._connections: dict[Connection, None] = {}  # in order of arrival
         self._sessions = 0
         self._closed = False
@@ -115,7 +143,7 @@ class SessionHost(StaysHere):
         """Note that the session of a connection, in a process of its own, has ended."""
         for lane in self.lanes.leave(connection, how):
             lane.close()
-        self._note_end(connection)
+        self._note_end(connection, how)
         if not self._closed:
             self._place_is_free(connection)
 
@@ -170,7 +198,7 @@ class SessionHost(StaysHere):
             return
         self._sessions += 1
         log.log(self.log_level, "%s: session of %s opened", self.name, connection.peer)
-        self.tell(events.ConnectionAccepted, peer=connection.peer)
+        self.tell(events.ConnectionAccepted, **connection.facts)
         self._hook("tvm.rpc.server.start")
 
     def closed_connection(self, connection: Connection) -> None:
@@ -179,6 +207,8 @@ class SessionHost(StaysHere):
             return
         for lane in self.lanes.leave(connection):
             lane.close()
+            connection.received += lane.received
+            connection.sent += lane.sent
         if connection.servant is None or connection.refused:
             self._never_opened(connection)
             return
@@ -196,9 +226,13 @@ class SessionHost(StaysHere):
         self.workers.write_off(len(self.draining))
         self._drains(connection)
 
-    def _note_end(self, connection: Connection) -> None:
+    def _note_end(self, connection: Connection, how: str = "closed") -> None:
         """Note that a session has ended."""
         self._sessions -= 1
+        seconds, moved = time.monotonic() - connection.since, (connection.received, connection.sent)
+        self.tell(
+            events.ConnectionEnded, peer=connection.peer, how=how, seconds=seconds, received=moved[0], sent=moved[1]
+        )
         log.log(self.log_level, "%s: session of %s ended", self.name, connection.peer)
 
     def _never_opened(self, connection: Connection) -> None:
@@ -230,6 +264,18 @@ class SessionHost(StaysHere):
                 self._place_is_free(connection)
         if not self._closed:
             self.io_loop.call_later(_LOOK, self._look)
+
+    def watch_calls(self, *, each: bool) -> None:
+        """Have calls of functions counted from now on, and with ``each`` told."""
+        self._tells_calls |= each
+        self.environment.on_call = self._note_call
+
+    def _note_call(self, peer: str, function: str, seconds: float, outcome: str, details: dict[str, Any]) -> None:
+        """Note that a call has ended; in any thread."""
+        self.tally.add(outcome, 1, seconds)
+        if self._tells_calls:
+            facts = {"peer": peer, "function": function, "seconds": seconds, "outcome": outcome, "details": details}
+            self.tell(events.FunctionEnded, **facts)
 
     def tell(self, kind: type[Any], **facts: Any) -> None:
         """Tell the observers, if there are any."""

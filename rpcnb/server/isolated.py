@@ -51,6 +51,7 @@ class _Session(Child):
         self.over = False
         self.visits = sessions.server.is_visit(connection.key)
         self.visitor = ""  # why it may only look after jobs
+        self.parked = 0  # requests that wait for an outcome, while somebody observes
         self.gone = 0  # looks at which its client had gone
         self.where = connection.ends
         self.asked: dict[int, Future[list[ClientState]]] = {}
@@ -92,6 +93,7 @@ class _Session(Child):
         words, server = note.words, self.sessions.server
         if words.get("over") and not self.over:
             self.over = True
+            self.connection.received, self.connection.sent = words["moved"]
             self.later(_GRACE, "closed")
             if words.get("native"):  # others will load a library too
                 self.processes.warm(_NATIVE)
@@ -99,6 +101,9 @@ class _Session(Child):
             waits = self.asked.pop(words["answer"], None)
             if waits is not None:
                 waits.set_result([_state(one) for one in words["states"]])
+        elif "tally" in words:
+            for outcome, (count, seconds) in words["tally"].items():
+                server.tally.add(outcome, count, seconds)
         elif words.get("what") == "counts":
             self.channel.post({"answer": words["ask"], "counts": server.counts()})
         elif words.get("what") == "jobs":
@@ -109,6 +114,7 @@ class _Session(Child):
             kind = getattr(events, words["event"])
             if not issubclass(kind, events.Event):
                 raise TypeError(f"{words['event']} is no event")
+            self.parked += {events.RequestParked: 1, events.RequestCompleted: -1}.get(kind, 0)
             server.observers.tell(kind(source=server.name, **words["facts"]))
 
     def _reply(self, number: int, words: dict[str, Any], data: bytes) -> None:
@@ -214,6 +220,11 @@ class IsolatedSessions:
     def held(self) -> list[str]:
         """Jobs that run although the sessions that began them have ended."""
         return self.jobs.held(self._sessions)
+
+    @property
+    def parked(self) -> int:
+        """Requests that wait for an outcome, while somebody observes."""
+        return sum(session.parked for session in self._sessions.values())
 
     @property
     def visits(self) -> int:

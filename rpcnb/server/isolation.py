@@ -68,9 +68,21 @@ class Isolation:
             )
 
     def options(
-        self, server: SessionHost, allow_exec: bool, libraries: Sequence[str], switch_interval: float | None
+        self,
+        server: SessionHost,
+        allow_exec: bool,
+        libraries: Sequence[str],
+        switch_interval: float | None,
+        watched: bool | None = None,
     ) -> dict[str, Any]:
         """Return what travels to the processes of a server's sessions: nothing secret.
+
+        Args:
+            server: The server.
+            allow_exec: Clients may run source.
+            libraries: To be loaded.
+            switch_interval: The processes'.
+            watched: Calls are told one by one; False: they are counted; None: neither.
 
         Raises:
             IsolationFailed: There is no program that a process could import.
@@ -107,6 +119,7 @@ class Isolation:
             ],
             "memory": self.memory,
             "cpu_time": self.cpu_time,
+            "watched": watched,
             "switch_interval": switch_interval or _INTERVAL,
             "path": list(sys.path),
             "argv": list(sys.argv),

@@ -16,6 +16,7 @@ holds the GIL stalls every server in its process: ``isolate=True`` gives each se
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
 import time
@@ -30,6 +31,7 @@ from rpcnb.protocol.secret import Secret
 from rpcnb.runtime.access import Gate, Guesses, check_token, new_token
 from rpcnb.runtime.libraries import load_at_start
 from rpcnb.runtime.tvmruntime import NEVER
+from rpcnb.server.audit import Audit, Metrics
 from rpcnb.server.connection import ClientState, Connection
 from rpcnb.server.host import SessionHost
 from rpcnb.server.isolated import IsolatedSessions
@@ -120,6 +122,7 @@ class Server(SessionHost):
             known by its fingerprint; :class:`rpcnb.Tls` names others.
         plain_port: With ``tls``: listen without it too, on this port, for peers that know no TLS (TVM's); 0 for any
             free one.
+        audit: File in which each session, call, upload and refusal is noted, as JSON lines without values.
         switch_interval: Seconds after which a thread that computes in Python lets the server go on, for the process and
             as long as the server is open; None leaves Python's 5 ms. With 0.0003 calls take less than 0.5 ms beside a
             busy main thread, which pays for each of them with a hand-over.
@@ -173,6 +176,7 @@ class Server(SessionHost):
         runtime: str | None = None,
         tls: bool | Tls = False,
         plain_port: int | None = None,
+        audit: str | None = None,
     ) -> None:
         if switch_interval is not None and switch_interval <= 0:
             raise ValueError(f"expected a switch interval of more than 0 s, got {switch_interval}")
@@ -225,6 +229,12 @@ class Server(SessionHost):
         self._own_loop = LoopThread("rpcnb-server") if loop is None else None
         io_loop: IOLoop = loop if loop is not None else self._own_loop.io_loop  # type: ignore[union-attr]  # one is set
         super().__init__(key, io_loop, gate, limits, logging.DEBUG if silent else logging.INFO, powers)
+        watched: bool | None = None  # each call is told, or they are counted, or neither
+        self._audit: Audit | None = None
+        self.metrics: Metrics | None = None
+        if audit is not None or web_port is not None:
+            watched = audit is not None
+            self.watch_calls(each=watched)
         self._guesses = Guesses(time.monotonic, self.limits.auth_failures)
         self._late: dict[str, deque[Connection]] = {}
         self._half_open: HalfOpen[Connection] = HalfOpen(
@@ -250,13 +260,16 @@ class Server(SessionHost):
                 if registry is not None or session is not None:
                     raise ValueError("isolate=True: registry= and session= stay in this process; see rpcnb.Isolation")
                 given = Isolation(main=True) if isolate is True else isolate
-                options = given.options(self, bool(allow_exec), libraries, switch_interval)
+                options = given.options(self, bool(allow_exec), libraries, switch_interval, watched)
                 self._processes = Processes(self.name, self.io_loop, options)
                 whose = self.token or f"no token, key {key}"
                 self._jobs = Jobs(self._processes, whose, self.io_loop, limits, self._job_ended)
                 self._isolated = IsolatedSessions(self, self._processes, self._jobs, self.max_sessions)
             else:
                 load_at_start(self.environment, libraries)
+            if audit is not None:
+                self._audit = Audit(audit)
+                self.observers.subscribe(self._audit)
             if server_init_callback is not None:
                 server_init_callback()
             if tls:
@@ -364,7 +377,19 @@ class Server(SessionHost):
 
         names = [*allow_origin, *([self.custom_addr] if self.custom_addr else [])]
         host = self.host if self._proxy is None else "127.0.0.1"
-        self._web = WebPort(host, port, self._admit, names, (), self.name, self.limits, self.refusals)
+        self.metrics = Metrics(self)
+        self.observers.subscribe(self.metrics)
+        self.watch_calls(each=False)
+        self._web = WebPort(
+            host, port, self._admit, names, (), self.name, self.limits, self.refusals, self._tell_metrics
+        )
+
+    def _tell_metrics(self, token: str) -> str | None:
+        """Return the numbers for whoever knows the token; None for others."""
+        assert self.metrics is not None
+        if self.token and not hmac.compare_digest(token.encode(), self.token.encode()):
+            return None
+        return self.metrics.text()
 
     def _handshake_over(self, connection: Connection) -> None:
         if connection.servant is None or connection.refused:
@@ -418,6 +443,12 @@ class Server(SessionHost):
     def _hook(self, name: str) -> None:
         if not self.isolated:  # else the session's process does
             super()._hook(name)
+
+    @property
+    def parked(self) -> int:
+        """Requests that wait for an outcome; those of processes of their own are known while somebody observes."""
+        own = sum(one.servant is not None and one.servant.parked is not None for one in list(self._connections))
+        return own + (0 if self._isolated is None else self._isolated.parked)
 
     @property
     def full(self) -> bool:
@@ -597,6 +628,8 @@ class Server(SessionHost):
         self.workers.close(1.0)
         if self._own_loop is not None:
             self._own_loop.stop()
+        if self._audit is not None:
+            self._audit.close()
         log.log(self.log_level, "%s on %s closed", self.name, self.address)
 
     terminate = close  # TVM's word

@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 
 _LOOP = "rpcnb-session"
 _BROKEN = 71  # exit code
+_COUNTING = 1.0  # seconds between two words of how many calls there were
 _TRIAL = 10  # seconds in which a session must be there that is given enough memory
 _ROOM = 32 << 20  # bytes that a session needs to work with: a few threads and buffers
 _POWERS = ("native", "expose_ffi", "trusted_paths", "default_run", "runtime")
@@ -104,6 +105,9 @@ class SessionProcess(SessionHost):
         powers["jobs"] = self._ask_jobs
         super().__init__(options["key"], self._loop.io_loop, gate, limits, logging.DEBUG, powers)
         self._options = options
+        self._counts = False  # what was counted is about to be told
+        if options["watched"] is not None:
+            self.watch_calls(each=options["watched"])
 
     def load(self) -> str:
         """Import the operator's modules; returns why that failed, in one line."""
@@ -199,8 +203,21 @@ class SessionProcess(SessionHost):
     def _drains(self, connection: Connection) -> None:
         self._end()
 
+    def _note_call(self, *facts: Any) -> None:
+        super()._note_call(*facts)
+        if not self._counts:
+            self._counts = True
+            self.io_loop.add_callback(self.io_loop.call_later, _COUNTING, self._tell_counts)
+
+    def _tell_counts(self) -> None:
+        self._counts = False
+        self.channel.post({"tally": self.tally.take()})
+
     def _end(self) -> None:
-        self.channel.post({"over": True, "native": "tvm_ffi" in sys.modules})
+        main = self._main
+        moved = (0, 0) if main is None else (main.received, main.sent)
+        self._tell_counts()
+        self.channel.post({"over": True, "native": "tvm_ffi" in sys.modules, "moved": moved})
         self.over.set()
 
     def _observe(self, wanted: bool) -> None:
@@ -209,8 +226,8 @@ class SessionProcess(SessionHost):
         self._unsubscribe = self.observers.subscribe(self._report) if wanted else None
 
     def _report(self, event: events.Event) -> None:
-        """Tell the server's observers what happens here; who comes they know."""
-        if isinstance(event, events.ConnectionAccepted):
+        """Tell the server's observers what happens here; who comes and goes they know."""
+        if isinstance(event, (events.ConnectionAccepted, events.ConnectionEnded)):
             return
         facts = asdict(event)
         del facts["source"]  # it is the server's there

@@ -57,6 +57,7 @@ class WebPort:
         name: For messages.
         limits: How many connections may be open that have not become a WebSocket.
         refusals: What is logged of those who were refused.
+        metrics: Returns the text of ``/metrics`` for a token, or None if that is wrong.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class WebPort:
         name: str = "web",
         limits: Limits | None = None,
         refusals: Refusals | None = None,
+        metrics: Callable[[str], str | None] | None = None,
     ) -> None:
         self.listeners = listen(host, port, port + 1)
         self.host = host
@@ -80,6 +82,8 @@ class WebPort:
         self._own_names = {"localhost", socket.gethostname().lower(), host.lower()}
         handlers: list[Any] = [("/ws", _Upgrade, {"web": self})]
         handlers += [(path, _Page, {"web": self, "file": file}) for path, file in pages]
+        if metrics is not None:
+            handlers.append(("/metrics", _Metrics, {"web": self, "metrics": metrics}))
         application = Application(handlers, log_function=lambda handler: None)
         self._http = HTTPServer(
             application,
@@ -255,3 +259,18 @@ class _Page(_Checked):
         if kind == "text/html":  # TVM's page names its proxy's usual port
             data = data.replace(b"ws://localhost:9190/ws", f"ws://localhost:{self.web.port}/ws".encode())
         self.finish(data)
+
+
+class _Metrics(_Checked):
+    """Tells numbers to whoever knows the token: ``Authorization: Bearer TOKEN``."""
+
+    def get(self) -> None:
+        kind, _, token = self.request.headers.get("Authorization", "").partition(" ")
+        text = self.options["metrics"](token.strip() if kind.lower() == "bearer" else "")
+        if text is None:
+            self._note(f"refused {self.request.remote_ip}: wrong token for /metrics")
+            self.set_header("WWW-Authenticate", "Bearer")
+            self.refuse(401, "the server's token is needed: Authorization: Bearer TOKEN")
+            return
+        self.set_header("Content-Type", "text/plain; version=0.0.4")
+        self.finish(text)

@@ -49,10 +49,12 @@ class PlainEnd(socket.socket):
 
     Attributes:
         fingerprint: Of the server's certificate.
+        certificate: Fingerprint of the client's certificate, once it has shown one.
         ends: Both ends of the connection itself, as the system writes them.
     """
 
     fingerprint = ""
+    certificate = ""
     ends = ""
 
 
@@ -457,6 +459,7 @@ class ServerTls:
         theirs.fingerprint, theirs.ends = self.fingerprint, encrypted.ends
         relay = _LoopRelay(self._io_loop, Relay(encrypted, ours), self._relays.discard)
         relay.failed = lambda why: self._failed(peer, why)
+        relay.plain_end = theirs
         self._relays.add(relay)
         relay.step()
         return theirs
@@ -476,6 +479,7 @@ class _LoopRelay:
     """A relay on a loop."""
 
     failed: Callable[[str], object]
+    plain_end: PlainEnd
 
     def __init__(self, io_loop: IOLoop, relay: Relay, ended: Callable[[_LoopRelay], object]) -> None:
         self._io_loop = io_loop
@@ -520,6 +524,9 @@ class _LoopRelay:
                 except BlockingIOError:
                     return _Wants(encrypted=select.POLLIN, plain=select.POLLIN)
         self._greeted = True
+        shown = relay.encrypted.certificate()
+        if shown:
+            self.plain_end.certificate = fingerprint_of(shown)
         return relay.move()
 
     def _watch(self, sock: Any, events: int) -> None:
