@@ -17,6 +17,7 @@ from rpcnb.client.life import Life
 from rpcnb.client.names import FunctionNames
 from rpcnb.client.operations import Operations
 from rpcnb.errors import LocalProtocolError, SessionClosed, SessionLost, SessionTimeout
+from rpcnb.link.hosts import shows_as_own
 from rpcnb.link.inquiry import Inquiry
 from rpcnb.protocol.endpoint import State
 from rpcnb.transport import forks
@@ -90,6 +91,7 @@ class SessionBase(StaysHere):
         self._dialer = dialer
         self._lost_after = lost_after
         self.observers = events.Observers(events.observers)
+        self._trusts_output = True if dialer is None else dialer.trust_output
         self.peak_bytes = 0
         self._pending: dict[int, Any] = {}  # operations that have not finished, by number
         self._before = Traffic(0, 0, 0)  # of connections before the session was opened again
@@ -99,6 +101,22 @@ class SessionBase(StaysHere):
         self._attach(link, answer)
         _sessions.add(self)
         forks.tell(self)
+
+    @property
+    def trust_output(self) -> bool:
+        """Whether what its cells put out is shown as this kernel's own: HTML and JavaScript then run as the user.
+
+        So it is of the own demo board, of the own kernel's server, and where ``connect(trust_output=True)`` or the file
+        of hosts says so; it may be set.
+        """
+        if self._trusts_output is None:
+            assert self._dialer is not None
+            self._trusts_output = not self._dialer.patient and shows_as_own(self._dialer.address)
+        return self._trusts_output
+
+    @trust_output.setter
+    def trust_output(self, trusted: bool) -> None:
+        self._trusts_output = trusted
 
     def _attach(self, link: Any, answer: KeyText) -> None:
         """Begin to use a connection that has just been opened."""

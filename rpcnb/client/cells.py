@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb.cells.variables import dump_variable, load_variable
 from rpcnb.client.answers import load_json
+from rpcnb.client.untrusted import tame, tame_text
 from rpcnb.errors import AccessDenied, CellError, RemoteError, RemoteProtocolError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "run",
     "set_variable",
     "variables",
+    "whose_output",
 ]
 
 
@@ -44,12 +46,23 @@ class CellOutput(NamedTuple):
         text: What was printed.
         data: What was displayed, by MIME type.
         metadata: Of ``data``.
+        whose: Name of the session if its output is not trusted; empty if it is. :meth:`shown` minds that.
     """
 
     kind: str
     text: str = ""
     data: dict[str, Any] = {}  # noqa: RUF012  # a default that nobody changes
     metadata: dict[str, Any] = {}  # noqa: RUF012  # likewise
+    whose: str = ""
+
+    def shown(self) -> CellOutput:
+        """Return what a notebook's page, or a terminal, may show of it."""
+        if not self.whose:
+            return self
+        if self.kind != "display":
+            return self._replace(text=tame_text(self.text))
+        data, metadata = tame(self.data, self.metadata, self.whose)
+        return self._replace(data=data, metadata=metadata)
 
 
 class QueuedCell(NamedTuple):
@@ -78,14 +91,16 @@ class CellResult:
         data: Its last expression by MIME type; empty if that was None, or a statement.
         metadata: Of ``data``.
         seconds: How long it ran.
+        whose: Name of the session if its output is not trusted; empty if it is. A notebook shows accordingly.
     """
 
     data: dict[str, Any]
     metadata: dict[str, Any]
     seconds: float
+    whose: str = ""
 
     @classmethod
-    def decode(cls, found: Any) -> CellResult:
+    def decode(cls, found: Any, whose: str = "") -> CellResult:
         """Read what ``rpcnb.cell`` returned.
 
         Raises:
@@ -93,7 +108,7 @@ class CellResult:
             RemoteProtocolError: It is nothing of the kind.
         """
         try:
-            result = cls(dict(found["data"]), dict(found["metadata"]), float(found["seconds"]))
+            result = cls(dict(found["data"]), dict(found["metadata"]), float(found["seconds"]), whose)
             error = found["error"]
             facts = None if error is None else (str(error["text"]), str(error["type"]), str(error["traceback"]))
         except (KeyError, TypeError, ValueError, OverflowError) as odd:
@@ -103,20 +118,26 @@ class CellResult:
         return result
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        return self.data, self.metadata
+        return tame(self.data, self.metadata, self.whose) if self.whose else (self.data, self.metadata)
 
     def __repr__(self) -> str:
-        return str(self.data.get("text/plain", ""))
+        text = str(self.data.get("text/plain", ""))
+        return tame_text(text) if self.whose else text
 
 
-def read_output(piece: Any) -> CellOutput:
-    """Read a piece of output."""
+def read_output(piece: Any, whose: str = "") -> CellOutput:
+    """Read a piece of output, of a session that is not trusted if ``whose`` names one."""
     if isinstance(piece, dict) and piece.get("stream") in ("stdout", "stderr"):
-        return CellOutput(piece["stream"], str(piece.get("text", "")))
+        return CellOutput(piece["stream"], str(piece.get("text", "")), whose=whose)
     metadata = piece.get("metadata", {}) if isinstance(piece, dict) else None
     if isinstance(piece, dict) and isinstance(piece.get("display"), dict) and isinstance(metadata, dict):
-        return CellOutput("display", "", piece["display"], metadata)
+        return CellOutput("display", "", piece["display"], metadata, whose)
     raise RemoteProtocolError(f"expected output of a remote cell, got {piece!r}")
+
+
+def whose_output(session: Any) -> str:
+    """Return the name of a session whose output is not trusted; empty if it is."""
+    return "" if session.trust_output else str(session.name)
 
 
 def _ask(ops: Operations, name: str, *args: Any) -> Flow[Any]:
@@ -141,8 +162,8 @@ def run(ops: Operations, source: str, name: str, on_output: Callable[[CellOutput
     if isinstance(found, dict) and on_output is not None:
         outputs = found.get("outputs", [])
         for piece in outputs if isinstance(outputs, list) else ():
-            on_output(read_output(piece))
-    return CellResult.decode(found)
+            on_output(read_output(piece, whose_output(ops.session)))
+    return CellResult.decode(found, whose_output(ops.session))
 
 
 def queue(ops: Operations) -> Flow[list[QueuedCell]]:

@@ -11,7 +11,7 @@ from rpcnb.client.base import SessionBase
 from rpcnb.client.session import Session
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import Dialer
-from rpcnb.link.hosts import find_host, find_secret
+from rpcnb.link.hosts import find_host, find_secret, host_of
 from rpcnb.link.interrupt import Guard
 from rpcnb.protocol.secret import Secret, hidden
 from rpcnb.transport.address import DEFAULT_PORT, parse_address
@@ -47,6 +47,7 @@ def _make_dialer(
     limits: Limits | None,
     plain_token: bool,
     tls: Tls | None,
+    trust_output: bool | None,
 ) -> Dialer:
     if limits is not None:
         limits = replace(limits, call=max(limits.call, limits.text + _BESIDE_TEXT))
@@ -69,9 +70,11 @@ def _make_dialer(
             raise ValueError("plain_token=True: whoever offers a board at a tracker would get the token")
         if token is None and named is not None and named.token:
             token = hidden(named.token)
-        return make(
+        tracked = make(
             address, 1, session_timeout, 5, constructor, token, extensions, lanes=lanes, depth=depth, limits=limits
         )
+        tracked.trust_output = trust_output
+        return tracked
 
     def find_key() -> ClientKey:
         found = token
@@ -79,7 +82,12 @@ def _make_dialer(
             found = find_secret(address, named)
         return ClientKey(address.key, session_timeout, found, extensions, limits, plain_token=plain_token)
 
-    return Dialer(address, find_key(), constructor, lanes, depth, find_key)
+    dialer = Dialer(address, find_key(), constructor, lanes, depth, find_key)
+    if trust_output is None:
+        host = named or host_of(address)
+        trust_output = True if host is not None and host.trust_output else None
+    dialer.trust_output = trust_output
+    return dialer
 
 
 def _opened(session: S) -> S:
@@ -106,6 +114,7 @@ def connect(
     limits: Limits | None = None,
     plain_token: bool = False,
     tls: Tls | None = None,
+    trust_output: bool | None = None,
 ) -> Session:
     """Open a session with an RPC server, rpcnb's or stock TVM's.
 
@@ -138,6 +147,7 @@ def connect(
             16 MiB, ``bytes_argument`` for bytes over 1 GiB. A longer result is an error of its call.
         plain_token: Send the token in clear: to an rpcnb server older than proofs, or through what must repeat it.
         tls: Certificates of one's own, for ``rpcs://`` and ``wss://``.
+        trust_output: Show what remote cells put out as this kernel's own (:attr:`Session.trust_output`).
 
     Raises:
         ConnectFailed: No session came about; the text names the phase and what was seen. Its subclasses are
@@ -147,7 +157,20 @@ def connect(
     """
     token, args = hidden(token), session_constructor_args
     dialer = _make_dialer(
-        url, port, key, session_timeout, args, token, extensions, lanes, depth, headers, limits, plain_token, tls
+        url,
+        port,
+        key,
+        session_timeout,
+        args,
+        token,
+        extensions,
+        lanes,
+        depth,
+        headers,
+        limits,
+        plain_token,
+        tls,
+        trust_output,
     )
     session = open_session(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
     if enable_logging:
@@ -195,11 +218,25 @@ async def connect_async(
     limits: Limits | None = None,
     plain_token: bool = False,
     tls: Tls | None = None,
+    trust_output: bool | None = None,
 ) -> AsyncSession:
     """Open an awaited session in the running event loop; arguments and errors as :func:`connect`."""
     token, args = hidden(token), session_constructor_args
     dialer = _make_dialer(
-        url, port, key, session_timeout, args, token, extensions, lanes, depth, headers, limits, plain_token, tls
+        url,
+        port,
+        key,
+        session_timeout,
+        args,
+        token,
+        extensions,
+        lanes,
+        depth,
+        headers,
+        limits,
+        plain_token,
+        tls,
+        trust_output,
     )
     session = await open_session_async(dialer, dialer.address.key, _limit(dialer, timeout), lost_after)
     if enable_logging:

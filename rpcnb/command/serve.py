@@ -218,6 +218,8 @@ def _content(options: argparse.Namespace, server: Server, port: int, *, secret: 
         content["proxy"] = options.proxy  # others may wait at the same port: the key tells them apart
     else:
         content |= {"host": options.host, "port": port}  # of the shaped relay, where there is one
+    if options.demo:
+        content["kind"] = "demo"
     return {**content, "token": server.token} if secret else content
 
 

@@ -46,7 +46,8 @@ session.namespace["x"]         a variable of the device's cells
 
 
 def show_output(piece: CellOutput) -> None:
-    """Show a piece of a cell's output where the cell is."""
+    """Show a piece of a cell's output where the cell is; of a device that is not trusted, what does no harm."""
+    piece = piece.shown()
     if piece.kind == "display":
         display(piece.data, metadata=piece.metadata, raw=True)
     else:

@@ -90,6 +90,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     @argument("--session-timeout", type=float, default=0, help="seconds after which the server ends the session")
     @argument("--new", action="store_true", help="open another session although one is open")
     @argument("--as", dest="name", help="name of the session, also bound as a variable")
+    @argument("--trust-output", action="store_true", help="show its HTML and JavaScript as this kernel's own")
     @argument("--remember", metavar="NAME", help="keep address and token under this name, in a file of yours")
     def rpc_connect(self, line: str) -> Session | None:
         """Connect to a remote device: ``%rpc_connect HOST:PORT``, or ``%rpc_connect demo`` without any device."""
@@ -113,6 +114,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
                 session_timeout=options.session_timeout,
                 session_constructor_args=onward,
                 plain_token=options.plain_token,
+                trust_output=options.trust_output or None,
             )
 
         try:
@@ -124,10 +126,13 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
             session, word = open_session(asked)
             BOOK.tokens[address] = asked
             options.remember = options.remember or _ask_name(session)
+        if options.trust_output:
+            session.trust_output = True
         to = "" if word == "reconnected" else "to "
         say(f"{word} {to}{describe(session)}{f', via {options.via}' if options.via else ''}")
         if options.remember:
-            remember_host(Host(options.remember, address, key, str(token or BOOK.tokens.get(address, ""))))
+            known = str(token or BOOK.tokens.get(address, ""))
+            remember_host(Host(options.remember, address, key, known, trust_output=options.trust_output))
             say(f"from now on %rpc_connect {options.remember} is enough ({config_directory() / 'hosts.toml'})")
         if options.name:
             self.shell.user_ns[options.name] = session
@@ -236,7 +241,7 @@ def _ask_name(session: Session) -> str:
     """Ask under which name a server and its token are to be kept; empty for not at all."""
     try:
         return input(f"keep the token of {session.peer} for next time? Its name, or nothing: ").strip()
-    except (EOFError, NotImplementedError, RuntimeError):  # a front end without input
+    except (EOFError, NotImplementedError, RuntimeError, OSError):  # a front end without input
         return ""
 
 

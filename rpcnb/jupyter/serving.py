@@ -30,7 +30,7 @@ class KernelServer(Server):
 
     def publish(self) -> None:
         """Write the run file, until the server is closed."""
-        self._file = publish(self.port, {**self.whereabouts, "token": self.token})
+        self._file = publish(self.port, {**self.whereabouts, "token": self.token, "kind": "kernel"})
         atexit.register(self.close)
 
     def forked(self) -> None:

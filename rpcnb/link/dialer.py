@@ -42,6 +42,7 @@ class Dialer:
     """
 
     patient = False  # opening may have to wait for somebody else's board, for as long as that takes
+    trust_output: bool | None = None  # show what its cells put out as the kernel's own; None: if it is
 
     def __init__(
         self,

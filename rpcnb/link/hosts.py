@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import os
 import re
 import stat
@@ -29,7 +30,9 @@ from rpcnb.transport.address import Address, parse_address
 from rpcnb.transport.certificates import config_directory, private_directory
 from rpcnb.transport.runfiles import find_own
 
-__all__ = ["VARIABLE", "Host", "find_host", "find_secret", "host_of", "list_hosts", "remember_host"]
+__all__ = ["VARIABLE", "Host", "find_host", "find_secret", "host_of", "list_hosts", "remember_host", "shows_as_own"]
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "RPCNB_TOKEN"
 _FILE = "hosts.toml"
@@ -116,7 +119,12 @@ def find_host(name: str) -> Host | None:
 def host_of(address: Address) -> Host | None:
     """Return the server that has been named with this address, or None."""
     where = address.scheme, address.host, address.port
-    for host in list_hosts():
+    try:
+        hosts = list_hosts()
+    except HostsUnreadable as error:  # who calls one by its name is told
+        log.warning("%s", error)
+        return None
+    for host in hosts:
         with contextlib.suppress(ValueError):  # who calls it by its name is told
             there = parse_address(host.whole, key=host.key)
             if (there.scheme, there.host, there.port) == where and address.key in ("", there.key):
@@ -142,6 +150,12 @@ def find_secret(address: Address, named: Host | None = None) -> Secret | None:
         return Secret(given.strip())
     host = named or host_of(address)
     return Secret(host.token) if host is not None and host.token else None
+
+
+def shows_as_own(address: Address) -> bool:
+    """Tell whether a server is this user's demo board, or the server of a notebook's kernel of theirs."""
+    own = find_own(address.host, address.port, address.key) or {}
+    return own.get("kind") in ("demo", "kernel")
 
 
 def remember_host(host: Host) -> None:

@@ -189,8 +189,12 @@ def test_a_token_comes_from_a_file(
     caplog.clear()
 
 
-def test_a_token_is_asked_for_once(
-    cell: Cell, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_token_is_asked_for_once_and_kept_under_a_name(
+    cell: Cell,
+    serve: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     server = serve(token="secret-2")
     asked: list[str] = []
@@ -201,7 +205,12 @@ def test_a_token_is_asked_for_once(
         return "secret-2"
 
     monkeypatch.setattr("getpass.getpass", answer)
+    monkeypatch.setattr("builtins.input", lambda prompt: "bench-07")
+    monkeypatch.setenv("RPCNB_CONFIG_DIR", str(tmp_path))
     assert cell(f"%rpc_connect {server.address}").state == "ready"
+    assert "from now on %rpc_connect bench-07 is enough" in cell.out
+    assert "secret-2" not in cell.out
+    assert cell("%rpc_connect bench-07 --new").state == "ready"
     assert cell(f"%rpc_connect {server.address} --new").state == "ready"
     assert asked == [f"token of {server.address}: "]
     assert "secret-2" not in cell.out
@@ -273,7 +282,7 @@ def test_a_servers_web_port_is_connected_to(cell: Cell, serve: Callable[..., Any
     session = cell(f"%rpc_connect ws://127.0.0.1:{server.web_port}/ws")
     assert session.call("rpc.test.addone", 1) == 2
     cell("%rpc_connect ftp://somewhere")
-    assert "expected rpc://host:port/key, tracker://host:port/key" in cell.err
+    assert "expected rpc://host:port/key, rpcs://host:port/key" in cell.err
 
 
 # -- files and timing ----------------------------------------------------------------------------------------------
