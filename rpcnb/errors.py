@@ -7,7 +7,10 @@ Each has the builtin base a caller would catch anyway. Facts are attributes; the
     │   ├── NotAnRpcServer                   the peer speaks something else
     │   ├── KeyMismatch                      wrong key or token
     │   ├── DuplicateKey                     a proxy already has such a peer waiting
+    │   ├── CertificateUnknown               nothing says that its certificate is the right one
+    │   │   └── CertificateChanged           it shows another one than it had: .shown, .expected
     │   └── VersionMismatch                  another protocol version
+    ├── HostsUnreadable (ValueError)         the file of this user's servers cannot be used as it is
     ├── ProtocolError (ConnectionError)
     │   ├── LocalProtocolError               our side asked for something illegal
     │   └── RemoteProtocolError              the peer sent something illegal
@@ -48,6 +51,8 @@ __all__ = [
     "AccessDenied",
     "ArgumentError",
     "CellError",
+    "CertificateChanged",
+    "CertificateUnknown",
     "ConnectFailed",
     "CopyMismatch",
     "DeadlineExceeded",
@@ -56,6 +61,7 @@ __all__ = [
     "DuplicateKey",
     "ForkedSession",
     "FunctionNotFound",
+    "HostsUnreadable",
     "InvalidHandle",
     "IsolationFailed",
     "KeyMismatch",
