@@ -97,6 +97,8 @@ def test_an_argument_error_tells_the_position_and_what_can_travel() -> None:
 
 
 MADE = {
+    "CertificateUnknown": errors.CertificateUnknown("rpcs://host:9090", "self-signed"),
+    "CertificateChanged": errors.CertificateChanged("rpcs://host:9090", "seen", "before", kept=True),
     "SessionCrashed": errors.SessionCrashed("board:9090", "signal:SIGSEGV", "kernel"),
     "ArgumentError": errors.ArgumentError(3, "a list"),
     "CellError": errors.CellError("bad", "ValueError", "cell #1, line 2"),
