@@ -1,7 +1,7 @@
 """What a device puts out, made harmless for a notebook's page: there it would run as the user.
 
-Text, PNG and JPEG are shown as they are. HTML and SVG stand in a frame that runs no scripts, loads nothing, and is
-nobody's origin. Everything else (JavaScript, widgets, Markdown and LaTeX, which may hold both) is named, not shown.
+Text, PNG and JPEG are shown as they are, SVG as a picture. HTML stands in a frame that runs no scripts, loads nothing,
+and is nobody's origin. Everything else (JavaScript, widgets, Markdown and LaTeX, which may hold both) is named, not shown.
 
 Source:
     HTML Living Standard, the iframe element: ``sandbox`` without words, ``srcdoc``; CSP Level 3.
@@ -53,7 +53,7 @@ def tame(data: dict[str, Any], metadata: dict[str, Any], whose: str) -> tuple[di
         elif kind == "text/html" and isinstance(content, str) and len(content) <= _MOST:
             found[kind] = _frame(content)
         elif kind == "image/svg+xml" and isinstance(content, str) and len(content) <= _MOST:
-            found.setdefault("text/html", _frame(_as_picture(content), _TALLEST))
+            found.setdefault("text/html", _as_picture(content))
         else:
             hidden.append(kind)
     if hidden:
@@ -77,13 +77,13 @@ def _is_picture(content: Any, magic: bytes) -> bool:
 
 
 def _as_picture(svg: str) -> str:
-    """Return an SVG as a picture, which runs nothing."""
-    return f'<img src="data:image/svg+xml;base64,{base64.b64encode(svg.encode("utf-8", "replace")).decode()}">'
+    """Return an SVG as a picture, which runs and loads nothing."""
+    return f'<img style="max-width:100%" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode("utf-8", "replace")).decode()}">'
 
 
-def _frame(html: str, height: int | None = None) -> str:
+def _frame(html: str) -> str:
     """Return HTML inside a frame of its own."""
-    tall = height or min(_TALLEST, max(_LEAST, _LINE * (len(_ROWS.findall(html)) + 2)))
+    tall = min(_TALLEST, max(_LEAST, _LINE * (len(_ROWS.findall(html)) + 2)))
     style = f"width:100%;height:{tall}px;border:0;resize:vertical;background:#fff"
     return f'<iframe sandbox="" referrerpolicy="no-referrer" style="{style}" srcdoc="{escape(_HEAD + html)}"></iframe>'
 
