@@ -1,7 +1,7 @@
 """What a device puts out, made harmless for a notebook's page: there it would run as the user.
 
 Text, PNG and JPEG are shown as they are, SVG as a picture. HTML stands in a frame that runs no scripts, loads nothing,
-and is nobody's origin. Everything else (JavaScript, widgets, Markdown and LaTeX, which may hold both) is named, not shown.
+and is nobody's origin. Everything else (JavaScript, widgets, Markdown and LaTeX, which may hold both) is named.
 
 Source:
     HTML Living Standard, the iframe element: ``sandbox`` without words, ``srcdoc``; CSP Level 3.
@@ -78,7 +78,8 @@ def _is_picture(content: Any, magic: bytes) -> bool:
 
 def _as_picture(svg: str) -> str:
     """Return an SVG as a picture, which runs and loads nothing."""
-    return f'<img style="max-width:100%" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode("utf-8", "replace")).decode()}">'
+    data = base64.b64encode(svg.encode("utf-8", "replace")).decode()
+    return f'<img style="max-width:100%" src="data:image/svg+xml;base64,{data}">'
 
 
 def _frame(html: str) -> str:
