@@ -51,7 +51,7 @@ class CellMethods:
         """
         take = _in_io_thread(on_output)
         result: CellResult = self._run(
-            lambda ops: cells.run(ops, source, name, take), timeout, name, on_output=_reading(self, take)
+            lambda ops: cells.run(ops, source, name, take), timeout, name, on_output=_reading(take)
         )
         return result
 
@@ -142,7 +142,7 @@ class AsyncCellMethods:
         """Run Python source at the server; as :meth:`Session.run_cell`. ``on_output`` is called in the loop."""
         take = _in_loop(on_output)
         result: CellResult = await self._run(
-            lambda ops: cells.run(ops, source, name, take), timeout, name, on_output=_reading(self, take)
+            lambda ops: cells.run(ops, source, name, take), timeout, name, on_output=_reading(take)
         )
         return result
 
@@ -177,9 +177,9 @@ def _in_io_thread(take: Callable[[CellOutput], object] | None) -> Callable[[Cell
     return lambda piece: iothread.IO_THREAD.call(lambda: context.run(take, piece))
 
 
-def _reading(session: Any, take: Callable[[CellOutput], object] | None) -> Callable[[bytes], object]:
+def _reading(take: Callable[[CellOutput], object] | None) -> Callable[[bytes], object]:
     """Return what takes the bytes of a piece of output."""
-    return lambda data: None if take is None else take(cells.read_output(load_json(data), cells.whose_output(session)))
+    return lambda data: None if take is None else take(cells.read_output(load_json(data)))
 
 
 def _in_loop(take: Callable[[CellOutput], object] | None) -> Callable[[CellOutput], object] | None:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpcnb.cells.variables import dump_variable, load_variable
@@ -34,7 +34,6 @@ __all__ = [
     "run",
     "set_variable",
     "variables",
-    "whose_output",
 ]
 
 
@@ -46,22 +45,18 @@ class CellOutput(NamedTuple):
         text: What was printed.
         data: What was displayed, by MIME type.
         metadata: Of ``data``.
-        whose: Name of the session if its output is not trusted; empty if it is. :meth:`shown` minds that.
     """
 
     kind: str
     text: str = ""
     data: dict[str, Any] = {}  # noqa: RUF012  # a default that nobody changes
     metadata: dict[str, Any] = {}  # noqa: RUF012  # likewise
-    whose: str = ""
 
-    def shown(self) -> CellOutput:
-        """Return what a notebook's page, or a terminal, may show of it."""
-        if not self.whose:
-            return self
+    def shown(self, whose: str) -> CellOutput:
+        """Return what a notebook's page, or a terminal, may show of it if the session ``whose`` is not trusted."""
         if self.kind != "display":
             return self._replace(text=tame_text(self.text))
-        data, metadata = tame(self.data, self.metadata, self.whose)
+        data, metadata = tame(self.data, self.metadata, whose)
         return self._replace(data=data, metadata=metadata)
 
 
@@ -97,7 +92,7 @@ class CellResult:
     data: dict[str, Any]
     metadata: dict[str, Any]
     seconds: float
-    whose: str = ""
+    whose: str = field(default="", compare=False, repr=False)
 
     @classmethod
     def decode(cls, found: Any, whose: str = "") -> CellResult:
@@ -125,19 +120,14 @@ class CellResult:
         return tame_text(text) if self.whose else text
 
 
-def read_output(piece: Any, whose: str = "") -> CellOutput:
-    """Read a piece of output, of a session that is not trusted if ``whose`` names one."""
+def read_output(piece: Any) -> CellOutput:
+    """Read a piece of output."""
     if isinstance(piece, dict) and piece.get("stream") in ("stdout", "stderr"):
-        return CellOutput(piece["stream"], str(piece.get("text", "")), whose=whose)
+        return CellOutput(piece["stream"], str(piece.get("text", "")))
     metadata = piece.get("metadata", {}) if isinstance(piece, dict) else None
     if isinstance(piece, dict) and isinstance(piece.get("display"), dict) and isinstance(metadata, dict):
-        return CellOutput("display", "", piece["display"], metadata, whose)
+        return CellOutput("display", "", piece["display"], metadata)
     raise RemoteProtocolError(f"expected output of a remote cell, got {piece!r}")
-
-
-def whose_output(session: Any) -> str:
-    """Return the name of a session whose output is not trusted; empty if it is."""
-    return "" if session.trust_output else str(session.name)
 
 
 def _ask(ops: Operations, name: str, *args: Any) -> Flow[Any]:
@@ -162,8 +152,8 @@ def run(ops: Operations, source: str, name: str, on_output: Callable[[CellOutput
     if isinstance(found, dict) and on_output is not None:
         outputs = found.get("outputs", [])
         for piece in outputs if isinstance(outputs, list) else ():
-            on_output(read_output(piece, whose_output(ops.session)))
-    return CellResult.decode(found, whose_output(ops.session))
+            on_output(read_output(piece))
+    return CellResult.decode(found, "" if ops.session.trust_output else ops.session.name)
 
 
 def queue(ops: Operations) -> Flow[list[QueuedCell]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from IPython.core.error import UsageError
@@ -45,9 +46,10 @@ session.namespace["x"]         a variable of the device's cells
 %rpc_sessions, %rpc_close      what is open; --session NAME picks one everywhere; -h explains"""
 
 
-def show_output(piece: CellOutput) -> None:
+def show_output(session: Session, piece: CellOutput) -> None:
     """Show a piece of a cell's output where the cell is; of a device that is not trusted, what does no harm."""
-    piece = piece.shown()
+    if not session.trust_output:
+        piece = piece.shown(session.name)
     if piece.kind == "display":
         display(piece.data, metadata=piece.metadata, raw=True)
     else:
@@ -107,7 +109,11 @@ class CellMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
             return session.jobs.start_cell(self._cell, options.detach)
         if options.noblock:
             pending: Pending = session.submit(
-                session.run_cell, self._cell, self._name(session), timeout=options.timeout, on_output=show_output
+                session.run_cell,
+                self._cell,
+                self._name(session),
+                timeout=options.timeout,
+                on_output=partial(show_output, session),
             )
             if options.out is None:
                 return pending
@@ -128,7 +134,7 @@ class CellMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     def _run(self, session: Session, source: str, timeout: float | None) -> CellResult | None:
         name = self._name(session)
         try:
-            result = session.run_cell(source, name, timeout=timeout, on_output=show_output)
+            result = session.run_cell(source, name, timeout=timeout, on_output=partial(show_output, session))
         except KeyboardInterrupt:
             _tell_if_it_goes_on(session, name)
             raise
