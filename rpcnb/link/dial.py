@@ -155,7 +155,7 @@ class ClientKey:
             raise KeyMismatch(
                 address,
                 "handshake",
-                "it does not prove that it knows the token (a stock server needs none: leave token= out; "
+                "it does not prove that it knows the token (a stock server needs none: leave token=, RPCNB_TOKEN out; "
                 "for an rpcnb of an older version: plain_token=True, which sends it in clear)",
             )
         return Proof(self._secret, self.text, answer.text, fingerprint)

@@ -384,12 +384,13 @@ class Server(SessionHost):
             host, port, self._admit, names, (), self.name, self.limits, self.refusals, self._tell_metrics
         )
 
-    def _tell_metrics(self, token: str) -> str | None:
-        """Return the numbers for whoever knows the token; None for others."""
+    def _tell_metrics(self, token: str, host: str) -> tuple[str | None, float]:
+        """Return the numbers for whoever knows the token; None for others, and the seconds after which they hear so."""
         assert self.metrics is not None
         if self.token and not hmac.compare_digest(token.encode(), self.token.encode()):
-            return None
-        return self.metrics.text()
+            exempt = self.limits.exempt_loopback and is_loopback(host)
+            return None, 0.0 if exempt else self._guesses.note(host)
+        return self.metrics.text(), 0.0
 
     def _handshake_over(self, connection: Connection) -> None:
         if connection.servant is None or connection.refused:

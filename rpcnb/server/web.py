@@ -7,6 +7,7 @@ missing ``Origin`` (not a browser) is allowed and still needs key and token. Not
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
@@ -57,7 +58,8 @@ class WebPort:
         name: For messages.
         limits: How many connections may be open that have not become a WebSocket.
         refusals: What is logged of those who were refused.
-        metrics: Returns the text of ``/metrics`` for a token, or None if that is wrong.
+        metrics: Returns the text of ``/metrics`` for a token and who asks; None if that is wrong, and the seconds after
+            which that is said.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class WebPort:
         name: str = "web",
         limits: Limits | None = None,
         refusals: Refusals | None = None,
-        metrics: Callable[[str], str | None] | None = None,
+        metrics: Callable[[str, str], tuple[str | None, float]] | None = None,
     ) -> None:
         self.listeners = listen(host, port, port + 1)
         self.host = host
@@ -264,10 +266,12 @@ class _Page(_Checked):
 class _Metrics(_Checked):
     """Tells numbers to whoever knows the token: ``Authorization: Bearer TOKEN``."""
 
-    def get(self) -> None:
+    async def get(self) -> None:
         kind, _, token = self.request.headers.get("Authorization", "").partition(" ")
-        text = self.options["metrics"](token.strip() if kind.lower() == "bearer" else "")
+        given = token.strip() if kind.lower() == "bearer" else ""
+        text, delay = self.options["metrics"](given, str(self.request.remote_ip))
         if text is None:
+            await asyncio.sleep(delay)
             self._note(f"refused {self.request.remote_ip}: wrong token for /metrics")
             self.set_header("WWW-Authenticate", "Bearer")
             self.refuse(401, "the server's token is needed: Authorization: Bearer TOKEN")

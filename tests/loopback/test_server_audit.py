@@ -186,6 +186,18 @@ def test_numbers_for_who_knows_the_token(start: Serve, caplog: pytest.LogCapture
     assert TOKEN not in text
 
 
+def test_guesses_at_the_numbers_count_as_guesses(serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    server = serve(token=TOKEN, web_port=0, limits=rpcnb.Limits(exempt_loopback=False))
+    noted: list[str] = []
+    monkeypatch.setattr(server._guesses, "note", lambda host: noted.append(host) or 0.01)
+    for _ in range(3):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(server, "wrong" * 8)
+    assert noted == ["127.0.0.1"] * 3
+    assert "rpcnb_sessions 0" in ask(server, TOKEN)
+    caplog.clear()
+
+
 def test_a_parked_request_is_among_them(start: Serve) -> None:
     server = start(web_port=0)
     with rpcnb.connect(server.address, token=TOKEN, lanes=0) as session:
