@@ -189,7 +189,12 @@ def test_numbers_for_who_knows_the_token(start: Serve, caplog: pytest.LogCapture
 def test_guesses_at_the_numbers_count_as_guesses(serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     server = serve(token=TOKEN, web_port=0, limits=rpcnb.Limits(exempt_loopback=False))
     noted: list[str] = []
-    monkeypatch.setattr(server._guesses, "note", lambda host: noted.append(host) or 0.01)
+
+    def note(host: str) -> float:
+        noted.append(host)
+        return 0.01
+
+    monkeypatch.setattr(server._guesses, "note", note)
     for _ in range(3):
         with pytest.raises(urllib.error.HTTPError, match="401"):
             ask(server, "wrong" * 8)
