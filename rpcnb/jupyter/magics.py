@@ -131,7 +131,7 @@ class RpcMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         to = "" if word == "reconnected" else "to "
         say(f"{word} {to}{describe(session)}{f', via {options.via}' if options.via else ''}")
         if options.remember:
-            known = str(token or BOOK.tokens.get(address, ""))
+            known = token or hidden(BOOK.tokens.get(address, "")) or Secret("")
             remember_host(Host(options.remember, address, key, known, trust_output=options.trust_output))
             say(f"from now on %rpc_connect {options.remember} is enough ({config_directory() / 'hosts.toml'})")
         if options.name:

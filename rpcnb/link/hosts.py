@@ -68,15 +68,18 @@ class Host(NamedTuple):
         return f"{scheme}{self.address}#{self.fingerprint}"
 
 
-def _load(text: str) -> dict[str, Any]:
+def _load(text: Secret) -> dict[str, Any]:
     try:
         toml: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     except ImportError:
         raise HostsUnreadable(f"{_FILE} is read by the package tomli: pip install 'rpcnb[hosts]'") from None
     try:
-        found: dict[str, Any] = toml.loads(text)
+        found: dict[str, Any] = toml.loads(str(text))
     except toml.TOMLDecodeError as error:
         raise HostsUnreadable(f"{config_directory() / _FILE} is no TOML: {error}") from None
+    for words in found.values():
+        if isinstance(words, dict) and isinstance(words.get("token"), str):
+            words["token"] = Secret(words["token"])
     return found
 
 
@@ -91,7 +94,7 @@ def list_hosts() -> list[Host]:
         with open(path, encoding="utf-8") as file:
             if os.name != "nt" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
                 raise HostsUnreadable(f"{path} holds tokens, and others can read it: chmod 600 {path}")
-            text = file.read()
+            text = Secret(file.read())
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [_host(name, words) for name, words in _load(text).items()]
@@ -106,7 +109,7 @@ def _host(name: str, words: Any) -> Host:
             shown = "a text" if kind is str else "true or false"
             expected = f"has {shown} as {word}" if kind else f"has no {word}; expected {', '.join(_WORDS)}"
             raise HostsUnreadable(f"{_FILE}: [{name}] {expected}")
-    return Host(name, **{**words, "token": Secret(words.get("token", ""))})
+    return Host(name, **words)
 
 
 def find_host(name: str) -> Host | None:
@@ -168,18 +171,22 @@ def remember_host(host: Host) -> None:
     if not _NAME.fullmatch(host.name):
         raise ValueError(f"expected a name of letters, digits, '_' and '-', got {host.name!r}")
     list_hosts()  # what cannot be read is not written over
-    words = {word: getattr(host, word) for word in _WORDS if getattr(host, word)}
-    shown = {word: json.dumps(value if value is True else str(value)) for word, value in words.items()}
-    lines = "".join(f"{word} = {value}\n" for word, value in shown.items())
     folder = private_directory()
     path = folder / _FILE
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    kept = re.sub(rf"(?ms)^\[{re.escape(host.name)}\]\s*?$.*?(?=^\[|\Z)", "", before).strip()
+    text = _with(host, Secret(path.read_text(encoding="utf-8") if path.exists() else ""))
     descriptor, made = tempfile.mkstemp(dir=folder, prefix=f".{_FILE}-")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(f"{kept}\n\n" * bool(kept) + f"[{host.name}]\n{lines}")
+            file.write(text)
         os.replace(made, path)
     except BaseException:
         os.unlink(made)
         raise
+
+
+def _with(host: Host, before: Secret) -> Secret:
+    """Return the file's text with a server in it, in the place of one of the same name."""
+    words = {word: getattr(host, word) for word in _WORDS if getattr(host, word)}
+    lines = (f"{word} = {json.dumps(value if value is True else str(value))}\n" for word, value in words.items())
+    kept = re.sub(rf"(?ms)^\[{re.escape(host.name)}\]\s*?$.*?(?=^\[|\Z)", "", str(before)).strip()
+    return Secret(f"{kept}\n\n" * bool(kept) + f"[{host.name}]\n" + "".join(lines))

@@ -15,6 +15,7 @@ import rpcnb
 from rpcnb.errors import HostsUnreadable
 from rpcnb.link import hosts
 from rpcnb.link.hosts import Host, find_host, find_secret, list_hosts, remember_host
+from rpcnb.protocol.secret import Secret
 from rpcnb.transport.address import parse_address
 
 TOKEN = "canary-of-the-file-of-hosts"
@@ -146,3 +147,47 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_is(config: Path, monkeypatch
             remember_host(Host("b", "y"))
     assert [one.name for one in config.iterdir()] == ["hosts.toml"]
     assert (config / "hosts.toml").read_text() == "[a]\naddress = 'x'\n"
+
+
+def shown_locals(error: BaseException) -> str:
+    """What a verbose traceback shows of our frames."""
+    found, trace = [], error.__traceback__
+    while trace is not None:
+        if "/rpcnb/" in trace.tb_frame.f_code.co_filename:
+            found.append(repr(trace.tb_frame.f_locals))
+        trace = trace.tb_next
+    return "\n".join([*found, str(error), repr(error)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[a]\naddress = 'x:1'\ntoken = '{TOKEN}'\nnot TOML",
+        f"[a]\naddress = 'x:1'\ntoken = '{TOKEN}'\nwrong = 1",
+        f"[a]\ntoken = '{TOKEN}'",
+        f"[a]\naddress = '127.0.0.1:1'\ntoken = '{TOKEN}'",
+        f"[b]\naddress = 'x:1'\n[a]\naddress = 'nowhere.invalid:y'\ntoken = '{TOKEN}'",
+    ],
+)
+def test_no_verbose_traceback_shows_a_token_of_the_file(config: Path, text: str) -> None:
+    write(config, text)
+    with pytest.raises((ValueError, OSError)) as caught:
+        rpcnb.connect("a", timeout=2)
+    assert TOKEN not in shown_locals(caught.value)
+
+
+def test_nor_of_one_that_is_remembered(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(config, f"[a]\naddress = 'x:1'\ntoken = '{TOKEN}'\n")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "no room")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "replace", refuse)
+        with pytest.raises(OSError, match="no room") as caught:
+            remember_host(Host("b", "y", token=Secret(TOKEN)))
+    assert TOKEN not in shown_locals(caught.value)
+    monkeypatch.setenv("RPCNB_TOKEN", TOKEN)
+    with pytest.raises(rpcnb.ConnectFailed) as failed:
+        rpcnb.connect("127.0.0.1:1")
+    assert TOKEN not in shown_locals(failed.value)
