@@ -43,6 +43,7 @@ ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", 
 # Each new thread of OpenBLAS spins for 2**26 cycles (0.1 s of a CPU in every process that is forked) before it sleeps.
 SOON_ASLEEP = {"OPENBLAS_THREAD_TIMEOUT": "20"}  # 2**20 of them; read when the library is loaded
 _PATIENCE, _MOMENT = 2.0, 0.005  # seconds for what sessions have left to end, and between two looks
+_READINGS = 8  # of the list of children, until two are alike
 _IMPORT = 10  # seconds in which a module must be imported
 _GOOD = 42  # exit code of the child that has tried; a module may exit with another
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -113,6 +114,8 @@ class Zygote:
                 self._reap()
 
     def _end(self) -> None:
+        if self._trying:
+            os.kill(self._trying, signal.SIGKILL)
         for pid in self._pids:
             _kill_group(pid)
         until = time.monotonic() + _PATIENCE
@@ -248,14 +251,26 @@ class Zygote:
     def _kill_orphans(self) -> None:
         """Kill what processes have left in other process groups: it has become ours, now or when its parent ends."""
         found = False
-        with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
-            for pid in map(int, file.read().split()):
-                with contextlib.suppress(OSError):
-                    if os.getsid(pid) in self._over:
-                        os.kill(pid, signal.SIGKILL)
-                        found = True
+        for pid in _children():
+            with contextlib.suppress(OSError):
+                if os.getsid(pid) in self._over:
+                    os.kill(pid, signal.SIGKILL)
+                    found = True
         if not found:
             self._over.clear()
+
+
+def _children() -> set[int]:
+    """Return the children of this process: of a list that is read while one of them ends, others may be missing."""
+    before: set[int] | None = None
+    found: set[int] = set()
+    for _ in range(_READINGS):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+            found |= set(map(int, file.read().split()))
+        if found == before:
+            break
+        before = set(found)
+    return found
 
 
 def _kill_group(pid: int) -> None:
