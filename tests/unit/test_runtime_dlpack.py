@@ -134,4 +134,6 @@ def test_a_tensor_with_a_way_of_its_own_to_be_written_goes_that_way() -> None:
 
 def test_numpy_takes_what_is_exported_of_a_type_that_it_has() -> None:
     data = np.arange(4, dtype=np.uint8)
-    assert np.from_dlpack(Exported(data, dtype("int16"), (2,))).tolist() == data.view("<i2").tolist()
+    exported_data = Exported(data, dtype("int16"), (2,))
+    assert np.from_dlpack(exported_data).tolist() == data.view("<i2").tolist()
+    assert exported_data.__dlpack_device__() == (1, 0), "who asks first gets the CPU"
