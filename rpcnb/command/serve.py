@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from rpcnb.command.until import until_signal
 from rpcnb.link.hosts import VARIABLE
@@ -228,11 +229,11 @@ def _announce(options: argparse.Namespace, server: Server, port: int) -> None:
     host = server.host if options.proxy else options.custom_addr or outside_address(options.host)
     address = show_address(host, port)
     if server.fingerprint is not None:
-        address = f"rpcs://{address}#{server.fingerprint}"
+        address = f"rpcs://{address}/{quote(options.key)}#{server.fingerprint}"
     if options.tracker:
         address = f"tracker://{options.tracker}/{options.key}"
     key, named = (
-        (f" --key {options.key}", f", key={options.key!r}") if options.key and not options.tracker else ("", "")
+        (f" --key {options.key}", f", key={options.key!r}") if options.key and "://" not in address else ("", "")
     )
     where = f"behind the proxy {options.proxy}" if options.proxy else f"on {show_address(options.host, port)}"
     lines = [f"rpcnb serves {where}, key {options.key!r}"]

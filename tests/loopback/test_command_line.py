@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -386,3 +387,22 @@ def test_a_script_s_is_taken_out_of_the_list_of_processes(tmp_path: Path, words:
         _, said = process.communicate(timeout=30)
     assert b"--token-file FILE" in said
     assert b"canary" not in said
+
+
+def test_with_tls_the_line_to_paste_has_all_but_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPCNB_CONFIG_DIR", str(tmp_path / "config"))
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-m", "rpcnb", "serve", "--tls", "--plain-port", "0", "--port", "0", "--key", "rpi"]
+    with subprocess.Popen([*command, "--ready-file", str(ready)], stdout=subprocess.PIPE, text=True) as process:
+        eventually(ready.exists, "the server", 30)
+        content = json.loads(ready.read_text())
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(5)]
+        (line,) = [one for one in lines if "rpcnb.connect" in one]
+        address, token = re.findall(r"'([^']*)'", line)
+        assert address == f"rpcs://127.0.0.1:{content['port']}/rpi#{content['fingerprint']}"
+        with rpcnb.connect(address, token=token) as session:
+            assert session.call("rpc.test.addone", 1) == 2
+        (stock,) = [one for one in lines if "stock TVM" in one]
+        assert f", {content['plain_port']}, key='rpi -token={token}'" in stock
+        process.terminate()
