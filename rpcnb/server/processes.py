@@ -182,6 +182,7 @@ class Processes:
         self._spare: _Forked | None = None  # what the next session need not wait for
         self._closed = False
         self._closing = threading.Event()
+        self._left: set[int] = set()  # processes that there were when it was closed
         self._again: threading.Thread | None = None  # starts another zygote
         try:
             self._start()
@@ -395,6 +396,7 @@ class Processes:
         """End all processes; on the loop."""
         self._closed = True
         self._closing.set()
+        self._left = {*self._forked}
         for process in [*self._forking.values(), *self._forked.values()]:
             process.release()
             if process.child is not None:
@@ -408,6 +410,8 @@ class Processes:
             self._process.kill()  # a module may never be imported
             self._again.join()
         self._end_zygote()
+        if self._left:  # the zygote looks after what they have left, but it may have been killed
+            _kill_sessions(self._left)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _end_zygote(self) -> None:
@@ -420,7 +424,8 @@ class Processes:
 
 def _kill_sessions(leaders: set[int]) -> None:
     """Kill what is left of sessions (in the system's sense) whose leaders have ended."""
-    while True:
+    until = time.monotonic() + _CLOSE  # one that waits for a device cannot be killed
+    while time.monotonic() < until:
         found = False
         for word in os.listdir("/proc"):
             if word.isdecimal():
