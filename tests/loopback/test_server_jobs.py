@@ -395,6 +395,7 @@ def test_a_job_behind_a_proxy_is_looked_after_while_it_runs(start: Start) -> Non
                 visitor.call("b.add", 1, 2)
             assert visitor.jobs["burnin"].cancel()
             eventually(lambda: not why_not(visitor), "its place")
+        board.close()  # before the proxy, whose end it would tell
 
 
 def why_not(visitor: Any) -> str:
