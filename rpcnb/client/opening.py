@@ -11,7 +11,7 @@ from rpcnb.client.base import SessionBase
 from rpcnb.client.session import Session
 from rpcnb.link.dial import ClientKey
 from rpcnb.link.dialer import Dialer
-from rpcnb.link.hosts import find_host, find_secret, host_of
+from rpcnb.link.hosts import find_host, find_secret
 from rpcnb.link.interrupt import Guard
 from rpcnb.protocol.secret import Secret, hidden
 from rpcnb.transport.address import DEFAULT_PORT, parse_address
@@ -83,10 +83,7 @@ def _make_dialer(
         return ClientKey(address.key, session_timeout, found, extensions, limits, plain_token=plain_token)
 
     dialer = Dialer(address, find_key(), constructor, lanes, depth, find_key)
-    if trust_output is None:
-        host = named or host_of(address)
-        trust_output = True if host is not None and host.trust_output else None
-    dialer.trust_output = trust_output
+    dialer.trust_output = True if trust_output is None and named is not None and named.trust_output else trust_output
     return dialer
 
 

@@ -21,14 +21,13 @@ import os
 import re
 import stat
 import sys
-import tempfile
 from typing import Any, NamedTuple
 
 from rpcnb.errors import HostsUnreadable
 from rpcnb.protocol.secret import Secret
 from rpcnb.transport.address import Address, parse_address
 from rpcnb.transport.certificates import config_directory, private_directory
-from rpcnb.transport.runfiles import find_own
+from rpcnb.transport.runfiles import find_own, write_text_atomically
 
 __all__ = ["VARIABLE", "Host", "find_host", "find_secret", "host_of", "list_hosts", "remember_host", "shows_as_own"]
 
@@ -156,9 +155,12 @@ def find_secret(address: Address, named: Host | None = None) -> Secret | None:
 
 
 def shows_as_own(address: Address) -> bool:
-    """Tell whether a server is this user's demo board, or the server of a notebook's kernel of theirs."""
+    """Tell whether a server is this user's demo board or a notebook's kernel of theirs, or trusted by the file."""
     own = find_own(address.host, address.port, address.key) or {}
-    return own.get("kind") in ("demo", "kernel")
+    if own.get("kind") in ("demo", "kernel"):
+        return True
+    host = host_of(address)
+    return host is not None and host.trust_output
 
 
 def remember_host(host: Host) -> None:
@@ -171,17 +173,9 @@ def remember_host(host: Host) -> None:
     if not _NAME.fullmatch(host.name):
         raise ValueError(f"expected a name of letters, digits, '_' and '-', got {host.name!r}")
     list_hosts()  # what cannot be read is not written over
-    folder = private_directory()
-    path = folder / _FILE
-    text = _with(host, Secret(path.read_text(encoding="utf-8") if path.exists() else ""))
-    descriptor, made = tempfile.mkstemp(dir=folder, prefix=f".{_FILE}-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(made, path)
-    except BaseException:
-        os.unlink(made)
-        raise
+    path = private_directory() / _FILE
+    before = Secret(path.read_text(encoding="utf-8") if path.exists() else "")
+    write_text_atomically(path, _with(host, before))
 
 
 def _with(host: Host, before: Secret) -> Secret:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.runtime.parcel import unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
     from rpcnb.runtime.served import ServedFunction
@@ -53,30 +54,30 @@ def _outcome(error: BaseException | None) -> str:
     return "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
 
 
+@contextmanager
+def _telling(ended: Callable[..., None], args: tuple[Any, ...]) -> Iterator[None]:
+    """Tell how what is done inside ends."""
+    since = time.monotonic()
+    try:
+        yield
+    except BaseException as error:
+        ended(args, since, error)
+        raise
+    ended(args, since, None)
+
+
 def _watch_plain(function: Callable[..., Any], ended: Callable[..., None]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        since = time.monotonic()
-        try:
-            result = function(*args)
-        except BaseException as error:
-            ended(args, since, error)
-            raise
-        ended(args, since, None)
-        return result
+        with _telling(ended, args):
+            return function(*args)
 
     return call
 
 
 def _watch_coroutine(function: Callable[..., Awaitable[Any]], ended: Callable[..., None]) -> Callable[..., Any]:
     async def call(*args: Any) -> Any:
-        since = time.monotonic()
-        try:
-            result = await function(*args)
-        except BaseException as error:
-            ended(args, since, error)
-            raise
-        ended(args, since, None)
-        return result
+        with _telling(ended, args):
+            return await function(*args)
 
     return call
 

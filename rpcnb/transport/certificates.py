@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rpcnb.transport.address import read_fingerprint, show_address
+from rpcnb.transport.runfiles import write_text_atomically
 
 __all__ = [
     "config_directory",
@@ -92,11 +93,8 @@ def remember(host: str, port: int, fingerprint: str) -> None:
         return
     known[name] = shown
     with contextlib.suppress(OSError):
-        folder = private_directory()
-        descriptor, path = tempfile.mkstemp(dir=folder, prefix=f".{_KNOWN}-")
-        with os.fdopen(descriptor, "w") as file:
-            file.write("".join(f"{host} {value}\n" for host, value in known.items()))
-        os.replace(path, folder / _KNOWN)
+        text = "".join(f"{host} {value}\n" for host, value in known.items())
+        write_text_atomically(private_directory() / _KNOWN, text)
 
 
 # -- a server's own --------------------------------------------------------------------------------------------------

@@ -17,7 +17,15 @@ from typing import Any
 from rpcnb.transport.address import is_loopback
 from rpcnb.transport.tcptable import may_listen
 
-__all__ = ["find_own", "find_token", "list_servers", "publish", "runtime_directory", "write_atomically"]
+__all__ = [
+    "find_own",
+    "find_token",
+    "list_servers",
+    "publish",
+    "runtime_directory",
+    "write_atomically",
+    "write_text_atomically",
+]
 
 
 def runtime_directory() -> Path:
@@ -34,10 +42,15 @@ def runtime_directory() -> Path:
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that a reader sees all of it or nothing, readable by the owner only."""
+    write_text_atomically(path, json.dumps(content))
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text likewise."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)

@@ -24,6 +24,7 @@ from rpcnb.transport.certificates import (
     own_certificate,
     remember,
 )
+from rpcnb.transport.layered import Layered
 from rpcnb.transport.tcptable import ends_of
 from rpcnb.transport.tlsfiles import Tls
 
@@ -58,7 +59,7 @@ class PlainEnd(socket.socket):
     ends = ""
 
 
-class TlsSocket:
+class TlsSocket(Layered):
     """A connected socket on which TLS is spoken; used like a socket.
 
     What has been decrypted and did not fit is kept where no poll sees it: then ``has_more()`` is true, and receiving
@@ -71,7 +72,7 @@ class TlsSocket:
     """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str | None = None) -> None:
-        self._sock = sock
+        super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=host is None, server_hostname=host)
         self._lock = threading.Lock()  # one thread may send while another receives
@@ -122,43 +123,6 @@ class TlsSocket:
         return self._full and bool(self._tls.pending() or self._incoming.pending)
 
     # -- as a socket ---------------------------------------------------------------------------------------------
-
-    def fileno(self) -> int:
-        """Return the descriptor of the socket below."""
-        return self._sock.fileno()
-
-    def detach(self) -> int:
-        """Give up the socket below without a word to the other side; returns its descriptor."""
-        return self._sock.detach()
-
-    def setblocking(self, flag: bool) -> None:
-        """Set the socket below."""
-        self._sock.setblocking(flag)
-
-    def gettimeout(self) -> float | None:
-        """Return the time limit of the socket below."""
-        return self._sock.gettimeout()
-
-    def setsockopt(self, *args: Any) -> None:
-        """Set an option of the socket below."""
-        self._sock.setsockopt(*args)
-
-    def getsockopt(self, *args: Any) -> Any:
-        """Return an option of the socket below."""
-        return self._sock.getsockopt(*args)
-
-    def shutdown(self, how: int) -> None:
-        """End the socket below."""
-        self._sock.shutdown(how)
-
-    def close(self) -> None:
-        """Close the socket below."""
-        self._sock.close()
-
-    def recv(self, count: int, flags: int = 0) -> bytes:
-        """Receive, as a socket does."""
-        buffer = bytearray(count)
-        return bytes(buffer[: self.recv_into(buffer, count, flags)])
 
     def recv_into(self, buffer: Any, count: int = 0, flags: int = 0) -> int:
         """Receive into ``buffer``, as a socket does: what is there, and what the socket below gives at once."""

@@ -21,6 +21,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from rpcnb.errors import ConnectFailed, KeyMismatch, NotAnRpcServer
+from rpcnb.transport.layered import Layered
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -74,7 +75,7 @@ def _header(opcode: int, length: int, key: bytes = b"") -> bytes:
     return start + key
 
 
-class WebSocket:
+class WebSocket(Layered):
     """A connected socket on which the HTTP upgrade has been done; used like a socket.
 
     Args:
@@ -83,7 +84,7 @@ class WebSocket:
     """
 
     def __init__(self, sock: socket.socket, *, client: bool) -> None:
-        self._sock = sock
+        super().__init__(sock)
         self._client = client
         self._lock = threading.Lock()  # of sending: a pong may go out while another thread sends
         self._ended = False
@@ -125,40 +126,20 @@ class WebSocket:
 
     # -- as a socket ---------------------------------------------------------------------------------------------
 
-    def fileno(self) -> int:
-        """Return the descriptor of the socket below."""
-        return self._sock.fileno()
-
     def detach(self) -> int:
         """Give up the socket below without a word to the other side; returns its descriptor."""
         self._ended = True
-        return self._sock.detach()
-
-    def setblocking(self, flag: bool) -> None:
-        """Set the socket below."""
-        self._sock.setblocking(flag)
-
-    def gettimeout(self) -> float | None:
-        """Return the time limit of the socket below."""
-        return self._sock.gettimeout()
-
-    def setsockopt(self, *args: Any) -> None:
-        """Set an option of the socket below."""
-        self._sock.setsockopt(*args)
-
-    def getsockopt(self, *args: Any) -> Any:
-        """Return an option of the socket below."""
-        return self._sock.getsockopt(*args)
+        return super().detach()
 
     def shutdown(self, how: int) -> None:
         """Say goodbye, and shut the socket below down."""
         self._say_goodbye()
-        self._sock.shutdown(how)
+        super().shutdown(how)
 
     def close(self) -> None:
         """Say goodbye as far as that is possible at once, and close."""
         self._say_goodbye()
-        self._sock.close()
+        super().close()
 
     def _say_goodbye(self) -> None:
         with self._lock:
@@ -168,11 +149,6 @@ class WebSocket:
                     self._sock.send(self._control_frame(_CLOSE, struct.pack(">H", 1000)), _NOW)
 
     # -- receiving -----------------------------------------------------------------------------------------------
-
-    def recv(self, count: int, flags: int = 0) -> bytes:
-        """Receive as a socket does."""
-        data = bytearray(count)
-        return bytes(data[: self.recv_into(data, count, flags)])
 
     def recv_into(self, buffer: Any, count: int = 0, flags: int = 0) -> int:
         """Receive as a socket does; 0 at the end of the stream, and after the other side's close frame.
